@@ -1,0 +1,198 @@
+"""The commands. A command is a function; its errors end here, as one message and an exit code.
+
+torch is imported inside the commands: `--help` answers at once.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cspnet.errors import CspnetError, RecipeError, Stopped
+
+Checkpoint = Annotated[Path, typer.Option(help="Checkpoint of a run.", show_default=False)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Workers = Annotated[
+    int | None,
+    typer.Option("--workers", "-j", help="Processes that decode images.", show_default="auto"),
+]
+
+
+def train(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SECTION.KEY=VALUE]...", help="Overrides of the recipe.", show_default=False
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe", "-r", "-c", help="Recipe: a path, or the name of a shipped one."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Folder with train/ and val/, or `digits`; same as data.root=DIR."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Run folder.", show_default="runs/RECIPE")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue what is in the run folder.")
+    ] = False,
+    device: Device = "auto",
+    workers: Workers = None,
+    passes: Annotated[
+        int | None, typer.Option(help="Groups through the net at once.", show_default="1")
+    ] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="torch.compile the net.")
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Print the resolved recipe and touch nothing.")
+    ] = False,
+) -> None:
+    """Train by a recipe: cspnet-train --recipe cspdarknet53 --data DIR [schedule.steps=1000 …]"""
+    from cspnet import recipe as recipes
+
+    overrides = [*(overrides or []), *([f"data.root={data}"] if data else [])]
+    if recipe is not None:
+        path = recipes.find(recipe)
+    elif resume and output and (output / "recipe.yaml").is_file():
+        path = output / "recipe.yaml"  # the run's own
+    else:
+        raise RecipeError(
+            "no recipe: give --recipe NAME (or --resume with the --output of an earlier run)"
+        )
+    resolved = recipes.load(path, overrides)
+    print(f"# resolved recipe, from {path}\n{recipes.to_text(resolved)}", flush=True)
+    if check:
+        return
+
+    from rich.console import Console
+
+    from cspnet.train.loop import train as run
+    from cspnet.train.runtime import Place
+
+    place = Place(
+        output=output or Path("runs") / path.stem,
+        resume=resume,
+        device=device,
+        workers=workers,
+        passes=passes,
+        compile=compile,
+    )
+    run(resolved, place, Console(soft_wrap=True))
+    best = place.output / "checkpoints" / "best.pt"
+    print(f"done; evaluate: cspnet-eval --checkpoint {best} --data {resolved.data.root}")
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    data: Annotated[
+        str, typer.Option(help="Data root or its val folder, or `digits`.", show_default=False)
+    ],
+    device: Device = "auto",
+    workers: Workers = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Images at once.", show_default="the recipe's")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the scores to this file.")
+    ] = None,
+) -> None:
+    """Top-1 and top-5 of a checkpoint: cspnet-eval --checkpoint best.pt --data data/imagenet/val"""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from cspnet import recipe as recipes
+    from cspnet.data.sources import open_validation
+    from cspnet.evaluate import evaluate as score
+    from cspnet.train.checkpoint import load
+    from cspnet.train.loop import build_net
+    from cspnet.train.runtime import find_device, find_precision, find_workers
+
+    where = find_device(device)
+    if json_file and not json_file.absolute().parent.is_dir():
+        raise RecipeError(f"--json {json_file}: the folder {json_file.parent} does not exist")
+    saved = load(checkpoint)
+    recipe = recipes.from_text(saved["recipe"])
+    source = open_validation(data, saved["classes"])
+    net = build_net(recipe, len(saved["classes"]))
+    averaged = saved["state_dict_ema"] is not None
+    net.load_state_dict(saved["state_dict_ema" if averaged else "state_dict"])
+    precision = find_precision(recipe.precision, where)
+    console = Console(soft_wrap=True)
+    console.print(
+        f"{checkpoint}: {recipe.model.name}, step {saved['step']:,}, "
+        f"{'averaged' if averaged else 'raw'} weights; view {recipe.data.size}x{recipe.data.size}, "
+        f"crop {recipe.evaluate.crop}, {recipe.evaluate.resize}, {precision.name}",
+        highlight=False,
+    )
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("images", total=len(source))
+        scores = score(
+            net.to(where),
+            source,
+            recipe,
+            precision,
+            find_workers(workers, where, data == recipes.DIGITS),
+            batch,
+            progress=lambda images: bar.update(task, completed=images),
+        )
+    console.print(
+        f"top-1 {scores.top1:.2f} %  top-5 {scores.top5:.2f} %  loss {scores.loss:.4f}  "
+        f"{scores.images:,} images  {scores.images_per_second:,.0f} images/s",
+        highlight=False,
+    )
+    if scores.unreadable:
+        console.print(f"[red]{scores.unreadable} images are unreadable and count as black[/red]")
+    if json_file:
+        content = {"checkpoint": str(checkpoint), "data": data, **scores.to_dict()}
+        json_file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _app(*commands: tuple[str, object]) -> typer.Typer:
+    app = typer.Typer(
+        pretty_exceptions_enable=False,
+        no_args_is_help=True,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        help="Train CSPDarknet53 by a recipe, and hand on the result.",
+    )
+    for name, command in commands:
+        app.command(name, no_args_is_help=True)(command)
+    return app
+
+
+def _run(app: typer.Typer) -> None:
+    """Runs the command line; a CspnetError becomes one message on stderr and its exit code."""
+    try:
+        app()
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.exit_code)
+    except CspnetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:  # `cspnet … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def main() -> None:
+    """The command `cspnet`."""
+    _run(_app(("train", train), ("eval", evaluate)))
+
+
+def main_train() -> None:
+    """The command `cspnet-train`."""
+    _run(_app(("train", train)))
+
+
+def main_eval() -> None:
+    """The command `cspnet-eval`."""
+    _run(_app(("eval", evaluate)))

@@ -1,0 +1,1 @@
+"""From files to groups of images: sources, the stream, decoding, loading, augmentation."""

@@ -1,0 +1,31 @@
+"""What can go wrong through no fault of the code. Each kind knows the exit code of the command."""
+
+
+class CspnetError(Exception):
+    """A mistake or mishap told in one message: what, where, what to do. No traceback is shown."""
+
+    exit_code = 1
+
+
+class RecipeError(CspnetError):
+    """The recipe, an override or an option is wrong."""
+
+    exit_code = 2
+
+
+class DataError(CspnetError):
+    """The data set is not there, or is not what it has to be."""
+
+    exit_code = 2
+
+
+class CheckpointError(CspnetError):
+    """A checkpoint is missing, broken, or belongs to another run."""
+
+    exit_code = 2
+
+
+class Stopped(CspnetError):
+    """Stopped by a signal after a good save (EX_TEMPFAIL: run me again)."""
+
+    exit_code = 75

@@ -1,0 +1,91 @@
+"""Top-1 and top-5 on a validation set: every image exactly once, in the view of the recipe.
+
+Training's own validation and `cspnet-eval` call the same function.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cspnet.data.augment import normalize
+from cspnet.data.loader import evaluation_batches
+from cspnet.data.sources import Source
+from cspnet.recipe import Recipe
+from cspnet.train.runtime import Precision
+
+
+@dataclass(frozen=True)
+class Scores:
+    top1: float  # percent
+    top5: float  # percent
+    loss: float  # mean cross-entropy with the true class, nats
+    images: int
+    unreadable: int  # counted as black images
+    seconds: float
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / self.seconds
+
+    def to_dict(self) -> dict:
+        return {**asdict(self), "images_per_second": self.images_per_second}
+
+
+@torch.no_grad()
+def evaluate(
+    net: nn.Module,
+    source: Source,
+    recipe: Recipe,
+    precision: Precision,
+    workers: int,
+    batch: int | None = None,
+    weights: dict[str, torch.Tensor] | None = None,
+    progress: Callable[[int], None] = lambda images: None,
+) -> Scores:
+    """Scores of the net, or of other weights (a state dict) in it, on all images of the source.
+
+    `batch` is the number of images at once, the recipe's by default; `progress` is told how many
+    are done. The net is left in the mode in which it was.
+    """
+    was_training = net.training
+    net.eval()
+    device = next(net.parameters()).device
+    totals = torch.zeros(4, dtype=torch.float64, device=device)  # top-1, top-5, loss, images
+    unreadable = 0
+    batch = batch or recipe.batch
+    start = time.perf_counter()
+    for number, loaded in enumerate(
+        evaluation_batches(
+            source, batch, recipe.data.size, recipe.evaluate, workers, device.type == "cuda"
+        )
+    ):
+        images, labels, mask = (part.to(device, non_blocking=True) for part in loaded[:3])
+        pixels = normalize(images.permute(0, 3, 1, 2).float() / 255, recipe.data.normalize)
+        with precision.autocast(device):
+            logits = torch.func.functional_call(net, weights or {}, (pixels,))
+        totals += _count(logits.float(), labels, mask)
+        unreadable += len(loaded.unreadable)
+        progress(min((number + 1) * batch, len(source)))
+    top1, top5, loss, images = totals.tolist()
+    net.train(was_training)
+    assert images == len(source), "the mask must let every image through once"
+    return Scores(
+        top1=100 * top1 / images,
+        top5=100 * top5 / images,
+        loss=loss / images,
+        images=int(images),
+        unreadable=unreadable,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _count(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Sums over the images under the mask: top-1 and top-5 hits, loss, images; float64 [4]."""
+    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # [B, 5]
+    loss = F.cross_entropy(logits, labels, reduction="none")
+    counts = torch.stack([hits[:, 0], hits.any(1), loss, torch.ones_like(loss)], 1)  # [B, 4]
+    return (counts.double() * mask[:, None]).sum(0)

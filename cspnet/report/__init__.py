@@ -1,0 +1,1 @@
+"""What one sees of a run: the record, the progress, the pictures."""

@@ -1,0 +1,1 @@
+"""Training: device and precision, optimizer and schedule, checkpoints, the loop."""

@@ -1,0 +1,74 @@
+"""The optimizer's parameter groups, the learning rate as a function of the step, the average."""
+
+import torch
+from torch import nn
+
+from cspnet.recipe import Optim, Recipe
+
+
+def learning_rate(update: int, recipe: Recipe) -> float:
+    """Learning rate of the `update`-th optimizer step, which counts from 1.
+
+    Darknet's get_current_rate (src/network.c): the warm-up rises with the same power with which the
+    decay falls, the decay counts from step 0, and the rate of the last step is 0.
+    """
+    peak, schedule = recipe.optim.learning_rate, recipe.schedule
+    if update < schedule.warmup_steps:
+        return peak * (update / schedule.warmup_steps) ** schedule.power
+    return peak * (1 - update / schedule.steps) ** schedule.power
+
+
+def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict]:
+    """Weights of convolutions and of the classifier decay; biases and BatchNorm do not.
+
+    As Darknet's update_convolutional_layer: only `weights` decay. They are the tensors with more
+    than one dimension.
+    """
+    decayed = [p for p in net.parameters() if p.ndim > 1]
+    others = [p for p in net.parameters() if p.ndim <= 1]
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(net: nn.Module, optim: Optim) -> torch.optim.SGD:
+    """SGD as Darknet does it: momentum without dampening, the rate outside of the momentum buffer.
+
+    The rate is set at every step. On CUDA the fused kernel reads the loss scaler's verdict on the
+    device, so that the host need not wait for it.
+    """
+    weights = next(net.parameters())
+    return torch.optim.SGD(
+        parameter_groups(net, optim.weight_decay),
+        lr=0.0,
+        momentum=optim.momentum,
+        fused=weights.is_cuda or None,
+    )
+
+
+class Average:
+    """Exponential moving average of weights and BatchNorm statistics, float32.
+
+    The decay of the n-th update is min(decay, (1 + n) / (10 + n)), so that the first weights, which
+    are random, are soon forgotten (as in TensorFlow's ExponentialMovingAverage).
+    """
+
+    def __init__(self, net: nn.Module, decay: float):
+        self.decay = decay
+        live = net.state_dict()  # shares the net's memory
+        self.tensors = {name: tensor.clone() for name, tensor in live.items()}
+        moving = [name for name, tensor in live.items() if tensor.is_floating_point()]
+        self._live = [live[name] for name in moving]
+        self._kept = [self.tensors[name] for name in moving]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Takes in the weights after the `step`-th optimizer step, which counts from 1."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self._kept, self._live, 1 - decay)
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Takes over the tensors of a checkpoint."""
+        for name, tensor in self.tensors.items():
+            tensor.copy_(tensors[name])

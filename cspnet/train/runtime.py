@@ -1,0 +1,120 @@
+"""Where a run happens: device, precision and its reason, workers, the wish to stop.
+
+None of this is in the recipe and, precision apart, none of it changes the numbers.
+"""
+
+import contextlib
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cspnet.errors import RecipeError
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the command line says: where to run, not what."""
+
+    output: Path
+    resume: bool = False
+    device: str = "auto"
+    workers: int | None = None
+    passes: int | None = None  # groups through the net at once; None: one
+    compile: bool | None = None
+
+
+def find_device(name: str) -> torch.device:
+    """The device of `auto`, `cpu`, `cuda` or `cuda:N`. Raises RecipeError where there is none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()) or name.endswith(":"):
+        raise RecipeError(f"--device {name}: must be auto, cpu, cuda or cuda:N")
+    if kind == "cuda":
+        count = torch.cuda.device_count()
+        if int(number or 0) >= count:
+            raise RecipeError(
+                f"--device {name}: this machine shows {count} CUDA devices to torch. "
+                "Check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu."
+            )
+        return torch.device("cuda", int(number or 0))
+    return torch.device("cpu")
+
+
+def find_workers(asked: int | None, device: torch.device, source_is_embedded: bool) -> int:
+    """Processes that decode images: one a core beside a GPU, one where the CPU runs the net too."""
+    if asked is not None:
+        if asked < 0:
+            raise RecipeError(f"--workers {asked}: must be 0 (none, decode in the loop) or more")
+        return asked
+    if source_is_embedded:
+        return 0
+    return min(16, len(os.sched_getaffinity(0))) if device.type == "cuda" else 1
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Number format of activations; weights and the optimizer's state are always float32."""
+
+    name: str
+    reason: str
+
+    @property
+    def scales_loss(self) -> bool:
+        return self.name == "fp16"
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The context of a forward pass; does nothing in fp32."""
+        return torch.autocast(device.type, DTYPES[self.name], enabled=self.name != "fp32")
+
+
+def find_precision(asked: str, device: torch.device) -> Precision:
+    """The precision of a recipe on a device, with its reason.
+
+    By compute capability and not by torch.cuda.is_bf16_supported(), which says yes on Turing, where
+    bf16 is emulated.
+    """
+    if device.type == "cpu":
+        if asked == "fp16":
+            raise RecipeError("precision is fp16, the device a CPU: use precision=fp32 or bf16")
+        if asked == "auto":
+            return Precision("fp32", "the device is a CPU")
+        return Precision(asked, "asked for by the recipe")
+    major, minor = torch.cuda.get_device_capability(device)
+    named = f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}"
+    if asked == "auto":
+        if major >= 8:
+            return Precision("bf16", f"{named}: native bf16, no loss scaling needed")
+        if major == 7:
+            return Precision("fp16", f"{named}: fp16 tensor cores, no native bf16; loss scaling on")
+        return Precision("fp32", f"{named}: no tensor cores")
+    if asked == "bf16" and major < 8:
+        raise RecipeError(f"precision is bf16, but {named}: bf16 needs 8.0. Use precision=fp16.")
+    return Precision(asked, "asked for by the recipe")
+
+
+class Stop(contextlib.AbstractContextManager):
+    """Turns SIGINT and SIGTERM into a wish that the loop reads; a second SIGINT leaves at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self):
+        self.requested: str | None = None  # name of the signal
+
+    def __enter__(self) -> "Stop":
+        self._before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _) -> None:
+        if number == signal.SIGINT and self.requested == "SIGINT":
+            raise KeyboardInterrupt
+        self.requested = signal.Signals(number).name

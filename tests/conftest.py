@@ -1,0 +1,78 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from cspnet import recipe as recipes
+
+ROOT = Path(__file__).parent.parent
+# Small nets on few cores: threads would wait for each other longer than they work.
+torch.set_num_threads(1)
+
+# A net that trains in milliseconds a step; mixing and averaging are on.
+TINY = [
+    "batch=16",
+    "group=8",
+    "model.width=0.125",
+    "model.norm_momentum=0.1",
+    "schedule.steps=7",
+    "schedule.warmup_steps=3",
+    "log_every=1",
+    "save_every=1",
+    "evaluate.every=1000",
+    "mix.probability=0.5",
+]
+
+
+@pytest.fixture
+def tiny():
+    """A recipe from the digits' one, made tiny, with further overrides."""
+
+    def build(*overrides: str) -> recipes.Recipe:
+        return recipes.load(ROOT / "recipes" / "digits.yaml", [*TINY, *overrides])
+
+    return build
+
+
+@pytest.fixture
+def command():
+    """Runs a command of the package in a process of its own, as a user would."""
+
+    def run(name: str, *arguments, cwd=None, timeout=120, **options) -> subprocess.CompletedProcess:
+        call = f"import sys; from cspnet.cli import {name}; sys.argv[0] = '{name}'; {name}()"
+        return subprocess.run(
+            [sys.executable, "-c", call, *map(str, arguments)],
+            cwd=cwd,
+            timeout=timeout,
+            capture_output=True,
+            text=True,
+            env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+            **options,
+        )
+
+    return run
+
+
+def picture(seed: int, height: int = 60, width: int = 80) -> np.ndarray:
+    """A smooth, colourful RGB picture, uint8 [height, width, 3]: noise would hide wrong geometry."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (5, 6, 3)).astype(np.uint8)
+    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A data root with three classes of JPEGs: 12 for training and 3 for validation each."""
+    root = tmp_path / "data"
+    for split, count in (("train", 12), ("val", 3)):
+        for number, name in enumerate(("apple", "bear", "cat")):
+            target = root / split / name
+            target.mkdir(parents=True)
+            for i in range(count):
+                image = picture(100 * number + i)[:, :, ::-1]
+                cv2.imwrite(str(target / f"{i}.jpg"), image)
+    return root

@@ -1,0 +1,114 @@
+import math
+
+import pytest
+
+from cspnet import recipe as recipes
+from cspnet.errors import RecipeError
+from tests.conftest import ROOT
+
+SHIPPED = sorted((ROOT / "recipes").glob("**/*.yaml"))
+
+
+def problems(path, *overrides):
+    with pytest.raises(RecipeError) as caught:
+        recipes.load(path, list(overrides))
+    return str(caught.value)
+
+
+def written(tmp_path, text):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_recipe_loads_and_survives_a_round_trip(path):
+    recipe = recipes.load(path, [])
+    assert recipes.from_text(recipes.to_text(recipe)) == recipe
+
+
+def test_overrides_win_over_the_file(tmp_path):
+    path = written(tmp_path, "batch: 64\nmodel:\n  width: 0.5\n")
+    recipe = recipes.load(path, ["model.width=2", "optim.weight_decay=1e-3", "data.root=a=b"])
+    assert (recipe.batch, recipe.model.width) == (64, 2.0)
+    assert recipe.optim.weight_decay == 1e-3
+    assert recipe.data.root == "a=b"
+
+
+@pytest.mark.parametrize(
+    "override, told",
+    [
+        ("augment.hues=1", "Did you mean 'augment.hue'"),
+        ("hue=0.1", "Did you mean 'augment.hue'"),
+        ("learning_rat=0.1", "Did you mean 'optim.learning_rate'"),
+        ("model.nam=darknet53", "Did you mean 'model.name'"),
+        ("model.name=resnet", "expected one of ['cspdarknet53'"),
+        ("batch=big", "batch: Value 'big'"),
+        ("batch=2.5", "batch: Value '2.5'"),
+        ("batch", "not of the form section.key=value"),
+        ("=3", "not of the form section.key=value"),
+        ("mix=3", "mix is a section"),
+        ("mix.cutmix.on=3", "unknown key 'mix.cutmix.on'"),
+        ("augment.resize=1", "augment.resize"),
+        ("augment.resize=[1,2,3]", "length 3"),
+        ("augment.resize=[2,1]", "the smaller bound comes first"),
+        ("optim.momentum=1", "must be between 0 and 0.9999"),
+        ("optim.learning_rate=nan", "must be between"),
+        ("seed=-1", "seed is -1"),
+        ("batch=100", "batch (100) is not a multiple of group (32): try group=25 or batch=96"),
+        ("data.size=100", "must be a multiple of 32: try 96"),
+        ("mix.share=5", "not a multiple of mix.share"),
+        ("model.leaky_slope=0.2", "has no effect, since model.activation is mish"),
+        ("model.classes=1", "must be at least 2 or auto"),
+        ("group='${bach}'", "'bach' not found"),
+        ("group=[", "override 'group=['"),
+    ],
+)
+def test_wrong_override_is_told_with_its_key(override, told):
+    assert told in problems(None, override)
+
+
+def test_every_problem_is_in_one_message(tmp_path):
+    path = written(tmp_path, "batch: x\nmodel: {widht: 1}\n")
+    text = problems(path, "seed=-1", "augment.hue=red", "nonsense")
+    for told in (f"{path}: batch", "model.width", "augment.hue", "nonsense"):
+        assert told in text
+
+
+def test_an_idle_key_is_an_error_but_an_override_may_idle_the_file(tmp_path):
+    mixing = "mix: {probability: 0.5, cutmix: true, cutmix_side: [0.2, 0.4]}\n"
+    path = written(tmp_path, mixing)
+    assert recipes.load(path, ["mix.probability=0"]).mix.probability == 0
+    assert "mix.cutmix_side has no effect" in problems(
+        path, "mix.cutmix=false", "mix.cutmix_side=[0.1,0.2]"
+    )
+    idle = written(tmp_path, mixing.replace("0.5,", "0,"))
+    assert "mix.cutmix_side has no effect" in problems(idle)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "batch: [", "batch: 1\nbatch: 2\n", "\x00"])
+def test_a_file_that_is_no_recipe(tmp_path, text):
+    path = written(tmp_path, text)
+    assert str(path) in problems(path)
+
+
+def test_find_by_name_and_by_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = recipes.find("digits")
+    assert shipped == recipes.find("digits.yaml") and shipped.stem == "digits"
+    own = written(tmp_path, "batch: 64\n")
+    assert recipes.find("r").resolve() == recipes.find(str(own)) == own
+    with pytest.raises(RecipeError, match="Did you mean 'digits'"):
+        recipes.find("digit")
+
+
+def test_defaults_are_in_range_and_finite():
+    recipe = recipes.load(None, [])
+    for key, value in recipes.flatten(recipe):
+        if isinstance(value, float):
+            assert math.isfinite(value), key
+
+
+def test_interpolation_keeps_two_numbers_together():
+    recipe = recipes.load(None, ["batch=64", "group='${batch}'"])
+    assert recipe.group == 64 and recipe.groups == 1
