@@ -30,9 +30,7 @@ def train(
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(
-            "--recipe", "-r", "-c", help="Recipe: a path, or the name of a shipped one."
-        ),
+        typer.Option("--recipe", "-r", "-c", help="Recipe: a path, or the name of a shipped one."),
     ] = None,
     data: Annotated[
         str | None,
@@ -140,7 +138,7 @@ def evaluate(
             source,
             recipe,
             precision,
-            find_workers(workers, where, data == recipes.DIGITS),
+            find_workers(workers, where),
             batch,
             progress=lambda images: bar.update(task, completed=images),
         )

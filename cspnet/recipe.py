@@ -241,8 +241,13 @@ def from_text(text: str) -> Recipe:
 
 
 def to_text(recipe: Recipe) -> str:
-    """The recipe as YAML, every field present."""
-    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
+    """The recipe as YAML: every field that has an effect."""
+    content = OmegaConf.to_container(OmegaConf.structured(recipe))
+    for key, (is_idle, _) in IDLE.items():
+        if is_idle(recipe):
+            section, leaf = key.split(".")
+            del content[section][leaf]
+    return OmegaConf.to_yaml(OmegaConf.create(content))
 
 
 def _read(path: Path) -> dict:

@@ -58,7 +58,7 @@ def command():
 
 
 def picture(seed: int, height: int = 60, width: int = 80) -> np.ndarray:
-    """A smooth, colourful RGB picture, uint8 [height, width, 3]: noise would hide wrong geometry."""
+    """A smooth, colourful picture, RGB uint8 [height, width, 3]; noise would hide a shift."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (5, 6, 3)).astype(np.uint8)
     return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)

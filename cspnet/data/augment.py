@@ -98,8 +98,8 @@ def _draw_mix(
 def colour(images: torch.Tensor, draws: Draws) -> torch.Tensor:
     """Changes hue, saturation and value of RGB images in [0, 1], float [B, 3, H, W].
 
-    Darknet's distort_image: hue wraps, saturation and value may pass 1 on the way, RGB is clamped at
-    the end. Grey stays grey and black stays black.
+    Each image by its draws, as Darknet's distort_image: hue wraps, saturation and value may pass 1
+    on the way, RGB is clamped at the end. Grey stays grey and black stays black.
     """
     hue, saturation, value = (
         part[:, None, None].to(images.dtype) for part in (draws.hue, draws.saturation, draws.value)

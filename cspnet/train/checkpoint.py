@@ -85,7 +85,10 @@ class TrainState:
         return remarks
 
     def _compare(self, saved: dict) -> list[str]:
-        then, now = dict(flatten(from_text(saved["recipe"]))), dict(flatten(self.recipe))
+        # Through the text both ways, which leaves out what has no effect.
+        then, now = (
+            dict(flatten(from_text(text))) for text in (saved["recipe"], to_text(self.recipe))
+        )
         changed = [key for key in now if now[key] != then[key] and key not in FREE]
         differences = [
             f"{key} was {then[key]}, is now {now[key]}" for key in changed if key not in HORIZON
@@ -106,8 +109,7 @@ class TrainState:
                 + "\nResume with the settings of the run, or start another one in another folder."
             )
         remarks = [
-            f"the horizon changes: {key} was {then[key]:,}, is now {now[key]:,}"
-            for key in changed
+            f"the horizon changes: {key} was {then[key]:,}, is now {now[key]:,}" for key in changed
         ]
         if saved["precision"] != self.precision:
             remarks.append(

@@ -17,7 +17,7 @@ from cspnet.data.sources import Source, open_training, open_validation
 from cspnet.errors import CheckpointError, RecipeError, Stopped
 from cspnet.evaluate import Scores, evaluate
 from cspnet.nets import create
-from cspnet.recipe import DIGITS, Recipe, to_text
+from cspnet.recipe import Recipe, to_text
 from cspnet.report.metrics import Report
 from cspnet.report.preview import sheet, write_png
 from cspnet.train.checkpoint import TrainState, load, save
@@ -132,7 +132,7 @@ def prepare(recipe: Recipe, place: Place, console: Console) -> Job:
         folder=folder,
         device=device,
         precision=precision,
-        workers=find_workers(place.workers, device, recipe.data.root == DIGITS),
+        workers=find_workers(place.workers, device),
         passes=[
             range(first, min(first + at_once, recipe.groups))
             for first in range(0, recipe.groups, at_once)

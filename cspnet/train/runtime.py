@@ -46,15 +46,17 @@ def find_device(name: str) -> torch.device:
     return torch.device("cpu")
 
 
-def find_workers(asked: int | None, device: torch.device, source_is_embedded: bool) -> int:
-    """Processes that decode images: one a core beside a GPU, one where the CPU runs the net too."""
+def find_workers(asked: int | None, device: torch.device) -> int:
+    """Processes that decode images: one a core beside a GPU, none where the CPU runs the net.
+
+    There OpenMP threads wait for each other in spinning loops: a further busy process costs more
+    than decoding in between does.
+    """
     if asked is not None:
         if asked < 0:
             raise RecipeError(f"--workers {asked}: must be 0 (none, decode in the loop) or more")
         return asked
-    if source_is_embedded:
-        return 0
-    return min(16, len(os.sched_getaffinity(0))) if device.type == "cuda" else 1
+    return min(16, len(os.sched_getaffinity(0))) if device.type == "cuda" else 0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,150 @@
+"""The commands as a user types them, each in a process of its own."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, TINY
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run folder of the tiny digits recipe, trained through the command line."""
+    import subprocess
+    import sys
+
+    base = tmp_path_factory.mktemp("trained")
+    call = "from cspnet.cli import main_train as m; m()"
+    arguments = ["--recipe", "digits", "--output", "run", "--device", "cpu", *TINY]
+    done = subprocess.run(
+        [sys.executable, "-c", call, *arguments], cwd=base, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return base / "run", done.stdout
+
+
+def test_training_prints_the_recipe_and_the_way_on(trained):
+    _, output = trained
+    assert "activation: mish" in output and "validation at step 7: top-1" in output
+    assert "fp32 (the device is a CPU)" in output
+    assert "cspnet-eval --checkpoint run/checkpoints/best.pt --data digits" in output
+
+
+def test_eval_prints_the_top1_of_the_last_validation(trained, command, tmp_path):
+    run, _ = trained
+    done = command(
+        "main_eval",
+        *("--checkpoint", run / "checkpoints" / "last.pt"),
+        *("--data", "digits", "--json", tmp_path / "scores.json", "--workers", 1),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    assert last["split"] == "val"
+    assert f"top-1 {last['top1']:.2f} %" in done.stdout
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["top1"] == last["top1"] and scores["images"] == 359
+    assert scores["loss"] == pytest.approx(last["loss"], rel=1e-6)
+
+
+def test_umbrella_command_is_the_same(command, tmp_path):
+    done = command("main", "train", "--recipe", "digits", "--check", "batch=128", cwd=tmp_path)
+    assert done.returncode == 0 and "batch: 128" in done.stdout
+    assert not list(tmp_path.iterdir()), "--check touches nothing"
+    assert "train" in (help_ := command("main", "--help").stdout) and "eval" in help_
+
+
+def test_resume_needs_only_the_folder(trained, command, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "run")
+    done = command("main_train", "--output", "run", "--resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "step 7, complete" in done.stdout
+
+
+def test_train_py_hands_over(tmp_path):
+    import subprocess
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "-r", "digits", "--check"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "size: 32" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["--recipe", "digitz"], "Did you mean 'digits'"),
+        (["--recipe", "no/such.yaml"], "there is no recipe 'no/such.yaml'"),
+        (["-r", "digits", "optim.learning_rte=1"], "Did you mean 'optim.learning_rate'"),
+        (["-r", "cifar10", "--data", "nowhere"], "data folder nowhere does not exist"),
+        (["-r", "digits", "--device", "gpu"], "must be auto, cpu, cuda or cuda:N"),
+        (["-r", "digits", "--device", "cuda:99"], "CUDA devices to torch"),
+        (["-r", "digits", "--workers", "-1"], "--workers -1"),
+        (["-r", "digits", "--passes", "5"], "a step has 2 groups"),
+        (["-r", "digits", "precision=fp16", "--device", "cpu"], "precision is fp16"),
+        (["-r", "digits", "--output", "file"], "is a file: name a folder"),
+        (["--resume"], "no recipe: give --recipe NAME"),
+        (["-r", "digits", "--learning-rate", "1"], "No such option"),
+    ],
+)
+def test_wrong_use_of_train(command, tmp_path, arguments, told):
+    (tmp_path / "file").write_text("precious")
+    done = command("main_train", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    message = re.sub(r"[\s│]+", " ", done.stderr)
+    assert told in message and "Traceback" not in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_wrong_use_of_eval(command, trained, folder, tmp_path):
+    best = trained[0] / "checkpoints" / "best.pt"
+    torn = tmp_path / "torn.pt"
+    torn.write_bytes(best.read_bytes()[:-1000])
+    for checkpoint, data, told in (
+        (tmp_path / "none.pt", "digits", "does not exist"),
+        (torn, "digits", "truncated, damaged, or not a checkpoint"),
+        (best, "nowhere", "does not exist"),
+        (best, folder, "lacks 10 classes (0, 1, 2, 3, 4 …); it has 3 classes (apple, bear, cat)"),
+    ):
+        done = command("main_eval", "--checkpoint", checkpoint, "--data", data)
+        assert done.returncode == 2 and told in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_torn_checkpoint_is_not_resumed_nor_overwritten(command, trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "run")
+    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    last.unlink()
+    last.write_bytes(b"torn")
+    done = command("main_train", "--output", "run", "--resume", cwd=tmp_path)
+    assert done.returncode == 2 and "last.pt is truncated" in done.stderr
+    assert last.read_bytes() == b"torn"
+
+
+def test_the_checkpoint_is_plain_and_timm_reads_it(trained):
+    import timm
+
+    path = trained[0] / "checkpoints" / "best.pt"
+    saved = torch.load(path, weights_only=True)
+
+    def plain(node):
+        if isinstance(node, dict):
+            return all(plain(k) and plain(v) for k, v in node.items())
+        if isinstance(node, list | tuple):
+            return all(plain(v) for v in node)
+        return node is None or type(node) in (torch.Tensor, int, float, str, bool)
+
+    assert plain(saved)
+    from timm.models import load_state_dict
+
+    weights = load_state_dict(str(path), use_ema=True)
+    assert torch.equal(weights["head.fc.weight"], saved["state_dict_ema"]["head.fc.weight"])
+    assert timm.create_model("cspdarknet53", act_layer="mish").state_dict().keys() == weights.keys()

@@ -1,0 +1,196 @@
+import math
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as tv
+
+from cspnet.data import decode, stream
+from cspnet.recipe import Augment, Evaluate
+from tests.conftest import picture
+
+
+class Scripted:
+    """A random generator whose numbers are known: each call takes the next of a list."""
+
+    def __init__(self, *values):
+        self.values = list(values)
+
+    def uniform(self, low, high):
+        return self.values.pop(0)
+
+    def random(self):
+        return self.values.pop(0)
+
+    def integers(self, low, high):
+        return self.values.pop(0)
+
+
+def slow_view(image, size, aspect, target, angle, dx, dy, flip):
+    """The view pixel by pixel, in float64, from ../shared/darknet-semantics §5.2 steps 3 to 6."""
+    height, width = image.shape[:2]
+    m = height if height < width * aspect else int(width * aspect)
+    s = target / m
+    theta = math.radians(angle)
+
+    def pixel(x, y):
+        if 0 <= x < width and 0 <= y < height:
+            return image[y, x].astype(np.float64)
+        return np.zeros(3)
+
+    view = np.zeros((size, size, 3))
+    for y in range(size):
+        for x in range(size):
+            p = (x - size / 2 + dx) * aspect / s
+            q = (y - size / 2 + dy) / s
+            u = math.cos(theta) * p - math.sin(theta) * q + width / 2
+            v = math.sin(theta) * p + math.cos(theta) * q + height / 2
+            x0, y0 = math.floor(u), math.floor(v)
+            fx, fy = u - x0, v - y0
+            view[y, x] = (
+                (1 - fy) * (1 - fx) * pixel(x0, y0)
+                + (1 - fy) * fx * pixel(x0 + 1, y0)
+                + fy * (1 - fx) * pixel(x0, y0 + 1)
+                + fy * fx * pixel(x0 + 1, y0 + 1)
+            )
+    return view[:, ::-1] if flip else view
+
+
+@pytest.mark.parametrize(
+    "shape, aspect, target, angle, flip",
+    [
+        ((60, 80), 0.8, 40, 5.0, False),
+        ((60, 80), 1.25, 32, -7.0, True),
+        ((80, 60), 0.9, 100, 3.0, True),
+        ((80, 60), 1 / 0.75, 30, 0.0, False),
+        ((50, 50), 1.0, 48, 7.0, False),
+    ],
+)
+def test_view_against_the_specification(shape, aspect, target, angle, flip):
+    size, (height, width) = 48, shape
+    image = picture(1, height, width)
+    m = height if height < width * aspect else int(width * aspect)
+    s = target / m
+    dx = 0.6 * max(0, (width * s / aspect - size) / 2)
+    dy = -0.3 * max(0, (height * s - size) / 2)
+    inverted = aspect > 1
+    rng = Scripted(
+        1 / aspect if inverted else aspect,
+        0.9 if inverted else 0.1,
+        target,
+        angle,
+        dx,
+        dy,
+        0.1 if flip else 0.9,
+    )
+    view = decode.train_view(image, rng, size, Augment())
+    assert not rng.values, "every number is used"
+    expected = slow_view(image, size, aspect, target, angle, dx, dy, flip)
+    difference = np.abs(view - expected)
+    assert difference.mean() <= 1
+    assert np.quantile(difference, 0.99) <= 3
+
+
+def test_the_draws_cover_their_ranges():
+    """Seen through the matrix alone: aspect × scale, rotation, flip, for a square image."""
+    augment = Augment()
+    size = 256
+    flips, angles, scales, targets = 0, [], [], []
+    for position in range(4000):
+        rng = stream.random(0, stream.VIEW, position)
+        matrix = decode.train_matrix(rng, 300, 300, size, augment)
+        (a, b), (c, d) = matrix[:, :2]
+        flips += np.linalg.det(matrix[:, :2]) < 0
+        angles.append(math.degrees(math.atan2(-b, d)))
+        vertical = math.hypot(b, d)  # image pixels for a view pixel: 1 / s
+        scales.append(math.hypot(a, c) / vertical)
+        m = 300 if scales[-1] > 1 else int(300 * scales[-1] + 1e-9)
+        targets.append(m / vertical)
+    assert 0.47 < flips / 4000 < 0.53
+    assert -7 <= min(angles) < -6.9 and 6.9 < max(angles) <= 7
+    assert 0.75 <= min(scales) < 0.76 and 1.32 < max(scales) <= 1 / 0.75 + 1e-9
+    assert 0.47 < np.mean(np.array(scales) < 1) < 0.53
+    assert 128 <= round(min(targets)) <= 130 and 446 <= round(max(targets)) <= 448
+    assert abs(np.mean(targets) - 288) < 5
+
+
+def test_share_of_views_with_a_black_border():
+    """40 ± 2 % of the crops of a 500×375 image, rotation aside (darknet-semantics §5.2)."""
+    bordered = 0
+    for position in range(20_000):
+        rng = stream.random(7, stream.VIEW, position)
+        matrix = decode.train_matrix(rng, 500, 375, 256, Augment(angle=0))
+        corners = np.array([[0, 0, 1], [255, 0, 1], [0, 255, 1], [255, 255, 1]]) @ matrix.T
+        inside = (corners >= -1) & (corners <= np.array([500, 375]))
+        bordered += not inside.all()
+    assert abs(bordered / 20_000 - 0.40) <= 0.02
+
+
+@pytest.mark.parametrize("shape", [(375, 500), (500, 375), (333, 333), (90, 64), (300, 301)])
+def test_antialiased_evaluation_is_pils(shape):
+    image = picture(2, *shape)
+    view = decode.evaluation_view(image, 64, Evaluate(crop=0.875, resize="antialias"))
+    resized = tv.resize(Image.fromarray(image), math.floor(64 / 0.875))
+    expected = np.asarray(tv.center_crop(resized, [64, 64])).astype(int)
+    assert np.abs(view - expected).max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(75, 100), (101, 64), (40, 33)])
+def test_corner_aligned_evaluation_is_darknets(shape):
+    """resize_min, then crop_image, by loops (darknet-semantics §7)."""
+    size, (height, width) = 32, shape
+    image = picture(3, *shape).astype(np.float64)
+    if width < height:
+        w, h = size, height * size // width
+    else:
+        w, h = width * size // height, size
+    resized = np.zeros((h, w, 3))
+    for y in range(h):
+        for x in range(w):
+            v, u = y * (height - 1) / (h - 1), x * (width - 1) / (w - 1)
+            y0, x0 = min(int(v), height - 2), min(int(u), width - 2)
+            fy, fx = v - y0, u - x0
+            top = (1 - fx) * image[y0, x0] + fx * image[y0, x0 + 1]
+            bottom = (1 - fx) * image[y0 + 1, x0] + fx * image[y0 + 1, x0 + 1]
+            resized[y, x] = (1 - fy) * top + fy * bottom
+    top, left = (h - size) // 2, (w - size) // 2
+    expected = resized[top : top + size, left : left + size]
+    view = decode.evaluation_view(image.astype(np.uint8), size, Evaluate())
+    assert np.abs(view - expected).max() <= 0.51
+
+
+def test_an_image_smaller_than_the_view_is_enlarged():
+    view = decode.evaluation_view(picture(4, 8, 8), 32, Evaluate())
+    assert view.shape == (32, 32, 3) and view.any(axis=2).all()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "RGBA", "P", "1"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    path = tmp_path / ("a.jpg" if mode in ("RGB", "L", "CMYK") else "a.png")
+    Image.fromarray(picture(5)).convert(mode).save(path)
+    image = decode.decode(path.read_bytes())
+    assert image.shape == (60, 80, 3)
+    if mode == "RGB":
+        assert np.abs(image.astype(int) - np.asarray(Image.open(path))).mean() < 2
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn right
+    Image.fromarray(picture(6)).save(tmp_path / "a.jpg", exif=exif)
+    assert decode.decode((tmp_path / "a.jpg").read_bytes()).shape == (80, 60, 3)
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\xd8\xff", b"GIF89a", b"not an image" * 50])
+def test_unreadable(data):
+    with pytest.raises(decode.Unreadable):
+        decode.decode(data)
+
+
+def test_colours_come_out_as_rgb():
+    red = np.zeros((4, 4, 3), np.uint8)
+    red[:, :, 2] = 255  # OpenCV writes BGR
+    assert decode.decode(cv2.imencode(".png", red)[1].tobytes())[0, 0].tolist() == [255, 0, 0]
+    assert torch.from_numpy(red).is_contiguous()

@@ -1,0 +1,338 @@
+"""The loop and its promises: resumption to the last bit, passes that change nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from rich.console import Console
+
+from cspnet import recipe as recipes
+from cspnet.errors import CheckpointError, RecipeError, Stopped
+from cspnet.evaluate import Scores, evaluate
+from cspnet.train import loop
+from cspnet.train.checkpoint import load
+from cspnet.train.runtime import Place, Precision
+
+# A process that trains by a recipe's text and, after a given step is saved, kills itself.
+CHILD = """
+import os, pathlib, signal, sys, torch
+torch.set_num_threads(1)
+from rich.console import Console
+from cspnet import recipe
+from cspnet.train import loop
+from cspnet.train.runtime import Place
+text, output, workers, die_after = sys.argv[1:]
+original = loop.save
+def save(content, path, also=None):
+    original(content, path, also)
+    if content["step"] == int(die_after):
+        os.kill(os.getpid(), signal.SIGKILL)
+loop.save = save
+place = Place(pathlib.Path(output), resume=True, device="cpu", workers=int(workers))
+loop.train(recipe.from_text(text), place, Console(quiet=True))
+"""
+
+
+def in_process(recipe, output, workers=0, die_after=-1):
+    arguments = [recipes.to_text(recipe), str(output), str(workers), str(die_after)]
+    return subprocess.run([sys.executable, "-c", CHILD, *arguments], timeout=120).returncode
+
+
+def run(recipe, output, **place):
+    place = Place(output, device="cpu", **{"workers": 0, **place})
+    return loop.train(recipe, place, Console(quiet=True))
+
+
+def last(output):
+    return load(output / "checkpoints" / "last.pt")
+
+
+def same(a, b):
+    """Bit-equality of nested dictionaries, lists, tensors and numbers."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def metrics(output):
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(lines):
+    """Metrics without what a clock says."""
+    clock = ("images_per_second", "data_wait")
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_and_resumed_is_bit_equal_to_undisturbed(tiny, folder, tmp_path, workers):
+    """36 images, batches of 16: the kill after step 2 comes in the first epoch, the resumed run
+    crosses its end. Mixing and averaging are on."""
+    recipe = tiny(f"data.root={folder}", "model.classes=3", "mix.probability=0.5")
+    assert recipe.average.decay and recipe.mix.mosaic
+    run(recipe, tmp_path / "whole")
+    assert in_process(recipe, tmp_path / "cut", workers, die_after=2) == -signal.SIGKILL
+    assert last(tmp_path / "cut")["step"] == 2
+    assert in_process(recipe, tmp_path / "cut", workers, die_after=3) == -signal.SIGKILL
+    assert in_process(recipe, tmp_path / "cut", workers) == 0
+    whole, cut = last(tmp_path / "whole"), last(tmp_path / "cut")
+    assert whole["step"] == 7 and whole["epoch"] > 3
+    for part in ("state_dict", "state_dict_ema", "optimizer", "best_top1", "step"):
+        assert same(whole[part], cut[part]), part
+    assert any(t.abs().sum() for t in torch.utils._pytree.tree_leaves(whole["optimizer"]["state"]))
+    assert numbers(metrics(tmp_path / "cut")) == numbers(metrics(tmp_path / "whole"))
+
+
+def test_the_log_window_survives_a_resume(tiny, tmp_path):
+    """The loss of a line is the mean since the last line, also across a kill in between."""
+    recipe = tiny("log_every=3", "schedule.steps=6")
+    run(recipe, tmp_path / "whole")
+    in_process(recipe, tmp_path / "cut", die_after=2)
+    run(recipe, tmp_path / "cut", resume=True)
+    assert numbers(metrics(tmp_path / "cut")) == numbers(metrics(tmp_path / "whole"))
+
+
+def relative(a, b, chosen):
+    """Norm of the difference of two state dicts over that of the first; and the worst tensor's."""
+    pairs = [
+        (a[name].double(), b[name].double())
+        for name in a
+        if a[name].is_floating_point() and chosen(name)
+    ]
+    squares = [((x - y).square().sum(), x.square().sum()) for x, y in pairs]
+    together = sum(d for d, _ in squares) / sum(n for _, n in squares)
+    return float(together.sqrt()), float(max(d / n for d, n in squares).sqrt())
+
+
+def passes_compared(recipe, folder):
+    runs = {}
+    for passes in (1, 3, 4):
+        run(recipe, folder / str(passes), passes=passes)
+        runs[passes] = last(folder / str(passes))
+    start = loop.build_net(recipe, 10).state_dict()
+    moved = relative(start, runs[1]["state_dict"], lambda name: name.endswith("conv.weight"))[1]
+    for passes in (3, 4):  # 3: one pass of three groups, one of the fourth
+        weights, statistics = (
+            relative(runs[1]["state_dict"], runs[passes]["state_dict"], chosen)
+            for chosen in (lambda name: "running" not in name, lambda name: "running" in name)
+        )
+        yield weights, statistics, moved
+
+
+def test_one_pass_of_four_groups_equals_four_passes_of_one(tiny, tmp_path, monkeypatch):
+    """Shares of the loss, gradients, order of statistics; in float64, at a rate that moves weights.
+
+    In float32 the last bits differ with the shape of a convolution, and a net over four pixels a
+    group magnifies that: the next test.
+    """
+    build, normalize = loop.build_net, loop.normalize
+    monkeypatch.setattr(loop, "build_net", lambda *a: build(*a).double())
+    monkeypatch.setattr(loop, "normalize", lambda images, kind: normalize(images, kind).double())
+    monkeypatch.setattr(loop, "cross_entropy", lambda x, t: -(t.double() * x.log_softmax(1)).sum())
+    monkeypatch.setattr(loop, "validate", lambda *_: Scores(0, 0, 0, 0, 0, 1))
+    recipe = tiny("batch=32", "data.size=64", "schedule.steps=5")
+    for weights, statistics, moved in passes_compared(recipe, tmp_path):
+        assert moved > 0.05
+        assert weights[1] < 1e-5 and statistics[1] < 1e-6
+
+
+def test_passes_in_float32_differ_by_rounding(tiny, tmp_path):
+    """With the published warm-up: its first five rates leave the weights where they are, so that
+    rounding is not magnified, and each BatchNorm sees the same groups."""
+    recipe = tiny(
+        "batch=32",
+        "data.size=64",
+        "schedule.steps=5",
+        "schedule.power=4",
+        "schedule.warmup_steps=1000",
+    )
+    for weights, statistics, _ in passes_compared(recipe, tmp_path):
+        assert weights[0] < 1e-5 and statistics[0] < 1e-6
+
+
+def test_a_step_equals_a_plain_reference(tiny, tmp_path):
+    """Steps of the loop against forward, backward and SGD written out, group by group."""
+    from cspnet.data import augment
+    from cspnet.data.loader import Groups
+    from cspnet.data.sources import Digits
+    from cspnet.train.optim import learning_rate
+
+    recipe = tiny("schedule.steps=3", "schedule.warmup_steps=0", "average.decay=0")
+    run(recipe, tmp_path / "run")
+    net = loop.build_net(recipe, 10)
+    source = Digits(train=True)
+    velocity = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
+    for step in range(3):
+        net.zero_grad()
+        for group in range(recipe.groups):
+            batch = Groups(source, recipe)[step, group]
+            draws = augment.draw(recipe, step, range(group, group + 1))
+            images, targets = augment.augment(batch.images, batch.labels, draws, recipe, 10)
+            loss = -(targets * net(images).log_softmax(1)).sum() / recipe.batch
+            loss.backward()
+        rate = learning_rate(step + 1, recipe)
+        with torch.no_grad():
+            for name, p in net.named_parameters():
+                decay = recipe.optim.weight_decay if p.ndim > 1 else 0.0
+                velocity[name] = 0.9 * velocity[name] + p.grad + decay * p
+                p -= rate * velocity[name]
+    trained = last(tmp_path / "run")["state_dict"]
+    for name, tensor in net.state_dict().items():
+        torch.testing.assert_close(trained[name], tensor, rtol=2e-4, atol=2e-5)
+
+
+def test_a_signal_saves_first_and_exits_75(tiny, tmp_path):
+    """SIGTERM in mid-run: the finished step is saved, and the resumed run ends as the whole one."""
+    recipe = tiny("schedule.steps=40", "save_every=1000", "log_every=1")
+    arguments = [recipes.to_text(recipe), str(tmp_path / "cut"), "0", "-1"]
+    child = subprocess.Popen([sys.executable, "-c", CHILD, *arguments], stderr=subprocess.PIPE)
+    record = tmp_path / "cut" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (record.exists() and record.read_text().count("\n") >= 3):
+        assert time.monotonic() < deadline and child.poll() is None
+        time.sleep(0.01)
+    child.send_signal(signal.SIGTERM)
+    _, errors = child.communicate(timeout=60)
+    assert b"SIGTERM: saved at step" in errors
+    stopped_at = last(tmp_path / "cut")["step"]
+    assert 3 <= stopped_at < 40
+    run(recipe, tmp_path / "cut", resume=True)
+    run(recipe, tmp_path / "whole")
+    assert same(last(tmp_path / "cut")["state_dict"], last(tmp_path / "whole")["state_dict"])
+    steps = [line["step"] for line in metrics(tmp_path / "cut") if line["split"] == "train"]
+    assert steps == list(range(1, 41))
+
+
+def test_stop_raises_the_right_exit_code(tiny, tmp_path, monkeypatch):
+    recipe = tiny()
+    original = loop.learning_rate
+
+    def interrupt(update, recipe):
+        if update == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(update, recipe)
+
+    monkeypatch.setattr(loop, "learning_rate", interrupt)
+    with pytest.raises(Stopped, match="saved at step 2 of 7") as stopped:
+        run(recipe, tmp_path / "run")
+    assert stopped.value.exit_code == 75
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_validation_and_best(tiny, tmp_path):
+    """The checkpoint's best is the best line of the record, and evaluates to that very number."""
+    recipe = tiny("evaluate.every=2", "schedule.steps=7", "save_every=100")
+    final = run(recipe, tmp_path / "run")
+    lines = [line for line in metrics(tmp_path / "run") if line["split"] == "val"]
+    assert [line["step"] for line in lines] == [2, 4, 6, 7]
+    best = load(tmp_path / "run" / "checkpoints" / "best.pt")
+    top1 = [line["top1"] for line in lines]
+    assert best["best_top1"] == max(top1) == top1[[2, 4, 6, 7].index(best["step"])]
+    assert final.top1 == top1[-1] and final.images == 359
+    job = loop.prepare(recipe, Place(tmp_path / "other", device="cpu"), Console(quiet=True))
+    net = loop.build_net(recipe, 10)
+    net.load_state_dict(last(tmp_path / "run")["state_dict_ema"])
+    again = evaluate(net, job.validation, recipe, Precision("fp32", ""), workers=2, batch=7)
+    assert (again.top1, again.top5, again.images) == (final.top1, final.top5, final.images)
+    assert net.training
+
+
+def test_a_finished_run_is_not_trained_again(tiny, tmp_path):
+    run(tiny(), tmp_path / "run")
+    before = (tmp_path / "run" / "checkpoints" / "last.pt").read_bytes()
+    assert run(tiny(), tmp_path / "run", resume=True) is None
+    assert (tmp_path / "run" / "checkpoints" / "last.pt").read_bytes() == before
+
+
+def test_a_run_folder_is_never_overwritten(tiny, tmp_path):
+    run(tiny(), tmp_path / "run")
+    with pytest.raises(RecipeError, match=r"not empty.*--resume"):
+        run(tiny(), tmp_path / "run")
+
+
+def test_other_settings_are_refused_and_a_longer_horizon_is_not(tiny, tmp_path):
+    run(tiny(), tmp_path / "run")
+    with pytest.raises(CheckpointError) as caught:
+        run(tiny("seed=1", "loss.smoothing=0.2"), tmp_path / "run", resume=True)
+    assert "seed was 0, is now 1" in str(caught.value)
+    assert "loss.smoothing was 0.1, is now 0.2" in str(caught.value)
+    kept = recipes.load(tmp_path / "run" / "recipe.yaml", [])
+    assert kept == tiny(), "a refused resume leaves the run folder as it was"
+    run(tiny("schedule.steps=9", "log_every=2"), tmp_path / "run", resume=True)
+    assert last(tmp_path / "run")["step"] == 9
+
+
+def test_other_data_is_refused(tiny, folder, tmp_path):
+    recipe = tiny(f"data.root={folder}", "model.classes=auto")
+    run(recipe, tmp_path / "run")
+    (folder / "train" / "cat" / "0.jpg").unlink()
+    with pytest.raises(CheckpointError, match="training images were 36, are now 35"):
+        run(recipe, tmp_path / "run", resume=True)
+
+
+def test_a_class_count_that_the_data_does_not_have(tiny, tmp_path):
+    with pytest.raises(RecipeError, match=r"model\.classes is 7, but digits has 10"):
+        run(tiny("model.classes=7"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_unreadable_images_are_listed_and_too_many_stop_the_run(tiny, folder, tmp_path):
+    from cspnet.errors import DataError
+
+    torn = folder / "train" / "bear" / "3.jpg"
+    torn.write_bytes(torn.read_bytes()[:20])
+    recipe = tiny(f"data.root={folder}", "model.classes=auto")
+    run(recipe, tmp_path / "run")
+    assert (tmp_path / "run" / "unreadable.txt").read_text().splitlines() == [str(torn)]
+    for path in (folder / "train").rglob("*.jpg"):
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match="unreadable images in one group of 8"):
+        run(recipe, tmp_path / "other")
+
+
+def test_the_run_folder_holds_what_the_design_says(tiny, tmp_path):
+    run(tiny(), tmp_path / "run")
+    names = {str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*")}
+    for name in ("recipe.yaml", "env.json", "metrics.jsonl", "checkpoints/last.pt", "tb"):
+        assert name in names
+    assert "preview/step-0000000.png" in names
+    assert not [name for name in names if name.endswith(".tmp")]
+    line = metrics(tmp_path / "run")[0]
+    assert {"step", "epoch", "split", "loss", "lr", "images_per_second", "data_wait"} <= set(line)
+
+
+def test_tensorboard_holds_the_record(tiny, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(tiny(), tmp_path / "run")
+    events = EventAccumulator(str(tmp_path / "run" / "tb"))
+    events.Reload()
+    tags = events.Tags()
+    wanted = {"train/loss", "train/lr", "val/top1", "val/top5", "perf/images_per_second"}
+    assert wanted | {"amp/loss_scale"} <= set(tags["scalars"])
+    losses = {e.step: e.value for e in events.Scalars("train/loss")}
+    record = [line for line in metrics(tmp_path / "run") if line["split"] == "train"]
+    assert losses == pytest.approx({line["step"]: line["loss"] for line in record})
+    assert tags["images"] == ["train/images"]
+
+
+def test_bf16_trains_and_keeps_float32_state(tiny, tmp_path):
+    run(tiny("precision=bf16"), tmp_path / "run")
+    saved = last(tmp_path / "run")
+    assert saved["precision"] == "bf16"
+    floats = [t for t in saved["state_dict"].values() if t.is_floating_point()]
+    assert all(t.dtype == torch.float32 and t.isfinite().all() for t in floats)
+
+
+def test_the_seed_makes_the_first_weights(tiny):
+    a, b, c = (loop.build_net(tiny(f"seed={seed}"), 10).state_dict() for seed in (0, 0, 1))
+    assert same(a, b) and not same(a, c)

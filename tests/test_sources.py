@@ -1,0 +1,184 @@
+import shutil
+
+import numpy as np
+import pytest
+
+from cspnet.data import sources
+from cspnet.data.loader import Batches, Groups, evaluation_batches, training_groups
+from cspnet.errors import DataError
+from cspnet.recipe import Evaluate, load
+
+
+def test_folder_reads_what_lies_in_it(folder):
+    source = sources.open_training(str(folder))
+    assert source.classes == ["apple", "bear", "cat"]
+    assert len(source) == 36 and np.bincount(source.labels).tolist() == [12, 12, 12]
+    for index in (0, 11, 12, 35):
+        data, label = source.read(index)
+        path = folder / "train" / source.name(index)
+        assert data == path.read_bytes()
+        assert source.classes[label] == path.parent.name
+
+
+def test_nested_folders_odd_names_and_stray_files(folder):
+    deep = folder / "train" / "bear" / "two words" / "é"
+    deep.mkdir(parents=True)
+    shutil.copy(folder / "train" / "apple" / "0.jpg", deep / "Ünï.JPEG")
+    (folder / "train" / "bear" / "notes.txt").write_text("x")
+    (folder / "train" / ".hidden").mkdir()
+    source = sources.Folder(folder / "train")
+    assert source.classes == ["apple", "bear", "cat"] and len(source) == 37
+    assert source.read(24)[1] == 1 and source.name(24).endswith("Ünï.JPEG")
+
+
+def test_numbered_classes_sort_as_strings(folder):
+    for old, new in (("apple", "10"), ("bear", "2"), ("cat", "1")):
+        (folder / "train" / old).rename(folder / "train" / new)
+    assert sources.Folder(folder / "train").classes == ["1", "10", "2"]
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_validation_by_root_or_by_its_own_folder(folder, name):
+    (folder / "val").rename(folder / name)
+    classes = ["apple", "bear", "cat"]
+    for root in (folder, folder / name):
+        assert len(sources.open_validation(str(root), classes)) == 9
+
+
+def spoil_missing(folder):
+    shutil.rmtree(folder / "val" / "bear")
+
+
+def spoil_extra(folder):
+    shutil.copytree(folder / "val" / "bear", folder / "val" / "dog")
+
+
+def spoil_empty(folder):
+    for file in (folder / "val" / "bear").iterdir():
+        file.unlink()
+
+
+def spoil_flat(folder):
+    for file in list((folder / "val").rglob("*.jpg")):
+        file.rename(folder / "val" / f"{file.parent.name}_{file.name}")
+    for name in ("apple", "bear", "cat"):
+        (folder / "val" / name).rmdir()
+
+
+def spoil_renamed(folder):
+    (folder / "val" / "bear").rename(folder / "val" / "Bear")
+
+
+def spoil_absent(folder):
+    shutil.rmtree(folder / "val")
+
+
+def spoil_twice(folder):
+    shutil.copytree(folder / "val", folder / "valid")
+
+
+def spoil_everything(folder):
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    "spoil, told",
+    [
+        (spoil_missing, r"lacks 1 class \(bear\)"),
+        (spoil_extra, r"has 1 class \(dog\) that the network was not trained for"),
+        (spoil_empty, r"no image in 1 class folder \(bear\)"),
+        (spoil_flat, r"is flat: 9 images"),
+        (spoil_renamed, r"lacks 1 class \(bear\); it has 1 class \(Bear\)"),
+        (spoil_absent, r"has train/ but none of val/, valid/, validation/"),
+        (spoil_twice, r"has both val/ and valid/"),
+        (spoil_everything, r"does not exist"),
+    ],
+)
+def test_each_mistake_with_a_val_folder_has_its_message(folder, spoil, told):
+    spoil(folder)
+    with pytest.raises(DataError, match=told):
+        sources.open_validation(str(folder), ["apple", "bear", "cat"])
+
+
+def test_a_root_without_train_says_what_is_there(folder):
+    (folder / "train").rename(folder / "training")
+    with pytest.raises(DataError, match=r"no folder train/.*training/"):
+        sources.open_training(str(folder))
+
+
+def test_digits_are_split_into_disjoint_parts():
+    train, val = sources.Digits(train=True), sources.Digits(train=False)
+    assert len(train) == 1438 and len(val) == 359
+    assert set(train._indices).isdisjoint(val._indices)
+    assert train.classes == val.classes == [str(digit) for digit in range(10)]
+
+
+def recipe_for(folder, *overrides):
+    return load(
+        None,
+        [f"data.root={folder}", "data.size=32", "batch=8", "group=4", "mix.share=2", *overrides],
+    )
+
+
+def content(batch):
+    return batch.images.numpy().tobytes(), batch.labels.tolist(), batch.unreadable
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_any_batch_can_be_the_first_with_any_number_of_workers(folder, workers):
+    """36 images in batches of 8: steps 4 and 9 cross the end of an epoch."""
+    recipe = recipe_for(folder, "schedule.steps=10")
+    source = sources.open_training(str(folder))
+    whole = [content(b) for b in training_groups(source, recipe, 0, 0, False)]
+    assert len(whole) == 20
+    late = [content(b) for b in training_groups(source, recipe, 4, workers, False)]
+    assert late == whole[8:]
+
+
+def test_one_decode_per_sample(folder, monkeypatch):
+    recipe = recipe_for(folder, "mix.probability=0.9")
+    source = sources.open_training(str(folder))
+    reads = []
+    monkeypatch.setattr(source, "read", lambda i, read=source.read: (reads.append(i), read(i))[1])
+    groups = Groups(source, recipe)
+    for group in range(2):
+        groups[0, group]
+    assert len(reads) == 8
+
+
+def test_an_unreadable_image_is_replaced_by_the_next_one(folder):
+    source = sources.open_training(str(folder))
+    with open(source.name(11), "wb") as file:  # the last apple: a bear stands in
+        file.write(b"\xff\xd8 torn")
+    recipe = recipe_for(folder)
+    groups = Groups(source, recipe)
+    batches = [groups[step, group] for step in range(5) for group in range(2)]  # > one epoch
+    assert {i for batch in batches for i in batch.unreadable} == {11}
+    again = [groups[step, group] for step in range(5) for group in range(2)]
+    assert [content(b) for b in batches] == [content(b) for b in again]
+    first_epoch = [label for b in batches for label in b.labels.tolist()][:36]
+    assert np.bincount(first_epoch).tolist() == [11, 13, 12]
+
+
+def test_an_evaluation_shows_every_image_once(folder):
+    source = sources.open_validation(str(folder), ["apple", "bear", "cat"])
+    batches = list(evaluation_batches(source, 4, 32, Evaluate(), workers=0, pin=False))
+    assert [int(b.mask.sum()) for b in batches] == [4, 4, 1]
+    labels = [int(label) for b in batches for label in b.labels[b.mask]]
+    assert labels == source.labels.tolist()
+    assert all(b.images.shape == (4, 32, 32, 3) for b in batches)
+
+
+def test_an_unreadable_validation_image_is_counted_not_left_out(folder):
+    source = sources.open_validation(str(folder), ["apple", "bear", "cat"])
+    with open(source.name(2), "wb"):
+        pass
+    batch = Batches(source, 9, 32, Evaluate())[0]
+    assert batch.unreadable == [2] and batch.mask.all() and batch.images[2].max() == 0
+
+
+def test_an_image_that_vanishes_is_unreadable(folder):
+    source = sources.open_training(str(folder))
+    shutil.rmtree(folder / "train" / "cat")
+    batch = Groups(source, recipe_for(folder))[0, 0]
+    assert all(index >= 24 for index in batch.unreadable)
