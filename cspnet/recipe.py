@@ -82,6 +82,17 @@ class Mix:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Adversarial:
+    # Step size of the attack at the end of the schedule, towards which it grows with the step;
+    # 0 switches self-adversarial training off. Darknet's adversarial_lr.
+    strength: float = within(0.0, 0, 1000)
+    # Probability that a group is attacked, after the warm-up.
+    probability: float = within(0.5, 0, 1)
+    # "nothing" lowers what the net believes in, as Darknet; "label" raises the loss, ours.
+    target: Literal["nothing", "label"] = "nothing"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Loss:
     # The true class has the target 1 - smoothing, each other one smoothing / (classes - 1).
     smoothing: float = within(0.1, 0, 0.99)
@@ -136,6 +147,7 @@ class Recipe:
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
     mix: Mix = field(default_factory=Mix)
+    adversarial: Adversarial = field(default_factory=Adversarial)
     loss: Loss = field(default_factory=Loss)
     optim: Optim = field(default_factory=Optim)
     schedule: Schedule = field(default_factory=Schedule)
@@ -162,6 +174,11 @@ IDLE = {
         lambda r: r.mix.probability == 0 or not r.mix.mosaic,
         "mix.mosaic is off or mix.probability is 0",
     ),
+    "adversarial.probability": (
+        lambda r: r.adversarial.strength == 0,
+        "adversarial.strength is 0",
+    ),
+    "adversarial.target": (lambda r: r.adversarial.strength == 0, "adversarial.strength is 0"),
     "schedule.power": (
         lambda r: r.optim.learning_rate == 0,
         "optim.learning_rate is 0",

@@ -11,7 +11,7 @@ HEIGHTS = [
     ["errors"],
     ["recipe"],
     ["nets", "data"],
-    ["train.runtime", "train.optim"],
+    ["train.runtime", "train.optim", "train.adversarial"],
     ["train.checkpoint"],
     ["evaluate"],
     ["report"],

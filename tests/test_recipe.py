@@ -112,3 +112,48 @@ def test_defaults_are_in_range_and_finite():
 def test_interpolation_keeps_two_numbers_together():
     recipe = recipes.load(None, ["batch=64", "group='${batch}'"])
     assert recipe.group == 64 and recipe.groups == 1
+
+
+def rows_of_sources():
+    """Field, value, recipes and source of each row of the first table of docs/recipe-sources.md."""
+    text = (ROOT / "docs" / "recipe-sources.md").read_text().split("## What is not a field")[0]
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == 4 and cells[0].startswith("`"):
+            field, value, names, source = cells
+            yield field.strip("`"), value.strip("`"), names, source
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_field_of_every_recipe_has_a_source(path):
+    everything = [p.stem for p in SHIPPED if p.stem not in ("digits", "cifar10")]
+    sources = {}
+    for field, value, names, source in rows_of_sources():
+        listed = everything if names == "all for ImageNet" else names.split(", ")
+        if path.stem in listed:
+            assert source and field not in sources, f"{field} of {path.stem} has two rows, or none"
+            sources[field] = value
+    resolved = recipes.load(path, [])
+    given = dict(recipes.flatten(recipes._read(path)))
+    for key, value in recipes.flatten(resolved):
+        idle = key in recipes.IDLE and recipes.IDLE[key][0](resolved)
+        assert key in given or idle, (
+            f"{path.stem} does not give {key}: shipped recipes are complete"
+        )
+        if key in given:
+            shown = str(list(value) if isinstance(value, tuple) else value)
+            assert sources.get(key) == shown, f"{key}={shown} of {path.stem} has no source"
+
+
+def test_the_published_recipes_differ_only_where_the_cfgs_do():
+    plain, gamma, omega, sat = (
+        dict(recipes.flatten(recipes.load(recipes.find(f"cspdarknet53-{name}"), [])))
+        for name in ("plain", "gamma", "omega", "sat")
+    )
+
+    def different(a, b):
+        return {key for key in a if a[key] != b[key]}
+
+    assert different(plain, gamma) == {"mix.probability", "loss.smoothing", "schedule.steps"}
+    assert different(gamma, omega) == {"model.activation"}
+    assert different(omega, sat) == {"adversarial.strength"}

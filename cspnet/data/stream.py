@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 
 # One domain for each use of random numbers: two uses at the same address stay independent.
-ORDER, VIEW, GROUP = range(3)
+ORDER, VIEW, GROUP, ATTACK = range(4)
 
 
 def random(seed: int, domain: int, major: int, minor: int = 0) -> np.random.Generator:

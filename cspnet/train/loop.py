@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import nn
@@ -20,6 +21,7 @@ from cspnet.nets import create
 from cspnet.recipe import Recipe, to_text
 from cspnet.report.metrics import Report
 from cspnet.report.preview import sheet, write_png
+from cspnet.train.adversarial import attack, attacked, strength
 from cspnet.train.checkpoint import TrainState, load, save
 from cspnet.train.optim import Average, build_optimizer, learning_rate
 from cspnet.train.runtime import (
@@ -70,9 +72,8 @@ def train(recipe: Recipe, place: Place, console: Console) -> Scores | None:
             for part in job.passes:
                 loaded = [report.fetch(groups) for _ in part]
                 images, targets = to_device(job, loaded, state.step, part)
-                with job.precision.autocast(job.device):
-                    logits = net(normalize(images, recipe.data.normalize))
-                loss = cross_entropy(logits, targets) / recipe.batch
+                images = attack_some(job, state, net, images, targets, part)
+                loss = cross_entropy(forward(job, net, images), targets) / recipe.batch
                 state.scaler.scale(loss).backward()
                 state.loss_sum += loss.detach()
             state.scaler.step(state.optimizer)
@@ -231,6 +232,32 @@ def to_device(job: Job, groups: list, step: int, part: range) -> tuple[torch.Ten
     )
     draws = draw(job.recipe, step, part).to(job.device)
     return augment(images, labels, draws, job.recipe, len(job.training.classes))
+
+
+def forward(job: Job, net: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Logits [B, K] of images in [0, 1], in the run's precision."""
+    with job.precision.autocast(job.device):
+        return net(normalize(images, job.recipe.data.normalize))
+
+
+def attack_some(
+    job: Job, state: TrainState, net: nn.Module, images, targets, part: range
+) -> torch.Tensor:
+    """The images of a pass, those of the attacked groups changed by the net against itself."""
+    recipe = job.recipe
+    chosen = attacked(recipe, state.step, part)
+    if not chosen.any():
+        return images
+    chosen = torch.from_numpy(np.flatnonzero(np.repeat(chosen, recipe.group))).to(job.device)
+    changed = attack(
+        lambda seen: forward(job, net, seen),
+        state.net,
+        images[chosen],
+        targets[chosen] if recipe.adversarial.target == "label" else None,
+        strength(state.step, recipe),
+        state.scaler.scale(torch.ones((), device=job.device)),
+    )
+    return images.index_copy(0, chosen, changed)
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

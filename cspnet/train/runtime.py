@@ -109,7 +109,9 @@ class Stop(contextlib.AbstractContextManager):
         self.requested: str | None = None  # name of the signal
 
     def __enter__(self) -> "Stop":
-        self._before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
+        # What the parent had ignored (nohup, a shell's background job) stays ignored.
+        heeded = [n for n in self.SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._ask) for number in heeded}
         return self
 
     def __exit__(self, *_) -> None:

@@ -1,0 +1,88 @@
+"""The ablation ladder on a small data set: each rung's recipe, equal steps, several seeds.
+
+    python benchmarks/ladder.py --data data/cifar10 --steps 800 --seeds 3 --jobs 2
+
+Each run is an ordinary `cspnet-train` in runs/ladder/, one thread each; a second call goes on where
+the first was stopped. Prints a table of the last validation's top-1, and writes it as JSON.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from pathlib import Path
+
+RUNGS = ("plain", "gamma", "omega", "sat")
+
+
+def overrides(arguments: argparse.Namespace, seed: int) -> list[str]:
+    """What makes the published recipes small; the same for every rung."""
+    return [
+        f"data.size={arguments.size}",
+        f"model.width={arguments.width}",
+        f"schedule.steps={arguments.steps}",
+        f"schedule.warmup_steps={arguments.steps // 10}",
+        f"evaluate.every={arguments.steps}",
+        "save_every=100",
+        "log_every=20",
+        f"seed={seed}",
+    ]
+
+
+def run(rung: str, seed: int, arguments: argparse.Namespace) -> None:
+    folder = arguments.output / f"{rung}-{seed}"
+    command = [
+        *(sys.executable, "-c", "from cspnet.cli import main_train as m; m()"),
+        *("--recipe", f"cspdarknet53-{rung}", "--data", arguments.data, "--output", str(folder)),
+        *("--resume", "--device", arguments.device, "--workers", str(arguments.workers)),
+        *overrides(arguments, seed),
+    ]
+    threads = {"OMP_NUM_THREADS": "1"} if arguments.device == "cpu" else {}
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.txt", "a") as log:
+        subprocess.run(command, check=True, stdout=log, stderr=log, env={**os.environ, **threads})
+
+
+def last_top1(folder: Path) -> float:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["split"] == "val"][-1]["top1"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--width", type=float, default=0.25)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--output", type=Path, default=Path("runs/ladder"))
+    arguments = parser.parse_args()
+    # Seed by seed, so that an unfinished ladder compares all rungs.
+    tasks = [(rung, seed) for seed in range(arguments.seeds) for rung in RUNGS]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        list(pool.map(lambda task: run(*task, arguments), tasks))
+    table = {}
+    for rung in RUNGS:
+        top1 = [last_top1(arguments.output / f"{rung}-{s}") for s in range(arguments.seeds)]
+        spread = statistics.stdev(top1) if len(top1) > 1 else 0.0
+        table[rung] = {"top1": top1, "mean": statistics.mean(top1), "stdev": spread}
+        print(f"{rung:6} {statistics.mean(top1):6.2f} ± {spread:.2f} %   {top1}")
+    record = {
+        "date": str(date.today()),
+        "machine": platform.processor() or platform.machine(),
+        "arguments": {key: str(value) for key, value in vars(arguments).items()},
+        "rungs": table,
+    }
+    (arguments.output / "ladder.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
