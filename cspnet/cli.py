@@ -107,34 +107,31 @@ def evaluate(
     from rich.console import Console
     from rich.progress import Progress
 
-    from cspnet import recipe as recipes
     from cspnet.data.sources import open_validation
     from cspnet.evaluate import evaluate as score
-    from cspnet.train.checkpoint import load
-    from cspnet.train.loop import build_net
+    from cspnet.train.job import load_net
     from cspnet.train.runtime import find_device, find_precision, find_workers
 
     where = find_device(device)
     if json_file and not json_file.absolute().parent.is_dir():
         raise RecipeError(f"--json {json_file}: the folder {json_file.parent} does not exist")
-    saved = load(checkpoint)
-    recipe = recipes.from_text(saved["recipe"])
-    source = open_validation(data, saved["classes"])
-    net = build_net(recipe, len(saved["classes"]))
-    averaged = saved["state_dict_ema"] is not None
-    net.load_state_dict(saved["state_dict_ema" if averaged else "state_dict"])
+    trained = load_net(checkpoint)
+    recipe = trained.recipe
+    source = open_validation(data, trained.classes)
     precision = find_precision(recipe.precision, where)
     console = Console(soft_wrap=True)
+    size, how = recipe.data.size, recipe.evaluate
     console.print(
-        f"{checkpoint}: {recipe.model.name}, step {saved['step']:,}, "
-        f"{'averaged' if averaged else 'raw'} weights; view {recipe.data.size}x{recipe.data.size}, "
-        f"crop {recipe.evaluate.crop}, {recipe.evaluate.resize}, {precision.name}",
+        f"{checkpoint}: {recipe.model.name}, step {trained.step:,}, "
+        f"{'averaged' if trained.averaged else 'raw'} weights; as it was trained for: "
+        f"view {size}x{size}, crop {how.crop:g}, resize {how.resize}, "
+        f"normalize {recipe.data.normalize}; {precision.name}",
         highlight=False,
     )
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("images", total=len(source))
         scores = score(
-            net.to(where),
+            trained.net.to(where),
             source,
             recipe,
             precision,
@@ -152,6 +149,70 @@ def evaluate(
     if json_file:
         content = {"checkpoint": str(checkpoint), "data": data, **scores.to_dict()}
         json_file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def preview(
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", "-c", help="Recipe: a path, or a shipped one's name.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SECTION.KEY=VALUE]...", help="Overrides of the recipe.", show_default=False
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Folder with train/ and val/, or `digits`; same as data.root=DIR."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("preview.png"),
+    step: Annotated[int, typer.Option(min=0, help="Optimizer step to show.")] = 0,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights for the attack; fresh ones otherwise.")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Draw what the net gets: cspnet preview --recipe cspdarknet53 --data DIR --out preview.png
+
+    The very images of the step's first group, each with its label mixture; rows before and after
+    the attack, where the recipe has one; and the schedules, in a second picture beside it.
+    """
+    from rich.console import Console
+
+    from cspnet import recipe as recipes
+    from cspnet.data.sources import display_names, require_classes
+    from cspnet.report.preview import draw_schedule, sheet, write_png
+    from cspnet.train.job import build_net, load_net, prepare
+    from cspnet.train.loop import look
+    from cspnet.train.runtime import Place
+
+    overrides = [*(overrides or []), *([f"data.root={data}"] if data else [])]
+    path = recipes.find(recipe)
+    resolved = recipes.load(path, overrides)
+    if out.suffix.lower() != ".png" or not out.absolute().parent.is_dir():
+        raise RecipeError(f"--out {out}: must be a .png file in a folder that exists")
+    if step >= resolved.schedule.steps:
+        raise RecipeError(f"--step {step:,}: the last one is {resolved.schedule.steps - 1:,}")
+    job = prepare(resolved, Place(out.parent, device=device, workers=0), Console(quiet=True))
+    classes = job.training.classes
+    if checkpoint:
+        trained = load_net(checkpoint)
+        require_classes(job.training, trained.classes, resolved.data.root)
+        net = trained.net
+    else:
+        net = build_net(resolved, len(classes))
+    page = sheet(
+        *look(job, net.to(job.device), step),
+        display_names(classes),
+        resolved.loss.smoothing,
+        f"{path.stem}, step {step:,}, group 0: what the net gets"
+        + ("" if checkpoint else "; the attack by fresh weights, which hardly know where to push")
+        * bool(resolved.adversarial.strength),
+    )
+    write_png(out, page)
+    schedule = out.with_name(f"{out.stem}-schedule.png")
+    draw_schedule(resolved, schedule)
+    print(f"{out} and {schedule} written")
 
 
 def _app(*commands: tuple[str, object]) -> typer.Typer:
@@ -183,7 +244,7 @@ def _run(app: typer.Typer) -> None:
 
 def main() -> None:
     """The command `cspnet`."""
-    _run(_app(("train", train), ("eval", evaluate)))
+    _run(_app(("train", train), ("eval", evaluate), ("preview", preview)))
 
 
 def main_train() -> None:

@@ -13,7 +13,7 @@ HEIGHTS = [
     ["nets", "data"],
     ["train.runtime", "train.optim", "train.adversarial"],
     ["train.checkpoint"],
-    ["evaluate"],
+    ["train.job", "evaluate"],
     ["report"],
     ["train.loop"],
     ["cli"],

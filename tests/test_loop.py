@@ -12,9 +12,10 @@ import torch
 from rich.console import Console
 
 from cspnet import recipe as recipes
-from cspnet.errors import CheckpointError, RecipeError, Stopped
+from cspnet.data.sources import open_validation
+from cspnet.errors import CheckpointError, DataError, RecipeError, Stopped
 from cspnet.evaluate import Scores, evaluate
-from cspnet.train import loop
+from cspnet.train import job, loop
 from cspnet.train.checkpoint import load
 from cspnet.train.runtime import Place, Precision
 
@@ -24,7 +25,7 @@ import os, pathlib, signal, sys, torch
 torch.set_num_threads(1)
 from rich.console import Console
 from cspnet import recipe
-from cspnet.train import loop
+from cspnet.train import job, loop
 from cspnet.train.runtime import Place
 text, output, workers, die_after = sys.argv[1:]
 original = loop.save
@@ -118,7 +119,7 @@ def passes_compared(recipe, folder):
     for passes in (1, 3, 4):
         run(recipe, folder / str(passes), passes=passes)
         runs[passes] = last(folder / str(passes))
-    start = loop.build_net(recipe, 10).state_dict()
+    start = job.build_net(recipe, 10).state_dict()
     moved = relative(start, runs[1]["state_dict"], lambda name: name.endswith("conv.weight"))[1]
     for passes in (3, 4):  # 3: one pass of three groups, one of the fourth
         weights, statistics = (
@@ -134,8 +135,8 @@ def test_one_pass_of_four_groups_equals_four_passes_of_one(tiny, tmp_path, monke
     In float32 the last bits differ with the shape of a convolution, and a net over four pixels a
     group magnifies that: the next test.
     """
-    build, normalize = loop.build_net, loop.normalize
-    monkeypatch.setattr(loop, "build_net", lambda *a: build(*a).double())
+    build, normalize = job.build_net, loop.normalize
+    monkeypatch.setattr(job, "build_net", lambda *a: build(*a).double())
     monkeypatch.setattr(loop, "normalize", lambda images, kind: normalize(images, kind).double())
     monkeypatch.setattr(loop, "cross_entropy", lambda x, t: -(t.double() * x.log_softmax(1)).sum())
     monkeypatch.setattr(loop, "validate", lambda *_: Scores(0, 0, 0, 0, 0, 1))
@@ -168,7 +169,7 @@ def test_a_step_equals_a_plain_reference(tiny, tmp_path):
 
     recipe = tiny("schedule.steps=3", "schedule.warmup_steps=0", "average.decay=0")
     run(recipe, tmp_path / "run")
-    net = loop.build_net(recipe, 10)
+    net = job.build_net(recipe, 10)
     source = Digits(train=True)
     velocity = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
     for step in range(3):
@@ -240,10 +241,10 @@ def test_validation_and_best(tiny, tmp_path):
     top1 = [line["top1"] for line in lines]
     assert best["best_top1"] == max(top1) == top1[[2, 4, 6, 7].index(best["step"])]
     assert final.top1 == top1[-1] and final.images == 359
-    job = loop.prepare(recipe, Place(tmp_path / "other", device="cpu"), Console(quiet=True))
-    net = loop.build_net(recipe, 10)
+    validation = open_validation("digits", load(tmp_path / "run/checkpoints/last.pt")["classes"])
+    net = job.build_net(recipe, 10)
     net.load_state_dict(last(tmp_path / "run")["state_dict_ema"])
-    again = evaluate(net, job.validation, recipe, Precision("fp32", ""), workers=2, batch=7)
+    again = evaluate(net, validation, recipe, Precision("fp32", ""), workers=2, batch=7)
     assert (again.top1, again.top5, again.images) == (final.top1, final.top5, final.images)
     assert net.training
 
@@ -288,7 +289,6 @@ def test_a_class_count_that_the_data_does_not_have(tiny, tmp_path):
 
 
 def test_unreadable_images_are_listed_and_too_many_stop_the_run(tiny, folder, tmp_path):
-    from cspnet.errors import DataError
 
     torn = folder / "train" / "bear" / "3.jpg"
     torn.write_bytes(torn.read_bytes()[:20])
@@ -336,5 +336,5 @@ def test_bf16_trains_and_keeps_float32_state(tiny, tmp_path):
 
 
 def test_the_seed_makes_the_first_weights(tiny):
-    a, b, c = (loop.build_net(tiny(f"seed={seed}"), 10).state_dict() for seed in (0, 0, 1))
+    a, b, c = (job.build_net(tiny(f"seed={seed}"), 10).state_dict() for seed in (0, 0, 1))
     assert same(a, b) and not same(a, c)

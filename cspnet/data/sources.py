@@ -5,6 +5,7 @@ them. A training and a validation set are matched by these names, never by index
 """
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -136,6 +137,19 @@ def open_validation(root: str, classes: list[str]) -> Source:
         source = Folder(named[0] if named else folder)
     require_classes(source, classes, root)
     return source
+
+
+def display_names(classes: list[str]) -> list[str]:
+    """What to call the classes before people: WordNet's first word for a synset, else the name.
+
+    timm carries the words of ImageNet's synsets (n01440764 is a tench).
+    """
+    if not all(re.fullmatch(r"n\d{8}", name) for name in classes):
+        return classes
+    from timm.data import ImageNetInfo  # seconds to import
+
+    words = ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True)
+    return [words.get(name, name).partition(",")[0] for name in classes]
 
 
 def require_classes(source: Source, classes: list[str], where: str) -> None:
