@@ -1,9 +1,12 @@
 """cspnet trains CSPDarknet53, the backbone of YOLOv4, by a recipe, and hands on the result."""
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
-__version__ = version("cspnet")
-__all__ = ["create"]
+try:
+    __version__ = version("cspnet")
+except PackageNotFoundError:  # run from a clone that was not installed
+    __version__ = "0+unknown"
+__all__ = ["create", "load"]
 
 
 def __getattr__(name: str):
@@ -12,4 +15,8 @@ def __getattr__(name: str):
         from cspnet.nets import create
 
         return create
+    if name == "load":
+        from cspnet.trained import load
+
+        return load
     raise AttributeError(f"module 'cspnet' has no attribute {name!r}")

@@ -13,7 +13,13 @@ import typer
 
 from cspnet.errors import CspnetError, RecipeError, Stopped
 
-Checkpoint = Annotated[Path, typer.Option(help="Checkpoint of a run.", show_default=False)]
+Checkpoint = Annotated[
+    str,
+    typer.Option(
+        help="Weights: .pt of a run, .safetensors, .pth, .weights with its .cfg, or timm:NAME.",
+        show_default=False,
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Workers = Annotated[
     int | None,
@@ -57,7 +63,6 @@ def train(
     """Train by a recipe: cspnet-train --recipe cspdarknet53 --data DIR [schedule.steps=1000 …]"""
     from cspnet import recipe as recipes
 
-    overrides = [*(overrides or []), *([f"data.root={data}"] if data else [])]
     if recipe is not None:
         path = recipes.find(recipe)
     elif resume and output and (output / "recipe.yaml").is_file():
@@ -66,7 +71,7 @@ def train(
         raise RecipeError(
             "no recipe: give --recipe NAME (or --resume with the --output of an earlier run)"
         )
-    resolved = recipes.load(path, overrides)
+    resolved = recipes.load(path, overrides or [], data)
     print(f"# resolved recipe, from {path}\n{recipes.to_text(resolved)}", flush=True)
     if check:
         return
@@ -84,7 +89,7 @@ def train(
         passes=passes,
         compile=compile,
     )
-    run(resolved, place, Console(soft_wrap=True))
+    run(resolved, place, Console(soft_wrap=True, markup=False, highlight=False))
     best = place.output / "checkpoints" / "best.pt"
     print(f"done; evaluate: cspnet-eval --checkpoint {best} --data {resolved.data.root}")
 
@@ -109,24 +114,25 @@ def evaluate(
 
     from cspnet.data.sources import open_validation
     from cspnet.evaluate import evaluate as score
-    from cspnet.train.job import load_net
     from cspnet.train.runtime import find_device, find_precision, find_workers
+    from cspnet.trained import open_trained
 
     where = find_device(device)
-    if json_file and not json_file.absolute().parent.is_dir():
-        raise RecipeError(f"--json {json_file}: the folder {json_file.parent} does not exist")
-    trained = load_net(checkpoint)
+    if json_file and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
+        raise RecipeError(f"--json {json_file}: must be a file in a folder that exists")
+    trained = open_trained(checkpoint)
     recipe = trained.recipe
-    source = open_validation(data, trained.classes)
+    source = open_validation(data, trained.classes, trained.net.classes)
     precision = find_precision(recipe.precision, where)
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False, highlight=False)
     size, how = recipe.data.size, recipe.evaluate
+    for remark in trained.remarks:
+        console.print(f"{checkpoint}: {remark}")
     console.print(
         f"{checkpoint}: {recipe.model.name}, step {trained.step:,}, "
         f"{'averaged' if trained.averaged else 'raw'} weights; as it was trained for: "
         f"view {size}x{size}, crop {how.crop:g}, resize {how.resize}, "
-        f"normalize {recipe.data.normalize}; {precision.name}",
-        highlight=False,
+        f"normalize {recipe.data.normalize}; {precision.name}"
     )
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("images", total=len(source))
@@ -141,11 +147,10 @@ def evaluate(
         )
     console.print(
         f"top-1 {scores.top1:.2f} %  top-5 {scores.top5:.2f} %  loss {scores.loss:.4f}  "
-        f"{scores.images:,} images  {scores.images_per_second:,.0f} images/s",
-        highlight=False,
+        f"{scores.images:,} images  {scores.images_per_second:,.0f} images/s"
     )
     if scores.unreadable:
-        console.print(f"[red]{scores.unreadable} images are unreadable and count as black[/red]")
+        console.print(f"{scores.unreadable} images are unreadable, count as black", style="red")
     if json_file:
         content = {"checkpoint": str(checkpoint), "data": data, **scores.to_dict()}
         json_file.write_text(json.dumps(content, indent=2) + "\n")
@@ -168,7 +173,7 @@ def preview(
     out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("preview.png"),
     step: Annotated[int, typer.Option(min=0, help="Optimizer step to show.")] = 0,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights for the attack; fresh ones otherwise.")
+        str | None, typer.Option(help="Weights for the attack; fresh ones otherwise.")
     ] = None,
     device: Device = "auto",
 ) -> None:
@@ -182,13 +187,13 @@ def preview(
     from cspnet import recipe as recipes
     from cspnet.data.sources import display_names, require_classes
     from cspnet.report.preview import draw_schedule, sheet, write_png
-    from cspnet.train.job import build_net, load_net, prepare
+    from cspnet.train.job import prepare
     from cspnet.train.loop import look
     from cspnet.train.runtime import Place
+    from cspnet.trained import build_net, open_trained
 
-    overrides = [*(overrides or []), *([f"data.root={data}"] if data else [])]
     path = recipes.find(recipe)
-    resolved = recipes.load(path, overrides)
+    resolved = recipes.load(path, overrides or [], data)
     if out.suffix.lower() != ".png" or not out.absolute().parent.is_dir():
         raise RecipeError(f"--out {out}: must be a .png file in a folder that exists")
     if step >= resolved.schedule.steps:
@@ -196,8 +201,8 @@ def preview(
     job = prepare(resolved, Place(out.parent, device=device, workers=0), Console(quiet=True))
     classes = job.training.classes
     if checkpoint:
-        trained = load_net(checkpoint)
-        require_classes(job.training, trained.classes, resolved.data.root)
+        trained = open_trained(checkpoint)
+        require_classes(job.training, trained.classes or classes, resolved.data.root)
         net = trained.net
     else:
         net = build_net(resolved, len(classes))
@@ -213,6 +218,32 @@ def preview(
     schedule = out.with_name(f"{out.stem}-schedule.png")
     draw_schedule(resolved, schedule)
     print(f"{out} and {schedule} written")
+
+
+def export(
+    checkpoint: Checkpoint,
+    to: Annotated[
+        Path,
+        typer.Option(help="File to write: .safetensors, .onnx or .weights.", show_default=False),
+    ],
+    pyramid: Annotated[
+        bool, typer.Option("--pyramid", help=".onnx of the three detector maps, not the logits.")
+    ] = False,
+    cut: Annotated[
+        int | None,
+        typer.Option(help=".weights of the first N layers only: a backbone file.", metavar="N"),
+    ] = None,
+) -> None:
+    """Write a net for others: cspnet export --checkpoint best.pt --to cspdarknet53.weights"""
+    from cspnet.export import export as write
+    from cspnet.trained import open_trained
+
+    trained = open_trained(checkpoint)
+    which = "the averaged weights" if trained.averaged else "the weights"
+    remarks = [*trained.remarks, *write(trained, to, pyramid, cut)]
+    print(f"{to}: {which} of {trained.net.name}, step {trained.step:,}")
+    for remark in remarks:
+        print(f"  {remark}")
 
 
 def _app(*commands: tuple[str, object]) -> typer.Typer:
@@ -244,7 +275,7 @@ def _run(app: typer.Typer) -> None:
 
 def main() -> None:
     """The command `cspnet`."""
-    _run(_app(("train", train), ("eval", evaluate), ("preview", preview)))
+    _run(_app(("train", train), ("eval", evaluate), ("preview", preview), ("export", export)))
 
 
 def main_train() -> None:

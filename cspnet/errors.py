@@ -25,6 +25,14 @@ class CheckpointError(CspnetError):
     exit_code = 2
 
 
+class SaveError(CspnetError):
+    """A checkpoint could not be written; the earlier one is as it was."""
+
+
+class NotFinite(CspnetError):
+    """The loss became NaN or infinite; nothing was saved after it did."""
+
+
 class Stopped(CspnetError):
     """Stopped by a signal after a good save (EX_TEMPFAIL: run me again)."""
 

@@ -3,6 +3,7 @@
 Training's own validation and `cspnet-eval` call the same function.
 """
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -58,18 +59,19 @@ def evaluate(
     unreadable = 0
     batch = batch or recipe.batch
     start = time.perf_counter()
-    for number, loaded in enumerate(
+    with contextlib.closing(
         evaluation_batches(
             source, batch, recipe.data.size, recipe.evaluate, workers, device.type == "cuda"
         )
-    ):
-        images, labels, mask = (part.to(device, non_blocking=True) for part in loaded[:3])
-        pixels = normalize(images.permute(0, 3, 1, 2).float() / 255, recipe.data.normalize)
-        with precision.autocast(device):
-            logits = torch.func.functional_call(net, weights or {}, (pixels,))
-        totals += _count(logits.float(), labels, mask)
-        unreadable += len(loaded.unreadable)
-        progress(min((number + 1) * batch, len(source)))
+    ) as batches:
+        for number, loaded in enumerate(batches):
+            images, labels, mask = (part.to(device, non_blocking=True) for part in loaded[:3])
+            pixels = normalize(images.permute(0, 3, 1, 2).float() / 255, recipe.data.normalize)
+            with precision.autocast(device):
+                logits = torch.func.functional_call(net, weights or {}, (pixels,))
+            totals += _count(logits.float(), labels, mask)
+            unreadable += len(loaded.unreadable)
+            progress(min((number + 1) * batch, len(source)))
     top1, top5, loss, images = totals.tolist()
     net.train(was_training)
     assert images == len(source), "the mask must let every image through once"

@@ -7,7 +7,7 @@ The sources of the default values are in docs/recipe-sources.md.
 
 import difflib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -179,10 +179,6 @@ IDLE = {
         "adversarial.strength is 0",
     ),
     "adversarial.target": (lambda r: r.adversarial.strength == 0, "adversarial.strength is 0"),
-    "schedule.power": (
-        lambda r: r.optim.learning_rate == 0,
-        "optim.learning_rate is 0",
-    ),
 }
 
 
@@ -218,14 +214,17 @@ def find(name: str) -> Path:
     )
 
 
-def load(path: Path | None, overrides: list[str]) -> Recipe:
+def load(path: Path | None, overrides: list[str], root: str | None = None) -> Recipe:
     """The recipe of a YAML file (None: the defaults) with `section.key=value` overrides applied.
 
-    Raises RecipeError with one line for every problem: unknown keys, types, ranges, combinations.
+    `root` is a data root as the user typed it, which no YAML is to interpret. Raises RecipeError
+    with one line for every problem: unknown keys, types, ranges, combinations.
     """
     problems: list[str] = []
     in_file = list(flatten(_read(path))) if path else []
     on_line = list(_parse(overrides, problems))
+    if root is not None:
+        on_line.append(("data.root", root.replace("${", "\\${")))
     config = OmegaConf.structured(Recipe)
     for section in ("", *(name for name, node in config.items() if isinstance(node, DictConfig))):
         # Frozen dataclasses make frozen nodes; only the result is to be frozen.
@@ -236,9 +235,8 @@ def load(path: Path | None, overrides: list[str]) -> Recipe:
     recipe = _build(config, problems)
     if recipe is not None:
         problems += _out_of_range(recipe)
-        if not problems:
-            problems += _contradictions(recipe)
-    if recipe is not None and file_recipe is not None and not problems:
+        problems += _contradictions(recipe)
+    if recipe is not None and file_recipe is not None:
         # An override may idle what the file says, but nothing may be idle in its own company.
         problems += _idle(file_recipe, [key for key, _ in in_file], f"{path}: ")
         problems += _idle(recipe, [key for key, _ in on_line], "override: ")
@@ -259,7 +257,8 @@ def from_text(text: str) -> Recipe:
 
 def to_text(recipe: Recipe) -> str:
     """The recipe as YAML: every field that has an effect."""
-    content = OmegaConf.to_container(OmegaConf.structured(recipe))
+    content = asdict(recipe)
+    content["data"]["root"] = recipe.data.root.replace("${", "\\${")  # typed, no interpolation
     for key, (is_idle, _) in IDLE.items():
         if is_idle(recipe):
             section, leaf = key.split(".")
@@ -378,8 +377,17 @@ def _contradictions(recipe: Recipe) -> list[str]:
             )
         if mix.mosaic and group < 4:
             problems.append(f"mix.mosaic takes four images from a group, group is {group}")
-        if group % mix.share:
+        if mix.probability < 1 and group % mix.share:
             problems.append(f"group ({group}) is not a multiple of mix.share ({mix.share})")
+    if recipe.adversarial.strength > 0:
+        steps, warmup = recipe.schedule.steps, recipe.schedule.warmup_steps
+        if recipe.adversarial.probability == 0:
+            problems.append("adversarial.strength has no effect: adversarial.probability is 0")
+        if warmup >= steps - 1:
+            problems.append(
+                f"adversarial.strength has no effect: no step of {steps:,} follows the warm-up "
+                f"({warmup:,})"
+            )
     return problems
 
 

@@ -103,6 +103,13 @@ def test_ranges_of_boxes_and_splits():
         assert abs(split.mean() - 127.5) < 2
 
 
+@pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
+def test_a_group_need_not_be_a_multiple_of_four(probability):
+    _, boxes = draws_of(50, group=6, mix=Mix(probability=probability))
+    assert len(boxes) == 300
+    assert (areas(boxes) > 0).any() == (probability > 0)
+
+
 def test_partners_are_three_other_images_of_the_group():
     partners, _ = draws_of(50, group=8)
     for image, three in enumerate(partners):

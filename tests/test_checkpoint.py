@@ -4,7 +4,7 @@ import pickle
 import pytest
 import torch
 
-from cspnet.errors import CheckpointError
+from cspnet.errors import CheckpointError, SaveError
 from cspnet.train import checkpoint
 
 CONTENT = {
@@ -35,7 +35,7 @@ def test_a_failed_save_leaves_the_earlier_one(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint.os, "fsync", full)
-    with pytest.raises(CheckpointError, match="No space left on device"):
+    with pytest.raises(SaveError, match="No space left on device"):
         checkpoint.save({**CONTENT, "classes": []}, path)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 

@@ -88,6 +88,9 @@ def test_train_py_hands_over(tmp_path):
         (["-r", "digits", "--device", "cuda:99"], "CUDA devices to torch"),
         (["-r", "digits", "--workers", "-1"], "--workers -1"),
         (["-r", "digits", "--passes", "5"], "a step has 2 groups"),
+        (["-r", "digits", "--passes", "0"], "a step has 2 groups"),
+        (["-r", "digits", "--output", "file/run"], "cannot be written: Not a directory"),
+        (["-r", "digits", "--data", ""], "has no folder train/"),
         (["-r", "digits", "precision=fp16", "--device", "cpu"], "precision is fp16"),
         (["-r", "digits", "--output", "file"], "is a file: name a folder"),
         (["--resume"], "no recipe: give --recipe NAME"),
@@ -148,3 +151,29 @@ def test_the_checkpoint_is_plain_and_timm_reads_it(trained):
     weights = load_state_dict(str(path), use_ema=True)
     assert torch.equal(weights["head.fc.weight"], saved["state_dict_ema"]["head.fc.weight"])
     assert timm.create_model("cspdarknet53", act_layer="mish").state_dict().keys() == weights.keys()
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path):
+    """Exit code 130, no traceback, no checkpoint of a torn step."""
+    import subprocess
+    import sys
+
+    call = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from cspnet.cli import main_train
+from cspnet.train import loop
+def twice(update, recipe):
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.getpid()  # lets Python run the handler
+loop.learning_rate = twice
+main_train()
+"""
+    arguments = ["--recipe", "digits", "--output", "run", "--device", "cpu", *TINY]
+    done = subprocess.run(
+        [sys.executable, "-c", call, *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "checkpoints").exists()

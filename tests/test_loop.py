@@ -13,11 +13,14 @@ from rich.console import Console
 
 from cspnet import recipe as recipes
 from cspnet.data.sources import open_validation
-from cspnet.errors import CheckpointError, DataError, RecipeError, Stopped
+from cspnet.errors import CheckpointError, DataError, NotFinite, RecipeError, Stopped
 from cspnet.evaluate import Scores, evaluate
 from cspnet.train import job, loop
+from cspnet.train.adversarial import attacked
 from cspnet.train.checkpoint import load
+from cspnet.train.optim import build_optimizer
 from cspnet.train.runtime import Place, Precision
+from cspnet.trained import build_net
 
 # A process that trains by a recipe's text and, after a given step is saved, kills itself.
 CHILD = """
@@ -78,8 +81,12 @@ def numbers(lines):
 def test_killed_and_resumed_is_bit_equal_to_undisturbed(tiny, folder, tmp_path, workers):
     """36 images, batches of 16: the kill after step 2 comes in the first epoch, the resumed run
     crosses its end. Mixing and averaging are on."""
-    recipe = tiny(f"data.root={folder}", "model.classes=3", "mix.probability=0.5")
+    recipe = tiny(
+        *(f"data.root={folder}", "model.classes=3", "data.normalize=imagenet"),
+        *("adversarial.strength=5", "schedule.warmup_steps=1"),
+    )
     assert recipe.average.decay and recipe.mix.mosaic
+    assert any(attacked(recipe, step, range(2)).any() for step in range(3, 7))
     run(recipe, tmp_path / "whole")
     assert in_process(recipe, tmp_path / "cut", workers, die_after=2) == -signal.SIGKILL
     assert last(tmp_path / "cut")["step"] == 2
@@ -102,6 +109,172 @@ def test_the_log_window_survives_a_resume(tiny, tmp_path):
     assert numbers(metrics(tmp_path / "cut")) == numbers(metrics(tmp_path / "whole"))
 
 
+def crash_at(monkeypatch, name, call):
+    """Makes the call-th call of a function of the loop fail, as a crash would."""
+    original, calls = getattr(loop, name), []
+
+    def crash(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == call:
+            raise MemoryError("a crash")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(loop, name, crash)
+
+
+@pytest.mark.parametrize(
+    "name, call",
+    [
+        ("learning_rate", 6),  # in step 6: lines up to 5 are written, the last save is at 3
+        ("validate", 2),  # at step 6, after its save
+        ("save", 4),  # with the first validation's line written, before last.pt and best.pt
+    ],
+)
+def test_a_crash_leaves_no_trace_in_the_record(tiny, tmp_path, monkeypatch, name, call):
+    """Wherever it comes: after the resume, the same lines and TensorBoard events, the same bits."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = tiny("save_every=3", "evaluate.every=3", "schedule.steps=8")
+    run(recipe, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        crash_at(patch, name, call)
+        with pytest.raises(MemoryError):
+            run(recipe, tmp_path / "cut")
+    run(recipe, tmp_path / "cut", resume=True)
+    assert numbers(metrics(tmp_path / "cut")) == numbers(metrics(tmp_path / "whole"))
+    for part in ("state_dict", "state_dict_ema", "best_top1"):
+        assert same(last(tmp_path / "cut")[part], last(tmp_path / "whole")[part]), part
+    best = [load(tmp_path / n / "checkpoints" / "best.pt") for n in ("cut", "whole")]
+    assert best[0]["step"] == best[1]["step"] and same(*(b["state_dict"] for b in best))
+    events = EventAccumulator(str(tmp_path / "cut" / "tb"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 9))
+    assert [e.step for e in events.Scalars("val/top1")] == [3, 6, 8]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tiny, tmp_path, monkeypatch):
+    recipe = tiny("save_every=1", "log_every=5")
+    original = loop.cross_entropy
+
+    def explode(logits, targets):
+        step = (
+            load(tmp_path / "run/checkpoints/last.pt")["step"]
+            if (tmp_path / "run/checkpoints/last.pt").exists()
+            else 0
+        )
+        return original(logits, targets) * (float("nan") if step == 2 else 1)
+
+    monkeypatch.setattr(loop, "cross_entropy", explode)
+    with pytest.raises(NotFinite, match=r"not finite at step 3.*last\.pt is the last good one"):
+        run(recipe, tmp_path / "run")
+    saved = last(tmp_path / "run")
+    assert saved["step"] == 2 and saved["state_dict"]["head.fc.weight"].isfinite().all()
+
+
+def test_a_first_step_that_the_scaler_skips_leaves_no_garbage(tiny):
+    """The fused kernel never clears a momentum that it did not write."""
+    net = build_net(tiny(), 10)
+    fused = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True)
+    fused.state.update(build_optimizer(net, tiny().optim).state)
+    scaler = torch.amp.GradScaler("cpu")
+    for overflow in (True, False):
+        for p in net.parameters():
+            p.grad = torch.full_like(p, float("inf") if overflow else 1.0)
+        scaler.scale(torch.ones(()))
+        scaler.step(fused)
+        scaler.update()
+    for p in net.parameters():
+        assert fused.state[p]["momentum_buffer"].abs().max() < 10
+
+
+def test_a_state_of_another_device_keeps_this_ones_kernel(tiny, tmp_path):
+    run(tiny(), tmp_path / "run")
+    place = Place(tmp_path / "run", resume=True, device="cpu")
+    work = job.prepare(tiny(), place, Console(quiet=True))
+    state = job.start(work)
+    for group in state.optimizer.param_groups:
+        group["fused"] = True
+    state.restore(last(tmp_path / "run"))
+    assert all(group["fused"] for group in state.optimizer.param_groups)
+
+
+def test_attacked_groups_are_attacked_and_no_others(tiny, tmp_path, monkeypatch):
+    """Through the loop: which images change, and what reaches the net with the true targets."""
+    recipe = tiny("adversarial.strength=1000", "schedule.warmup_steps=0", "batch=32")
+    seen = []
+    original = loop.attack_some
+
+    def watch(job, state, net, images, targets, part):
+        changed = original(job, state, net, images, targets, part)
+        for place, group in enumerate(part):
+            block = slice(8 * place, 8 * place + 8)
+            moved = not torch.equal(changed[block], images[block])
+            seen.append((moved, bool(attacked(recipe, state.step, range(group, group + 1))[0])))
+        return changed
+
+    monkeypatch.setattr(loop, "attack_some", watch)
+    for passes in (1, 4):
+        run(recipe, tmp_path / str(passes), passes=passes)
+    assert {True, False} == {moved for moved, _ in seen}
+    assert all(not moved or due for moved, due in seen)
+    late = seen[8 : len(seen) // 2]  # the first steps' nets hardly know where to push
+    assert sum(due and not moved for moved, due in late) == 0
+
+
+@pytest.mark.parametrize("mistake", ["foreign", "no-last", "other-recipe"])
+def test_resume_in_a_folder_that_is_not_this_run(tiny, tmp_path, mistake):
+    folder = tmp_path / "run"
+    if mistake == "foreign":
+        folder.mkdir()
+        (folder / "thesis.tex").write_text("precious")
+    else:
+        run(tiny("evaluate.every=2"), folder)
+        (folder / "checkpoints" / "last.pt").unlink()
+        if mistake == "other-recipe":
+            (folder / "checkpoints" / "best.pt").unlink()
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    with pytest.raises(CheckpointError):
+        run(tiny("seed=1"), folder, resume=True)
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_sigterm_to_the_whole_process_group_saves_too(tiny, tmp_path):
+    """As batch systems send it: the workers get it as well, and must not care."""
+    recipe = tiny("schedule.steps=400", "save_every=1000")
+    arguments = [recipes.to_text(recipe), str(tmp_path / "cut"), "2", "-1"]
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, *arguments], stderr=subprocess.PIPE, start_new_session=True
+    )
+    record = tmp_path / "cut" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (record.exists() and record.read_text().count("\n") >= 2):
+        assert time.monotonic() < deadline and child.poll() is None
+        time.sleep(0.01)
+    os.killpg(child.pid, signal.SIGTERM)
+    _, errors = child.communicate(timeout=60)
+    assert b"SIGTERM: saved at step" in errors and b"DataLoader" not in errors
+    assert last(tmp_path / "cut")["step"] >= 2
+    with pytest.raises(ProcessLookupError):
+        os.killpg(child.pid, 0)  # nobody is left
+
+
+def test_a_signal_in_validation_breaks_it_off_and_the_resumed_run_validates(tiny, tmp_path):
+    recipe = tiny("evaluate.every=3", "schedule.steps=4")
+    run(recipe, tmp_path / "whole")
+    original = loop.evaluate
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "evaluate", interrupted)
+        with pytest.raises(Stopped, match="saved at step 3 of 4"):
+            run(recipe, tmp_path / "cut")
+    run(recipe, tmp_path / "cut", resume=True)
+    assert numbers(metrics(tmp_path / "cut")) == numbers(metrics(tmp_path / "whole"))
+
+
 def relative(a, b, chosen):
     """Norm of the difference of two state dicts over that of the first; and the worst tensor's."""
     pairs = [
@@ -119,7 +292,7 @@ def passes_compared(recipe, folder):
     for passes in (1, 3, 4):
         run(recipe, folder / str(passes), passes=passes)
         runs[passes] = last(folder / str(passes))
-    start = job.build_net(recipe, 10).state_dict()
+    start = build_net(recipe, 10).state_dict()
     moved = relative(start, runs[1]["state_dict"], lambda name: name.endswith("conv.weight"))[1]
     for passes in (3, 4):  # 3: one pass of three groups, one of the fourth
         weights, statistics = (
@@ -135,7 +308,7 @@ def test_one_pass_of_four_groups_equals_four_passes_of_one(tiny, tmp_path, monke
     In float32 the last bits differ with the shape of a convolution, and a net over four pixels a
     group magnifies that: the next test.
     """
-    build, normalize = job.build_net, loop.normalize
+    build, normalize = build_net, loop.normalize
     monkeypatch.setattr(job, "build_net", lambda *a: build(*a).double())
     monkeypatch.setattr(loop, "normalize", lambda images, kind: normalize(images, kind).double())
     monkeypatch.setattr(loop, "cross_entropy", lambda x, t: -(t.double() * x.log_softmax(1)).sum())
@@ -169,7 +342,7 @@ def test_a_step_equals_a_plain_reference(tiny, tmp_path):
 
     recipe = tiny("schedule.steps=3", "schedule.warmup_steps=0", "average.decay=0")
     run(recipe, tmp_path / "run")
-    net = job.build_net(recipe, 10)
+    net = build_net(recipe, 10)
     source = Digits(train=True)
     velocity = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
     for step in range(3):
@@ -242,7 +415,7 @@ def test_validation_and_best(tiny, tmp_path):
     assert best["best_top1"] == max(top1) == top1[[2, 4, 6, 7].index(best["step"])]
     assert final.top1 == top1[-1] and final.images == 359
     validation = open_validation("digits", load(tmp_path / "run/checkpoints/last.pt")["classes"])
-    net = job.build_net(recipe, 10)
+    net = build_net(recipe, 10)
     net.load_state_dict(last(tmp_path / "run")["state_dict_ema"])
     again = evaluate(net, validation, recipe, Precision("fp32", ""), workers=2, batch=7)
     assert (again.top1, again.top5, again.images) == (final.top1, final.top5, final.images)
@@ -336,5 +509,5 @@ def test_bf16_trains_and_keeps_float32_state(tiny, tmp_path):
 
 
 def test_the_seed_makes_the_first_weights(tiny):
-    a, b, c = (job.build_net(tiny(f"seed={seed}"), 10).state_dict() for seed in (0, 0, 1))
+    a, b, c = (build_net(tiny(f"seed={seed}"), 10).state_dict() for seed in (0, 0, 1))
     assert same(a, b) and not same(a, c)

@@ -9,6 +9,7 @@ from cspnet.data.sources import display_names, open_training
 from cspnet.report import preview
 from cspnet.train import job, loop
 from cspnet.train.runtime import Place
+from cspnet.trained import build_net
 from tests.conftest import TINY
 
 
@@ -56,7 +57,7 @@ def test_rows_before_and_after_the_attack(tiny, tmp_path):
     recipe = tiny("adversarial.strength=50")
     place = Place(tmp_path, device="cpu")
     work = job.prepare(recipe, place, Console(quiet=True))
-    net = job.build_net(recipe, 10)
+    net = build_net(recipe, 10)
     net(torch.rand(8, 3, 32, 32))  # running statistics with which logits are not all alike
     images, targets, changed = loop.look(work, net, 0)
     assert changed is not None and not torch.equal(images, changed)

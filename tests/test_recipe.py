@@ -60,6 +60,7 @@ def test_overrides_win_over_the_file(tmp_path):
         ("mix.share=5", "not a multiple of mix.share"),
         ("model.leaky_slope=0.2", "has no effect, since model.activation is mish"),
         ("model.classes=1", "must be at least 2 or auto"),
+        ("adversarial.target=label", "has no effect, since adversarial.strength is 0"),
         ("group='${bach}'", "'bach' not found"),
         ("group=[", "override 'group=['"),
     ],
@@ -90,6 +91,26 @@ def test_an_idle_key_is_an_error_but_an_override_may_idle_the_file(tmp_path):
 def test_a_file_that_is_no_recipe(tmp_path, text):
     path = written(tmp_path, text)
     assert str(path) in problems(path)
+
+
+def test_settings_that_idle_the_attack_are_told():
+    short = problems(None, "adversarial.strength=1", "schedule.steps=1000")
+    assert "no step of 1,000 follows the warm-up" in short
+    never = problems(None, "adversarial.strength=1", "adversarial.probability=0")
+    assert "adversarial.probability is 0" in never
+
+
+def test_problems_of_every_kind_come_together():
+    text = problems(None, "batch=100", "augment.angle=999", "model.leaky_slope=0.3")
+    for told in ("not a multiple of group", "augment.angle is 999", "leaky_slope has no effect"):
+        assert told in text
+
+
+@pytest.mark.parametrize("root", ["2024_01_15", "1e3", "yes", "~", "a: b", "${x}", "a #b", "x=y"])
+def test_a_data_root_is_taken_as_typed(root):
+    recipe = recipes.load(None, [], root)
+    assert recipe.data.root == root
+    assert recipes.from_text(recipes.to_text(recipe)).data.root == root
 
 
 def test_find_by_name_and_by_path(tmp_path, monkeypatch):
@@ -127,14 +148,22 @@ def rows_of_sources():
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_field_of_every_recipe_has_a_source(path):
     everything = [p.stem for p in SHIPPED if p.stem not in ("digits", "cifar10")]
-    sources = {}
+    sources, said = {}, {}
     for field, value, names, source in rows_of_sources():
         listed = everything if names == "all for ImageNet" else names.split(", ")
         if path.stem in listed:
             assert source and field not in sources, f"{field} of {path.stem} has two rows, or none"
-            sources[field] = value
+            sources[field], said[field] = value, source
     resolved = recipes.load(path, [])
     given = dict(recipes.flatten(recipes._read(path)))
+    if path.stem in everything:  # "sourced line by line"
+        section = ""
+        for line in path.read_text().splitlines():
+            key, _, rest = line.strip().partition(":")
+            if not line.startswith((" ", "#")):
+                section = f"{key}." if not rest else ""
+            if rest and not line.startswith("#"):
+                assert said[section + key] == rest.partition(" # ")[2].strip(), line
     for key, value in recipes.flatten(resolved):
         idle = key in recipes.IDLE and recipes.IDLE[key][0](resolved)
         assert key in given or idle, (

@@ -160,6 +160,27 @@ def test_an_unreadable_image_is_replaced_by_the_next_one(folder):
     assert np.bincount(first_epoch).tolist() == [11, 13, 12]
 
 
+def test_a_run_of_unreadable_images_counts_slots_not_tries(folder):
+    source = sources.open_training(str(folder))
+    for index in range(10):
+        with open(source.name(index), "wb"):
+            pass
+    groups = Groups(source, recipe_for(folder))
+    batches = [groups[step, group] for step in range(4) for group in range(2)]
+    assert sum(b.replaced for b in batches) <= 10 and max(b.replaced for b in batches) <= 4
+    assert {i for b in batches for i in b.unreadable} == set(range(10))
+
+
+def test_an_image_too_large_for_the_warp_is_unreadable(folder):
+    import cv2
+    import numpy
+
+    source = sources.open_training(str(folder))
+    cv2.imwrite(source.name(0), numpy.zeros((2, 33_000, 3), numpy.uint8))
+    batches = [Groups(source, recipe_for(folder))[step, 0] for step in range(9)]
+    assert {i for b in batches for i in b.unreadable} <= {0}
+
+
 def test_an_evaluation_shows_every_image_once(folder):
     source = sources.open_validation(str(folder), ["apple", "bear", "cat"])
     batches = list(evaluation_batches(source, 4, 32, Evaluate(), workers=0, pin=False))

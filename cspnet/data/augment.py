@@ -30,9 +30,21 @@ class Draws:
     boxes: torch.Tensor  # int64 [B, 3, 4], rows y0 ≤ y < y1 and columns x0 ≤ x < x1; may be empty
 
     def to(self, device: torch.device) -> "Draws":
-        """A copy on the device, without waiting for it."""
-        moved = [getattr(self, entry.name) for entry in fields(self)]
-        return Draws(*(tensor.to(device, non_blocking=True) for tensor in moved))
+        """A copy on the device, without waiting for it: one transfer, out of pinned memory."""
+        if device.type == "cpu":
+            return self
+        parts = [getattr(self, entry.name) for entry in fields(self)]
+        packed = torch.cat(
+            [part.flatten(1) if part.ndim > 1 else part[:, None] for part in parts], 1
+        )
+        packed = packed.pin_memory().to(device, non_blocking=True)  # float32 holds the indices
+        moved = packed.split([part[0].numel() for part in parts], 1)
+        return Draws(
+            *(
+                new.reshape(part.shape).to(part.dtype)
+                for new, part in zip(moved, parts, strict=True)
+            )
+        )
 
 
 def draw(recipe: Recipe, step: int, groups: range) -> Draws:
@@ -67,7 +79,8 @@ def _draw_mix(
     draws partners from the whole list; here they come from the group, three distinct other images,
     which costs one decode for each sample and not four.
     """
-    coins = np.repeat(rng.random(images // mix.share) < mix.probability, mix.share)
+    coins = rng.random(-(-images // mix.share)) < mix.probability
+    coins = np.repeat(coins, mix.share)[:images]
     if mix.cutmix and mix.mosaic:
         is_mosaic = rng.random(images) < 0.5
     else:

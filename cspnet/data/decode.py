@@ -13,6 +13,9 @@ from cspnet.recipe import Augment, Evaluate
 cv2.setNumThreads(0)
 
 
+MAX_SIDE = 32_766  # warpAffine keeps coordinates in 16 bits
+
+
 class Unreadable(ValueError):
     """The bytes are not an image that OpenCV can decode."""
 
@@ -67,8 +70,13 @@ def train_matrix(
 
 
 def train_view(image: np.ndarray, rng: np.random.Generator, size: int, augment: Augment):
-    """A random view of an RGB image, uint8 [size, size, 3]: black outside the image, bilinear."""
+    """A random view of an RGB image, uint8 [size, size, 3]: black outside the image, bilinear.
+
+    Raises Unreadable for an image of more pixels a side than OpenCV's warp can take.
+    """
     height, width = image.shape[:2]
+    if max(height, width) > MAX_SIDE:
+        raise Unreadable(f"{width}×{height} pixels: a side may have {MAX_SIDE:,}")
     return cv2.warpAffine(
         image,
         train_matrix(rng, width, height, size, augment),

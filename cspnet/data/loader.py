@@ -5,7 +5,7 @@ number of workers: a group is a function of the seed and of its address in the s
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +26,8 @@ class Batch(NamedTuple):
     images: torch.Tensor  # uint8 [B, S, S, 3]
     labels: torch.Tensor  # int64 [B]
     mask: torch.Tensor  # bool [B]: false for what only fills up the last batch
-    unreadable: list[int]  # indices of images that another one, or black, stands in for
+    replaced: int  # images that another one, or black, stands in for
+    unreadable: list[int]  # indices of the files that could not be read
 
 
 class Groups(Dataset):
@@ -40,26 +41,34 @@ class Groups(Dataset):
         recipe, size = self.recipe, self.recipe.data.size
         images = torch.empty(recipe.group, size, size, 3, dtype=torch.uint8)
         labels = torch.empty(recipe.group, dtype=torch.int64)
-        unreadable: list[int] = []
+        mask = torch.ones(recipe.group, dtype=torch.bool)
+        replaced, unreadable = 0, set()
         for slot, position in enumerate(stream.positions(*address, recipe.batch, recipe.group)):
             index = stream.index_at(recipe.seed, position, len(self.source))
-            image, labels[slot] = self._readable(index, unreadable)
-            rng = stream.random(recipe.seed, stream.VIEW, position)
-            images[slot] = torch.from_numpy(train_view(image, rng, size, recipe.augment))
-        return Batch(images, labels, torch.ones(recipe.group, dtype=torch.bool), unreadable)
+            view, labels[slot], failed = self._readable(index, position)
+            images[slot] = torch.from_numpy(view)
+            replaced += bool(failed)
+            unreadable.update(failed)
+        return Batch(images, labels, mask, replaced, sorted(unreadable))
 
-    def _readable(self, index: int, unreadable: list[int]) -> tuple[np.ndarray, int]:
-        """The image at `index`, or the next one in the source that can be read; never random."""
+    def _readable(self, index: int, position: int) -> tuple[np.ndarray, int, list[int]]:
+        """View and label of the image at `index`, or of the next one that can be read.
+
+        Nothing in that is random. With the indices of those that could not be read.
+        """
+        recipe, failed = self.recipe, []
         for offset in range(TRIES):
             candidate = (index + offset) % len(self.source)
+            rng = stream.random(recipe.seed, stream.VIEW, position)
             try:
                 data, label = self.source.read(candidate)
-                return decode(data), label
+                view = train_view(decode(data), rng, recipe.data.size, recipe.augment)
+                return view, label, failed
             except (OSError, Unreadable):
-                unreadable.append(candidate)
-        # So many in a row: black, with the right label. The loop stops at such a share.
-        size = self.recipe.data.size
-        return np.zeros((size, size, 3), np.uint8), int(self.source.labels[index])
+                failed.append(candidate)
+        # So many in a row: black, with the right label.
+        black = np.zeros((recipe.data.size, recipe.data.size, 3), np.uint8)
+        return black, int(self.source.labels[index]), failed
 
 
 class Addresses:
@@ -98,28 +107,31 @@ class Batches(Dataset):
                 images[slot] = torch.from_numpy(view)
             except (OSError, Unreadable):
                 unreadable.append(index)  # stays black and counts: a val set is never thinned
-        return Batch(images, labels, mask, unreadable)
+        return Batch(images, labels, mask, len(unreadable), unreadable)
 
 
 def training_groups(
     source: Source, recipe: Recipe, start: int, workers: int, pin: bool
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Groups in the order of the stream from step `start` to the end of the schedule."""
     addresses = Addresses(start, recipe.schedule.steps, recipe.groups)
     ahead = max(2, -(-2 * recipe.groups // max(1, workers)))  # two steps' worth in all
-    return iter(_loader(Groups(source, recipe), addresses, workers, pin, ahead))
+    return _load(Groups(source, recipe), addresses, workers, pin, ahead)
 
 
 def evaluation_batches(
     source: Source, batch: int, size: int, how: Evaluate, workers: int, pin: bool
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Every image of the source once, in its order, in the view that `how` asks for."""
     batches = Batches(source, batch, size, how)
-    return iter(_loader(batches, range(len(batches)), workers, pin, ahead=2))
+    return _load(batches, range(len(batches)), workers, pin, ahead=2)
 
 
-def _loader(dataset: Dataset, sampler, workers: int, pin: bool, ahead: int) -> DataLoader:
-    return DataLoader(
+def _load(
+    dataset: Dataset, sampler, workers: int, pin: bool, ahead: int
+) -> Generator[Batch, None, None]:
+    """The items of the sampler in its order. Closing the generator ends the workers."""
+    loader = DataLoader(
         dataset,
         batch_size=None,  # an item is a group already
         sampler=sampler,
@@ -128,10 +140,18 @@ def _loader(dataset: Dataset, sampler, workers: int, pin: bool, ahead: int) -> D
         prefetch_factor=ahead if workers else None,
         worker_init_fn=_start_worker,
     )
+    iterator = iter(loader)
+    try:
+        yield from iterator
+    finally:
+        # Its destructor tells the workers to end; left to the interpreter's exit, they would be
+        # sent SIGTERM, which they ignore.
+        del iterator, loader
 
 
 def _start_worker(_: int) -> None:
-    # A terminal sends Ctrl-C to every process; only the main one decides what it means.
+    # A terminal sends Ctrl-C to every process, a batch system SIGTERM; only the main one decides
+    # what they mean. Workers end when it tells them to, or when they see that it is gone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -82,7 +82,7 @@ class Digits:
             from sklearn.datasets import load_digits
         except ImportError:
             raise DataError(
-                "the embedded digits need scikit-learn: pip install 'cspnet[demo]'"
+                "the embedded digits need scikit-learn: pip install scikit-learn"
             ) from None
         import cv2
 
@@ -117,10 +117,11 @@ def open_training(root: str) -> Source:
     return Folder(folder / "train")
 
 
-def open_validation(root: str, classes: list[str]) -> Source:
+def open_validation(root: str, classes: list[str] | None, count: int | None = None) -> Source:
     """The validation images below a data root, or in a val folder itself, with `classes` as labels.
 
-    Raises DataError where the folder's classes are not exactly `classes`, by name.
+    Raises DataError where the folder's classes are not exactly `classes`, by name; where the net
+    has no names (None), unless there are `count` of them.
     """
     if root == DIGITS:
         source: Source = Digits(train=False)
@@ -135,7 +136,10 @@ def open_validation(root: str, classes: list[str]) -> Source:
         if len(named) > 1:
             raise DataError(f"{folder} has both {named[0].name}/ and {named[1].name}/: name one")
         source = Folder(named[0] if named else folder)
-    require_classes(source, classes, root)
+    if classes is not None:
+        require_classes(source, classes, root)
+    elif len(source.classes) != count:
+        raise DataError(f"{root} has {len(source.classes)} classes, the network {count}")
     return source
 
 
@@ -170,6 +174,7 @@ def require_classes(source: Source, classes: list[str], where: str) -> None:
 
 
 def _existing(folder: Path) -> Path:
+    folder = folder.expanduser()
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise DataError(

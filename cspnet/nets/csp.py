@@ -179,10 +179,14 @@ class CspNet(nn.Module):
     `channels` and `strides` describe the three maps that `pyramid` returns.
     """
 
-    def __init__(self, name: str, *, classes: int, width: float, style: Style) -> None:
+    def __init__(
+        self, name: str, *, classes: int, activation: str, width: float, style: Style
+    ) -> None:
         super().__init__()
         self.name = name
         self.classes = classes
+        self.activation = activation
+        self.width = width
         plan = scale(NETS[name], width)
         self.stem = nn.Sequential()
         if plan.resnet:
@@ -289,4 +293,4 @@ def create(
         activation=Mish if activation == "mish" else leaky,
         groups=NETS[name].groups,
     )
-    return CspNet(name, classes=classes, width=width, style=style)
+    return CspNet(name, classes=classes, activation=activation, width=width, style=style)

@@ -17,10 +17,17 @@ from torch.utils.tensorboard import SummaryWriter
 
 from cspnet.data.loader import Batch
 from cspnet.data.sources import Source
-from cspnet.errors import DataError
+from cspnet.errors import DataError, NotFinite
 from cspnet.evaluate import Scores
 from cspnet.train.checkpoint import TrainState
 
+TAGS = {
+    "loss": "train/loss",
+    "lr": "train/lr",
+    "images_per_second": "perf/images_per_second",
+    "data_wait": "perf/data_wait",
+    "loss_scale": "amp/loss_scale",
+}
 BAD_SHARE = 0.5  # of a group: beyond it the data set is at fault, not an image
 
 
@@ -29,11 +36,18 @@ class Report:
 
     def __init__(self, folder: Path, state: TrainState, source: Source, console: Console):
         self.folder, self.state, self.source, self.console = folder, state, source, console
-        self.unreadable: set[int] = set()
-        folder.mkdir(parents=True, exist_ok=True)
-        _cut_back(folder / "metrics.jsonl", state.step)
+        self._list = folder / "unreadable.txt"
+        self.unreadable = set(self._list.read_text().splitlines()) if self._list.exists() else set()
+        self._bad_windows = 0
+        _cut_back(folder / "metrics.jsonl", state.step, state.validated)
         self._file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
-        self._board = SummaryWriter(str(folder / "tb"), purge_step=state.step + 1)
+        # Events of the last step are purged too where its validation is still to come, and those of
+        # training are written again from the record.
+        pending = state.validated < state.step
+        self._board = SummaryWriter(str(folder / "tb"), purge_step=state.step + (not pending))
+        line = last_line(folder / "metrics.jsonl")
+        if pending and line and line["step"] == state.step:
+            self._show(line)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -45,7 +59,7 @@ class Report:
         )
         total = state.recipe.schedule.steps
         self._task = self._bar.add_task("train", total=total, completed=state.step, numbers="")
-        self._restart_clock()
+        self.restart_clock()
 
     def __enter__(self) -> "Report":
         self._bar.start()
@@ -55,8 +69,13 @@ class Report:
         self._bar.stop()
         self._board.close()
         self._file.close()
+        if self.unreadable:
+            self.console.print(
+                f"{len(self.unreadable):,} unreadable images so far, listed in {self._list}",
+                style="yellow",
+            )
 
-    def _restart_clock(self) -> None:
+    def restart_clock(self) -> None:
         """Validation and saving do not count in images/s."""
         self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
 
@@ -75,39 +94,71 @@ class Report:
         self._bar.update(self._task, completed=state.step)
         if state.step % state.recipe.log_every and state.step != state.recipe.schedule.steps:
             return
-        loss = float(state.loss_sum) / state.loss_steps  # the host waits here, and only here
+        loss = self._read_loss()
+        if math.isfinite(loss):
+            self._bad_windows = 0
+        else:
+            self._bad_windows += 1
+            if self._bad_windows >= self._patience():
+                raise self._not_finite()
         state.loss_sum.zero_()
         state.loss_steps = 0
         seconds = time.perf_counter() - self._since
         speed = self._steps * state.recipe.batch / seconds
         left = (state.recipe.schedule.steps - state.step) * state.recipe.batch / speed
         metrics = {
-            "loss": loss,
+            "loss": loss if math.isfinite(loss) else None,
             "lr": rate,
             "images_per_second": speed,
             "data_wait": self._waited / seconds,
             "memory_gb": _memory_gb(),
             "loss_scale": state.scaler.get_scale(),
+            "unreadable": len(self.unreadable),
         }
         self._write("train", metrics)
-        for tag, key in (
-            ("train/loss", "loss"),
-            ("train/lr", "lr"),
-            ("perf/images_per_second", "images_per_second"),
-            ("perf/data_wait", "data_wait"),
-            ("amp/loss_scale", "loss_scale"),
-        ):
-            self._board.add_scalar(tag, metrics[key], state.step)
+        self._show({"step": state.step, **metrics})
         numbers = (
             f"step {state.step:,}  epoch {state.epoch:.2f}  loss {loss:.4f}  lr {rate:.2e}  "
             f"{speed:,.0f} images/s  {_spell(left)} left"
         )
         self._bar.update(self._task, numbers=numbers)
         if not self.console.is_terminal:
-            self.console.print(numbers, highlight=False)
+            self.console.print(numbers)
         if not math.isfinite(loss):
-            self.console.print(f"[red]the loss at step {state.step:,} is {loss}[/red]")
-        self._restart_clock()
+            self.console.print(f"the loss at step {state.step:,} is {loss}", style="red")
+        self.restart_clock()
+
+    def _show(self, metrics: dict) -> None:
+        """A line of training as TensorBoard's scalars."""
+        for key, tag in TAGS.items():
+            if metrics.get(key) is not None:
+                self._board.add_scalar(tag, metrics[key], metrics["step"])
+
+    def require_finite(self) -> None:
+        """Raises NotFinite rather than let a save take in what followed a loss that is not finite.
+
+        Under loss scaling such a step was skipped, and the weights are as they were.
+        """
+        state = self.state
+        unscaled = state.loss_steps and not state.scaler.is_enabled()
+        if unscaled and not math.isfinite(self._read_loss()):
+            raise self._not_finite()
+
+    def _read_loss(self) -> float:
+        """Mean loss since the last line. The host waits for the device here, and only here."""
+        return float(self.state.loss_sum) / self.state.loss_steps
+
+    def _patience(self) -> int:
+        """Windows with a loss that is not finite before the run ends: loss scaling skips steps."""
+        return 3 if self.state.scaler.is_enabled() else 1
+
+    def _not_finite(self) -> NotFinite:
+        saved = self.folder / "checkpoints" / "last.pt"
+        return NotFinite(
+            f"the loss is not finite at step {self.state.step:,}; nothing was saved since it "
+            f"became so. {saved if saved.exists() else 'No checkpoint'} is the last good one. "
+            "Try a lower optim.learning_rate, a longer warm-up, or precision=fp32, in a new folder."
+        )
 
     def validation(self, scores: Scores, best: bool) -> None:
         """After a validation."""
@@ -126,12 +177,14 @@ class Report:
         self.console.print(
             f"validation at step {state.step:,}: top-1 {scores.top1:.2f} %  "
             f"top-5 {scores.top5:.2f} %  loss {scores.loss:.4f}  "
-            f"{scores.images:,} images{averaged}{'  best so far' if best else ''}",
-            highlight=False,
+            f"{scores.images:,} images{averaged}{'  best so far' if best else ''}"
         )
         if scores.unreadable:
-            self.console.print(f"[red]{scores.unreadable} validation images are unreadable[/red]")
-        self._restart_clock()
+            self.console.print(
+                f"{scores.unreadable} validation images are unreadable and count as black ones",
+                style="red",
+            )
+        self.restart_clock()
 
     def picture(self, name: str, page: np.ndarray) -> None:
         """A picture, uint8 RGB [H, W, 3], for TensorBoard."""
@@ -144,39 +197,46 @@ class Report:
 
     def _tell_unreadable(self, group: Batch) -> None:
         for index in group.unreadable:
-            if index in self.unreadable:
-                continue
-            self.unreadable.add(index)
             name = self.source.name(index)
-            with open(self.folder / "unreadable.txt", "a") as file:
+            if name in self.unreadable:
+                continue
+            self.unreadable.add(name)
+            with open(self._list, "a") as file:
                 file.write(f"{name}\n")
             if len(self.unreadable) <= 3:
                 self.console.print(
-                    f"[yellow]unreadable image, another one stands in for it: {name}[/yellow]",
-                    highlight=False,
+                    f"unreadable image, the next one stands in for it: {name}", style="yellow"
                 )
-        if len(group.unreadable) > BAD_SHARE * len(group.labels):
+        if group.replaced > BAD_SHARE * len(group.labels):
             raise DataError(
-                f"{len(group.unreadable)} unreadable images in one group of {len(group.labels)}, "
+                f"{group.replaced} unreadable images in one group of {len(group.labels)}, "
                 f"such as {self.source.name(group.unreadable[0])}. They are listed in "
-                f"{self.folder / 'unreadable.txt'}; repair the data set, then --resume."
+                f"{self._list}; repair the data set, then --resume."
             )
 
 
-def _cut_back(path: Path, step: int) -> None:
-    """Drops the lines after `step`, and a torn last one: the record goes on without a zigzag."""
+def _cut_back(path: Path, step: int, validated: int) -> None:
+    """Drops the lines of training after `step`, of validation after `validated`, and a torn one."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            content = json.loads(line)
+            limit = validated if content["split"] == "val" else step
+            if content["step"] <= limit:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
-            break
+            continue
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))
     os.replace(temporary, path)
+
+
+def last_line(path: Path) -> dict | None:
+    """The last line of a record; None where there is none."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return json.loads(lines[-1]) if lines else None
 
 
 def _memory_gb() -> float:

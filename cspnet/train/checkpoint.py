@@ -5,7 +5,9 @@ A checkpoint is a dictionary of plain tensors, numbers and strings, which
 only seed (cspnet/data/stream.py).
 """
 
+import contextlib
 import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import torch
 from torch import nn
 
 import cspnet
-from cspnet.errors import CheckpointError
+from cspnet.errors import CheckpointError, SaveError
 from cspnet.recipe import Recipe, flatten, from_text, to_text
 from cspnet.train.optim import Average
 
@@ -35,7 +37,9 @@ class TrainState:
     classes: list[str]
     images: int  # in the training set
     precision: str
+    precision_reason: str
     step: int = 0  # optimizer steps done
+    validated: int = 0  # step of the last validation
     best_top1: float = -1.0  # percent; of validation
     loss_sum: torch.Tensor = field(default_factory=lambda: torch.zeros(()))  # since the last log
     loss_steps: int = 0
@@ -55,8 +59,10 @@ class TrainState:
             "classes": self.classes,
             "images": self.images,
             "precision": self.precision,
+            "precision_reason": self.precision_reason,
             "step": self.step,
             "epoch": self.epoch,
+            "validated": self.validated,
             "best_top1": self.best_top1,
             "loss_sum": self.loss_sum.cpu(),
             "loss_steps": self.loss_steps,
@@ -75,10 +81,15 @@ class TrainState:
         self.net.load_state_dict(saved["state_dict"])
         if self.average:
             self.average.load(saved["state_dict_ema"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        # The state alone: which kernel updates the weights is a matter of this device.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict(
+            {"state": saved["optimizer"]["state"], "param_groups": groups}
+        )
         if self.scaler.is_enabled() and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         self.step = saved["step"]
+        self.validated = saved["validated"]
         self.best_top1 = saved["best_top1"]
         self.loss_sum.copy_(saved["loss_sum"])
         self.loss_steps = saved["loss_steps"]
@@ -123,27 +134,41 @@ def save(content: dict, path: Path, also: Path | None = None) -> None:
     """Writes a checkpoint so that `path` holds the old one or the new one, whatever happens.
 
     With `also`, the same file is put there too, first: a crash in between leaves `path` older than
-    `also`, and the steps that are done again lead to the same `also`.
+    `also`, and the steps that are done again lead to the same `also`. Raises SaveError.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
+    second = path.with_name(f".{also.name}.tmp") if also else None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        if also:
-            link = also.with_name(f".{also.name}.tmp")
-            link.unlink(missing_ok=True)
-            os.link(temporary, link)
-            os.replace(link, also)
+        if also and second:
+            second.unlink(missing_ok=True)
+            _link_or_copy(temporary, second)
+            os.replace(second, also)
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"{path} could not be written ({error.strerror}); the earlier one is untouched"
+    except (OSError, RuntimeError) as error:  # torch's writer has a RuntimeError for a full disk
+        for leftover in (temporary, second):
+            if leftover:
+                with contextlib.suppress(OSError):
+                    leftover.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+        raise SaveError(
+            f"{path} could not be written ({reason}); the earlier one is untouched"
         ) from None
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """A hard link, or a copy on disk where the filesystem has no links (exFAT, SMB)."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+        with open(target, "rb") as file:
+            os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:
@@ -157,17 +182,7 @@ def _sync_folder(folder: Path) -> None:
 
 def load(path: Path) -> dict:
     """A checkpoint as written by `save`; CheckpointError where it is not a whole one."""
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"the checkpoint {path} {what}{_suggest(path)}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and torch each have their own for a broken file
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{path} is truncated, damaged, or not a checkpoint ({path.stat().st_size:,} bytes): "
-            f"{first[:200]}"
-        ) from None
+    content = read_torch(path)
     wanted = ("format", "recipe", "classes", "state_dict")
     if not isinstance(content, dict) or any(key not in content for key in wanted):
         raise CheckpointError(f"{path} holds tensors, but is not a checkpoint of cspnet")
@@ -177,6 +192,23 @@ def load(path: Path) -> dict:
             f"it was written by cspnet {content.get('cspnet', '?')}"
         )
     return content
+
+
+def read_torch(path: Path) -> object:
+    """What torch.save wrote to a file, tensors and plain values only: no pickle is executed."""
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"the checkpoint {path} {what}{_suggest(path)}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except Exception as error:  # zip, pickle and torch each have their own for a broken file
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{path} is truncated, damaged, or not a checkpoint ({path.stat().st_size:,} bytes): "
+            f"{first[:200]}"
+        ) from None
 
 
 def _suggest(path: Path) -> str:

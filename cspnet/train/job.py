@@ -1,21 +1,19 @@
 """Setting up a run: what can be found wrong before the first step, and the state it starts from."""
 
 import json
+import os
 import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from rich.console import Console
-from torch import nn
 
 import cspnet
 from cspnet.data.sources import Source, open_training, open_validation
 from cspnet.errors import CheckpointError, RecipeError
-from cspnet.nets import create
-from cspnet.recipe import Recipe, from_text, to_text
+from cspnet.recipe import Recipe, to_text
 from cspnet.train.checkpoint import TrainState, load
 from cspnet.train.optim import Average, build_optimizer
 from cspnet.train.runtime import (
@@ -25,6 +23,7 @@ from cspnet.train.runtime import (
     find_precision,
     find_workers,
 )
+from cspnet.trained import build_net
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,13 @@ def prepare(recipe: Recipe, place: Place, console: Console) -> Job:
     """Everything that can be found wrong before the first step is found here. Writes nothing."""
     device = find_device(place.device)
     precision = find_precision(recipe.precision, device)
-    at_once = place.passes or 1
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise RecipeError("several processes (WORLD_SIZE > 1) are not supported yet: start one")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if precision.name == "fp32":  # not TF32, which torch lets cuDNN use
+        torch.backends.cudnn.allow_tf32 = False
+    at_once = 1 if place.passes is None else place.passes
     if not 1 <= at_once <= recipe.groups:
         raise RecipeError(
             f"--passes {at_once}: a step has {recipe.groups} groups, so give 1 to {recipe.groups}"
@@ -81,52 +86,13 @@ def check_folder(place: Place) -> None:
     folder = place.output
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"--output {folder} is a file: name a folder")
+    if folder.is_dir() and not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        raise RecipeError(f"--output {folder} cannot be read and written: name another folder")
     if not place.resume and folder.is_dir() and any(folder.iterdir()):
         raise RecipeError(
             f"the run folder {folder} is not empty: --resume continues the run in it, "
             "--output names another folder"
         )
-
-
-def build_net(recipe: Recipe, classes: int) -> nn.Module:
-    """The net of a recipe with fresh weights, float32, channels-last, on the CPU.
-
-    The weights are a function of the seed, whatever the device.
-    """
-    model = recipe.model
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        net = create(
-            model.name,
-            classes=classes,
-            activation=model.activation,
-            leaky_slope=model.leaky_slope,
-            width=model.width,
-            norm_eps=model.norm_eps,
-            norm_momentum=model.norm_momentum,
-            group=recipe.group,
-        )
-    return net.to(memory_format=torch.channels_last)
-
-
-class Trained(NamedTuple):
-    """A net as a checkpoint has it, on the CPU."""
-
-    net: nn.Module
-    recipe: Recipe
-    classes: list[str]
-    step: int
-    averaged: bool  # the weights are the moving average
-
-
-def load_net(path: Path) -> Trained:
-    """The net of a checkpoint, with the averaged weights where the run kept them."""
-    saved = load(path)
-    recipe = from_text(saved["recipe"])
-    net = build_net(recipe, len(saved["classes"]))
-    averaged = saved["state_dict_ema"] is not None
-    net.load_state_dict(saved["state_dict_ema" if averaged else "state_dict"])
-    return Trained(net, recipe, saved["classes"], saved["step"], averaged)
 
 
 def start(job: Job) -> TrainState:
@@ -142,32 +108,58 @@ def start(job: Job) -> TrainState:
         classes=job.training.classes,
         images=len(job.training),
         precision=job.precision.name,
+        precision_reason=job.precision.reason,
         loss_sum=torch.zeros((), device=job.device),
     )
     last = job.folder / "checkpoints" / "last.pt"
     if last.exists():
         for remark in state.restore(load(last)):
-            console.print(f"[yellow]{remark}[/yellow]", highlight=False)
+            console.print(f"[yellow]{remark}[/yellow]")
         done = "complete" if state.step >= recipe.schedule.steps else "goes on"
-        console.print(f"resumed from {last}: step {state.step:,}, {done}", highlight=False)
-    elif job.folder.is_dir() and (job.folder / "metrics.jsonl").exists():
-        console.print(f"{job.folder} has no checkpoint yet: the run starts anew", highlight=False)
+        console.print(f"resumed from {last}: step {state.step:,}, {done}")
+    else:
+        _require_own(job)
     if state.step > recipe.schedule.steps:
         raise CheckpointError(
             f"{last} is at step {state.step:,}, past schedule.steps={recipe.schedule.steps:,}"
         )
-    job.folder.mkdir(parents=True, exist_ok=True)
-    (job.folder / "recipe.yaml").write_text(to_text(recipe))
-    (job.folder / "env.json").write_text(json.dumps(environment(job), indent=2) + "\n")
+    try:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        (job.folder / "recipe.yaml").write_text(to_text(recipe))
+        (job.folder / "env.json").write_text(json.dumps(environment(job), indent=2) + "\n")
+    except OSError as error:
+        raise RecipeError(
+            f"the run folder {job.folder} cannot be written: {error.strerror}. "
+            "Name another with --output."
+        ) from None
     console.print(
         f"{recipe.model.name}: {sum(p.numel() for p in net.parameters()):,} parameters; "
         f"{len(job.training):,} training and {len(job.validation):,} validation images, "
         f"{len(job.training.classes):,} classes\n"
         f"device {job.device}, {job.precision.name} ({job.precision.reason}), "
-        f"{job.workers} workers, {len(job.passes)} passes per step; run folder {job.folder}",
-        highlight=False,
+        f"{job.workers} workers, {len(job.passes)} passes per step; run folder {job.folder}"
     )
     return state
+
+
+def _require_own(job: Job) -> None:
+    """Raises CheckpointError unless the folder is empty, or this run's before its first save."""
+    checkpoints = sorted((job.folder / "checkpoints").glob("*.pt"))
+    if checkpoints:
+        raise CheckpointError(
+            f"{job.folder} has {checkpoints[0].name} but no last.pt: to resume from it, copy it to "
+            "checkpoints/last.pt; to train anew, name another folder"
+        )
+    stored = job.folder / "recipe.yaml"
+    if stored.exists():
+        if stored.read_text() != to_text(job.recipe):
+            raise CheckpointError(
+                f"{stored} is another run's recipe, and there is no checkpoint to resume from: "
+                "name another folder"
+            )
+        job.console.print(f"{job.folder} has no checkpoint yet: the run starts anew")
+    elif job.folder.is_dir() and any(job.folder.iterdir()):
+        raise CheckpointError(f"{job.folder} is not a run folder: it has no recipe.yaml")
 
 
 def environment(job: Job) -> dict:

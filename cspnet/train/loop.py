@@ -1,5 +1,7 @@
 """The training loop, in the order of time."""
 
+from contextlib import closing
+
 import numpy as np
 import torch
 from rich.console import Console
@@ -31,13 +33,28 @@ def train(recipe: Recipe, place: Place, console: Console) -> Scores | None:
     net = torch.compile(state.net) if place.compile else state.net
     scores = None
     last = recipe.schedule.steps
-    with Stop() as stop, Report(job.folder, state, job.training, console) as report:
-        groups = training_groups(
-            job.training, recipe, state.step, job.workers, job.device.type == "cuda"
-        )
+    folder = job.folder / "checkpoints"
+    stream = training_groups(
+        job.training, recipe, state.step, job.workers, job.device.type == "cuda"
+    )
+    with (
+        Stop() as stop,
+        Report(job.folder, state, job.training, console) as report,
+        closing(stream) as groups,
+    ):
         if state.step == 0:
             show_samples(job, state.net, report)
-        while state.step < last:
+        while True:
+            if is_validation_due(state) and state.validated < state.step:
+                scores = validate(job, state, stop)
+                state.validated = state.step
+                best = scores.top1 > state.best_top1
+                state.best_top1 = max(state.best_top1, scores.top1)
+                report.validation(scores, best)
+                save(state.to_dict(), folder / "last.pt", folder / "best.pt" if best else None)
+            if state.step == last:
+                return scores
+
             rate = learning_rate(state.step + 1, recipe)
             for parameters in state.optimizer.param_groups:
                 parameters["lr"] = rate
@@ -57,21 +74,26 @@ def train(recipe: Recipe, place: Place, console: Console) -> Scores | None:
                 state.average.update(state.step)
             report.step(rate)
 
-            best = False
-            if state.step % recipe.evaluate.every == 0 or state.step == last:
-                scores = validate(job, state)
-                best = scores.top1 > state.best_top1
-                state.best_top1 = max(state.best_top1, scores.top1)
-                report.validation(scores, best)
-            if best or stop.requested or state.step % recipe.save_every == 0 or state.step == last:
-                folder = job.folder / "checkpoints"
-                save(state.to_dict(), folder / "last.pt", folder / "best.pt" if best else None)
-            if stop.requested and state.step < last:
-                raise Stopped(
-                    f"{stop.requested}: saved at step {state.step:,} of {last:,}; "
-                    "the same command with --resume goes on from there"
-                )
-    return scores
+            asked = stop.requested  # read once: a signal may come at any time
+            if asked or state.step % recipe.save_every == 0 or is_validation_due(state):
+                report.require_finite()
+                save(state.to_dict(), folder / "last.pt")
+                report.restart_clock()
+            if asked and state.step < last:
+                raise stopped(asked, state)
+
+
+def is_validation_due(state: TrainState) -> bool:
+    """Whether a validation follows the steps done so far: every so often, and after the last."""
+    schedule, every = state.recipe.schedule, state.recipe.evaluate.every
+    return state.step > 0 and (state.step % every == 0 or state.step == schedule.steps)
+
+
+def stopped(asked: str, state: TrainState) -> Stopped:
+    return Stopped(
+        f"{asked}: saved at step {state.step:,} of {state.recipe.schedule.steps:,}; "
+        "the same command with --resume goes on from there"
+    )
 
 
 def to_device(job: Job, groups: list, step: int, part: range) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,7 +120,8 @@ def attack_some(
     chosen = attacked(recipe, state.step, part)
     if not chosen.any():
         return images
-    chosen = torch.from_numpy(np.flatnonzero(np.repeat(chosen, recipe.group))).to(job.device)
+    chosen = torch.from_numpy(np.flatnonzero(np.repeat(chosen, recipe.group)))
+    chosen = chosen.to(job.device, non_blocking=True)
     changed = attack(
         lambda seen: forward(job, net, seen),
         state.net,
@@ -115,11 +138,25 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
 
 
-def validate(job: Job, state: TrainState) -> Scores:
-    """Scores of the weights that a user would take: the averaged ones where the run has them."""
+def validate(job: Job, state: TrainState, stop: Stop) -> Scores:
+    """Scores of the weights that a user would take: the averaged ones where the run has them.
+
+    A signal breaks it off: the state was saved before, and a resumed run validates first.
+    """
+
+    def heed(_: int) -> None:
+        if stop.requested:
+            raise stopped(stop.requested, state)
+
     weights = state.average.tensors if state.average else None
     return evaluate(
-        state.net, job.validation, job.recipe, job.precision, job.workers, weights=weights
+        state.net,
+        job.validation,
+        job.recipe,
+        job.precision,
+        job.workers,
+        weights=weights,
+        progress=heed,
     )
 
 

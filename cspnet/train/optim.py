@@ -38,13 +38,17 @@ def build_optimizer(net: nn.Module, optim: Optim) -> torch.optim.SGD:
     The rate is set at every step. On CUDA the fused kernel reads the loss scaler's verdict on the
     device, so that the host need not wait for it.
     """
-    weights = next(net.parameters())
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         parameter_groups(net, optim.weight_decay),
         lr=0.0,
         momentum=optim.momentum,
-        fused=weights.is_cuda or None,
+        fused=next(net.parameters()).is_cuda or None,
     )
+    # Zero momentum from the start. The fused kernel allocates it without clearing it, and where the
+    # loss scaler skips the very first step, it would stay that way.
+    for weight in net.parameters():
+        optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+    return optimizer
 
 
 class Average:

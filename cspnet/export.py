@@ -1,0 +1,203 @@
+"""A trained net goes where it is needed: safetensors for timm, ONNX, Darknet's files.
+
+Every file is written beside its target and renamed: nothing half-written is left.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import cspnet
+from cspnet.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from cspnet.data.sources import display_names
+from cspnet.errors import CspnetError
+from cspnet.nets.darknet import FormatError, cfg_text, write_weights
+from cspnet.recipe import to_text
+from cspnet.trained import Trained
+
+SUFFIXES = (".safetensors", ".onnx", ".weights")
+
+
+class ExportError(CspnetError):
+    """What was asked for cannot be written, there or at all."""
+
+    exit_code = 2
+
+
+def export(trained: Trained, to: Path, pyramid: bool = False, cut: int | None = None) -> list[str]:
+    """Writes a net by the suffix of `to`; returns remarks worth printing. ExportError."""
+    if to.suffix not in SUFFIXES:
+        raise ExportError(f"{to}: the suffix must be one of {', '.join(SUFFIXES)}")
+    if pyramid and to.suffix != ".onnx":
+        raise ExportError("--pyramid is for .onnx: the other files hold the whole net anyway")
+    if cut is not None and to.suffix != ".weights":
+        raise ExportError("--cut is for .weights")
+    if not to.absolute().parent.is_dir():
+        raise ExportError(f"{to}: the folder {to.parent} does not exist")
+    trained.net.eval()
+    if to.suffix == ".safetensors":
+        return _safetensors(trained, to)
+    if to.suffix == ".onnx":
+        return _onnx(trained, to, pyramid)
+    return _darknet(trained, to, cut)
+
+
+def _replace(to: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a temporary file and puts it in the place of `to`."""
+    temporary = to.with_name(f".{to.name}.tmp{to.suffix}")
+    try:
+        write(temporary)
+        os.replace(temporary, to)
+    except OSError as error:
+        raise ExportError(f"{to} cannot be written: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _facts(trained: Trained) -> dict:
+    """What a file of ours says of itself: enough to evaluate it."""
+    return {
+        "cspnet": cspnet.__version__,
+        "recipe": to_text(trained.recipe),
+        "classes": trained.classes,
+        "step": trained.step,
+        "seen": trained.seen,
+        "averaged": trained.averaged,
+    }
+
+
+def _safetensors(trained: Trained, to: Path) -> list[str]:
+    state = {name: tensor.contiguous() for name, tensor in trained.net.state_dict().items()}
+    metadata = {"format": "pt", "cspnet": json.dumps(_facts(trained))}
+
+    def write(path: Path) -> None:
+        # Opened here: a read-only folder then says so in the system's words, not in Rust's.
+        path.open("wb").close()
+        save_file(state, path, metadata)
+
+    _replace(to, write)
+    model = trained.recipe.model
+    if model.width != 1:
+        return [f"timm has no {model.name} of width {model.width:g}: the file is for cspnet"]
+    activation = "mish" if model.activation == "mish" else "leaky_relu"
+    return [
+        f"timm.create_model('{model.name}', act_layer='{activation}', "
+        f"num_classes={trained.net.classes}, checkpoint_path='{to}')"
+    ]
+
+
+class _Pyramid(nn.Module):
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(self.net.pyramid(images))
+
+
+def _onnx(trained: Trained, to: Path, pyramid: bool) -> list[str]:
+    try:
+        import onnx
+        import onnxscript  # noqa: F401  torch's exporter needs it
+    except ImportError:
+        raise ExportError("ONNX needs more packages: pip install 'cspnet[onnx]'") from None
+    net = _Pyramid(trained.net) if pyramid else trained.net
+    size = trained.recipe.data.size
+    images = torch.randn(2, 3, size, size)
+    outputs = [f"p{stride}" for stride in trained.net.strides] if pyramid else ["logits"]
+    program = torch.onnx.export(
+        net,
+        (images,),
+        dynamo=True,
+        input_names=["images"],
+        output_names=outputs,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        verbose=False,
+    )
+    for key, value in _facts(trained).items():
+        program.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
+    _replace(to, lambda path: onnx.save(program.model_proto, str(path)))
+    return _check_onnx(net, images, to)
+
+
+def _check_onnx(net: nn.Module, images: torch.Tensor, path: Path) -> list[str]:
+    """Compares the file with the net on random images, at another batch size than it was traced."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return ["not checked: onnxruntime is not installed"]
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for batch in (images, images[:1]):
+        with torch.no_grad():
+            expected = net(batch)
+        expected = expected if isinstance(expected, tuple) else (expected,)
+        for ours, theirs in zip(
+            expected, session.run(None, {"images": batch.numpy()}), strict=True
+        ):
+            difference = (ours - torch.from_numpy(theirs)).abs().max()
+            worst = max(worst, float(difference / ours.abs().max().clamp(min=1e-6)))
+    if worst > 1e-3:
+        raise ExportError(f"{path}: onnxruntime differs from torch by {worst:.1e}; do not use it")
+    return [f"onnxruntime agrees with torch to {worst:.0e} of the largest value"]
+
+
+def _darknet(trained: Trained, to: Path, cut: int | None) -> list[str]:
+    """`.weights`; beside it `.cfg`, `.data`, `.names` and `.labels` unless it is `cut`."""
+    model, remarks = trained.recipe.model, []
+    if model.activation == "leaky" and model.leaky_slope != 0.1:
+        raise ExportError(
+            f"the net's leaky slope is {model.leaky_slope:g}; Darknet's is 0.1 and cannot be set"
+        )
+    if model.norm_eps != 1e-5:
+        raise ExportError(f"the net's norm_eps is {model.norm_eps:g}; Darknet's is 1e-5")
+    net = trained.net
+    if trained.recipe.data.normalize == "imagenet":
+        net = _fold_normalization(trained)
+        remarks.append(
+            "mean and standard deviation were folded into the first convolution, which is exact "
+            "but at the image's border: Darknet pads with black, the training did with grey"
+        )
+    try:
+        data = write_weights(net, trained.seen, cut)
+    except FormatError as error:
+        raise ExportError(str(error)) from None
+    files = {to: data}
+    if cut is None:
+        labels = trained.classes or [str(number) for number in range(net.classes)]
+        names, listed = to.with_suffix(".names"), to.with_suffix(".labels")
+        files[listed] = ("\n".join(labels) + "\n").encode()
+        files[names] = ("\n".join(display_names(labels)) + "\n").encode()
+        files[to.with_suffix(".data")] = (
+            f"classes={net.classes}\nlabels={listed}\nnames={names}\ntop=5\n".encode()
+        )
+        files[to.with_suffix(".cfg")] = cfg_text(net, trained.recipe.data.size).encode()
+        remarks.append(
+            f"darknet classifier predict {to.with_suffix('.data')} {to.with_suffix('.cfg')} {to}"
+        )
+    for path, content in reversed(files.items()):  # the weights last: they are what one looks for
+        _replace(path, lambda temporary, content=content: _write(temporary, content))
+    return remarks
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def _fold_normalization(trained: Trained) -> nn.Module:
+    """A copy of the net that takes RGB in [0, 1] where the net takes (RGB - mean) / std."""
+    import copy
+
+    net = copy.deepcopy(trained.net)
+    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    first = net.stem.conv1
+    with torch.no_grad():
+        first.conv.weight /= std[:, None, None]
+        # What the mean adds to every output goes out of BatchNorm's running mean.
+        first.bn.running_mean += (first.conv.weight * mean[:, None, None]).sum((1, 2, 3))
+    return net

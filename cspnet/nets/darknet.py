@@ -1,0 +1,232 @@
+"""Darknet's files: the `.cfg` of a net of ours, and `.weights` to and from it.
+
+cspdarknet53 and darknet53 are Darknet's own graphs. Three things lie between our tensors and its
+file: the expansion of a stage is two convolutions there, first the cross path (X), then the main
+path (M); a stage joins [main, cross] where ours joins [cross, main], so the input channels of the
+transition come in the other order; the classifier is a 1x1 convolution.
+
+The file (darknet src/parser.c, save_weights_upto, save_convolutional_weights), little-endian: int32
+major, minor, revision; images seen, uint64 from version 0.2 on, uint32 before; then for each
+convolution float32 [n] biases, with BatchNorm [n] scales, means and variances, then the weights.
+"""
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from cspnet.nets.csp import NETS, CrossStage, CspNet, create
+from cspnet.nets.layers import ConvNormAct, Mish
+
+VERSION = (0, 2, 5)
+ALL = slice(None)
+SUPPORTED = ("cspdarknet53", "darknet53")
+
+
+class FormatError(ValueError):
+    """A `.cfg` or `.weights` file that is not what it has to be; the message says where."""
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """Where the tensors of one of Darknet's convolutions lie in ours."""
+
+    name: str
+    conv: nn.Conv2d | nn.Linear
+    norm: nn.BatchNorm2d | None
+    rows: slice  # output channels of ours
+    swapped: bool = False  # halves of the input channels
+
+    def blobs(self) -> list[tuple[torch.Tensor, tuple[int, ...]]]:
+        """Views of our tensors in the order of the file, each with its shape there."""
+        weight = self.conv.weight.data[self.rows]
+        shape = (*weight.shape, 1, 1)[:4]
+        if self.norm is None:
+            return [(self.conv.bias.data[self.rows], shape[:1]), (weight, shape)]
+        norm = self.norm
+        vectors = (norm.bias.data, norm.weight.data, norm.running_mean, norm.running_var)
+        return [(vector[self.rows], shape[:1]) for vector in vectors] + [(weight, shape)]
+
+    def swap(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight with the halves of its input channels exchanged where the graphs differ."""
+        return weight.roll(weight.shape[1] // 2, 1) if self.swapped and weight.ndim > 1 else weight
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of a `.cfg`, and the convolution that it stands for."""
+
+    kind: str
+    options: dict[str, str]
+    convolution: Convolution | None = None
+
+
+def sections(net: CspNet) -> Iterator[Section]:
+    """The layers of a net in Darknet's order; the first one is layer 0."""
+    if net.name not in SUPPORTED:
+        raise FormatError(
+            f"Darknet's {net.name} is another graph than timm's, which ours follows; "
+            f"only {' and '.join(SUPPORTED)} have a Darknet file"
+        )
+
+    def conv(name: str, layer: ConvNormAct, rows: slice = ALL, swapped: bool = False) -> Section:
+        kernel, stride = layer.conv.kernel_size[0], layer.conv.stride[0]
+        options = {
+            "batch_normalize": "1",
+            "filters": str(len(layer.conv.weight[rows])),
+            "size": str(kernel),
+            "stride": str(stride),
+            "pad": "1",
+            "activation": "mish" if isinstance(layer.act, Mish) else "leaky",
+        }
+        where = Convolution(name, layer.conv, layer.bn, rows, swapped)
+        return Section("convolutional", options, where)
+
+    def shortcuts(blocks: nn.Sequential, prefix: str) -> Iterator[Section]:
+        for number, block in enumerate(blocks):
+            yield conv(f"{prefix}.blocks.{number}.conv1", block.conv1)
+            yield conv(f"{prefix}.blocks.{number}.conv2", block.conv2)
+            yield Section("shortcut", {"from": "-3", "activation": "linear"})
+
+    yield conv("stem.conv1", net.stem.conv1)
+    for number, stage in enumerate(net.stages):
+        prefix = f"stages.{number}"
+        yield conv(f"{prefix}.conv_down", stage.conv_down)
+        if not isinstance(stage, CrossStage):
+            yield from shortcuts(stage.blocks, prefix)
+            continue
+        half = stage.conv_transition_b.conv.out_channels
+        yield conv(f"{prefix}.conv_exp (cross)", stage.conv_exp, slice(0, half))
+        yield Section("route", {"layers": "-2"})
+        yield conv(f"{prefix}.conv_exp (main)", stage.conv_exp, slice(half, None))
+        yield from shortcuts(stage.blocks, prefix)
+        yield conv(f"{prefix}.conv_transition_b", stage.conv_transition_b)
+        yield Section("route", {"layers": f"-1,-{3 * len(stage.blocks) + 4}"})
+        yield conv(f"{prefix}.conv_transition", stage.conv_transition, swapped=True)
+    yield Section("avgpool", {})
+    options = {
+        "filters": str(net.classes),
+        "size": "1",
+        "stride": "1",
+        "pad": "1",
+        "activation": "linear",
+    }
+    yield Section("convolutional", options, Convolution("head.fc", net.head.fc, None, ALL))
+    yield Section("softmax", {"groups": "1"})
+
+
+def cfg_text(net: CspNet, size: int) -> str:
+    """The `.cfg` of a net for images of size×size, ready for `darknet classifier predict`."""
+    lines = [
+        *("[net]", "batch=1", "subdivisions=1"),
+        *(f"height={size}", f"width={size}", "channels=3"),
+        # What Darknet's parser wants to see; a training run would set its own.
+        *("learning_rate=0.1", "policy=poly", "power=4", "max_batches=1200000", "burn_in=1000"),
+        *("momentum=0.9", "decay=0.0005"),
+    ]
+    for section in sections(net):
+        lines += ["", f"[{section.kind}]"]
+        lines += [f"{key}={value}" for key, value in section.options.items()]
+    return "\n".join(lines) + "\n"
+
+
+def write_weights(net: CspNet, seen: int, cut: int | None = None) -> bytes:
+    """The `.weights` of a net; with `cut`, of its layers 0 … cut - 1 only and with nothing seen.
+
+    `cut` 105 of cspdarknet53 is a file such as csdarknet53-omega.conv.105, from which Darknet's
+    detectors start (src/darknet.c, partial).
+    """
+    parts = [struct.pack("<iiiQ", *VERSION, 0 if cut is not None else seen)]
+    layers = list(sections(net))
+    if cut is not None and not 0 < cut <= len(layers):
+        raise FormatError(
+            f"the net has layers 0 … {len(layers) - 1}: cut must be 1 to {len(layers)}"
+        )
+    for section in layers[:cut]:
+        if section.convolution:
+            for tensor, _ in section.convolution.blobs():
+                value = section.convolution.swap(tensor).float().cpu().contiguous()
+                parts.append(value.numpy().astype("<f4").tobytes())
+    return b"".join(parts)
+
+
+def read_weights(net: CspNet, path: Path) -> int:
+    """Fills a net from a `.weights` file; returns the images seen. FormatError on a wrong size."""
+    data = path.read_bytes()
+    if len(data) < 16:
+        raise FormatError(f"{path} has {len(data)} bytes, less than a header")
+    major, minor, _ = struct.unpack_from("<iii", data)
+    if not (0 <= major < 1000 and 0 <= minor < 1000):
+        raise FormatError(f"{path} is no .weights file: its version reads {major}.{minor}")
+    wide = major * 10 + minor >= 2
+    layers = [section.convolution for section in sections(net) if section.convolution]
+    values = sum(int(np.prod(shape)) for layer in layers for _, shape in layer.blobs())
+    header = 20 if wide else 16
+    if len(data) != header + 4 * values:
+        raise FormatError(
+            f"{path} has {len(data):,} bytes; a {net.name} with {net.classes} classes has "
+            f"{header + 4 * values:,}"
+        )
+    (seen,) = struct.unpack_from("<Q" if wide else "<I", data, 12)
+    offset = header
+    for layer in layers:
+        for tensor, shape in layer.blobs():
+            count = int(np.prod(shape))
+            value = np.frombuffer(data, "<f4", count, offset).astype(np.float32)
+            tensor.copy_(layer.swap(torch.from_numpy(value).reshape(shape)).view(tensor.shape))
+            offset += 4 * count
+    return seen
+
+
+def parse_cfg(path: Path) -> list[tuple[str, dict[str, str]]]:
+    """Sections of a `.cfg` in order, as Darknet reads it: blanks dropped, # and ; are comments."""
+    parsed: list[tuple[str, dict[str, str]]] = []
+    for number, raw in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        line = "".join(raw.split())
+        if not line or line[0] in "#;":
+            continue
+        if line.startswith("[") and line.endswith("]"):
+            parsed.append((line[1:-1], {}))
+        elif "=" in line and parsed:
+            key, _, value = line.partition("=")
+            parsed[-1][1][key] = value
+        else:
+            raise FormatError(f"{path}, line {number}: {raw.strip()!r} is no section and no option")
+    if not parsed or parsed[0][0] not in ("net", "network"):
+        raise FormatError(f"{path} does not begin with a [net] section")
+    return parsed
+
+
+def net_from_cfg(path: Path) -> tuple[CspNet, int]:
+    """The net of ours that a `.cfg` describes, with fresh weights, and its image size.
+
+    FormatError names the first layer that is not that of cspdarknet53 or darknet53.
+    """
+    (_, options), *layers = parse_cfg(path)
+    convolutions = [option for kind, option in layers if kind == "convolutional"]
+    if len(convolutions) < 2:
+        raise FormatError(f"{path} has {len(convolutions)} convolutions: it is not a net of ours")
+    size = int(options.get("width", 0))
+    name = "cspdarknet53" if any(kind == "route" for kind, _ in layers) else "darknet53"
+    net = create(
+        name,
+        classes=int(convolutions[-1]["filters"]),
+        activation="mish" if convolutions[0].get("activation") == "mish" else "leaky",
+        width=int(convolutions[0]["filters"]) / NETS[name].stem,
+    )
+    for number, (wanted, (kind, found)) in enumerate(zip(sections(net), layers, strict=False)):
+        if kind != wanted.kind:
+            raise FormatError(f"{path}, layer {number}: [{kind}] where {name} has [{wanted.kind}]")
+        for key, value in wanted.options.items():
+            if key in found and found[key] != value and key != "groups":
+                raise FormatError(
+                    f"{path}, layer {number}: {key}={found[key]} where {name} has {key}={value}"
+                )
+    count = sum(1 for _ in sections(net))
+    if len(layers) != count:
+        raise FormatError(f"{path} has {len(layers)} layers, {name} has {count}")
+    return net, size
