@@ -43,8 +43,8 @@ def run(rung: str, seed: int, arguments: argparse.Namespace) -> None:
         *overrides(arguments, seed),
     ]
     threads = {"OMP_NUM_THREADS": "1"} if arguments.device == "cpu" else {}
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.txt", "a") as log:
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    with open(arguments.output / f"{rung}-{seed}.log", "a") as log:
         subprocess.run(command, check=True, stdout=log, stderr=log, env={**os.environ, **threads})
 
 

@@ -106,7 +106,7 @@ def _onnx(trained: Trained, to: Path, pyramid: bool) -> list[str]:
         import onnxscript  # noqa: F401  torch's exporter needs it
     except ImportError:
         raise ExportError("ONNX needs more packages: pip install 'cspnet[onnx]'") from None
-    net = _Pyramid(trained.net) if pyramid else trained.net
+    net = _Pyramid(trained.net).eval() if pyramid else trained.net
     size = trained.recipe.data.size
     images = torch.randn(2, 3, size, size)
     outputs = [f"p{stride}" for stride in trained.net.strides] if pyramid else ["logits"]

@@ -204,19 +204,20 @@ def _from_state_dict(state: dict[str, torch.Tensor], origin: str) -> Trained:
     """A bare state dict: which net it is shows in its names and shapes, its activation does not."""
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): t for key, t in state.items()}
     try:
-        width_channels = len(state["stem.conv1.conv.weight"])
-        classes = len(state["head.fc.weight"])
-    except KeyError as error:
-        raise CheckpointError(f"{origin} has no tensor {error}: it is no net of ours") from None
+        classes, features = state["head.fc.weight"].shape
+    except (KeyError, ValueError):
+        raise CheckpointError(
+            f"{origin} has no matrix head.fc.weight: it is no net of ours"
+        ) from None
     shared = {}
     for name in NETS:
         with torch.device("meta"):
-            net = create(name, classes=classes, width=width_channels / NETS[name].stem)
+            net = create(name, classes=classes, width=features / NETS[name].stages[-1].outputs)
         shared[name] = len(net.state_dict().keys() & state.keys()) / len(
             net.state_dict().keys() | state.keys()
         )
     name = max(shared, key=shared.get)
-    width = width_channels / NETS[name].stem
+    width = features / NETS[name].stages[-1].outputs
     recipe = load_recipe(None, [f"model.name={name}", f"model.width={width}", *TIMM])
     net = build_net(recipe, classes)
     fill(net, state, origin)

@@ -10,6 +10,7 @@ major, minor, revision; images seen, uint64 from version 0.2 on, uint32 before; 
 convolution float32 [n] biases, with BatchNorm [n] scales, means and variances, then the weights.
 """
 
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from cspnet.nets.layers import ConvNormAct, Mish
 
 VERSION = (0, 2, 5)
 ALL = slice(None)
+# What Darknet takes where a layer says nothing (src/parser.c).
+DEFAULTS = {"batch_normalize": "0", "size": "1", "stride": "1", "pad": "0", "groups": "1"}
 SUPPORTED = ("cspdarknet53", "darknet53")
 
 
@@ -74,6 +77,10 @@ def sections(net: CspNet) -> Iterator[Section]:
         )
 
     def conv(name: str, layer: ConvNormAct, rows: slice = ALL, swapped: bool = False) -> Section:
+        if getattr(layer.act, "negative_slope", 0.1) != 0.1:
+            raise FormatError(f"leaky_slope={layer.act.negative_slope}, Darknet's leaky has 0.1")
+        if layer.bn.eps != 1e-5:
+            raise FormatError(f"norm_eps={layer.bn.eps}, Darknet's BatchNorm has 1e-5")
         kernel, stride = layer.conv.kernel_size[0], layer.conv.stride[0]
         options = {
             "batch_normalize": "1",
@@ -193,7 +200,7 @@ def parse_cfg(path: Path) -> list[tuple[str, dict[str, str]]]:
             parsed.append((line[1:-1], {}))
         elif "=" in line and parsed:
             key, _, value = line.partition("=")
-            parsed[-1][1][key] = value
+            parsed[-1][1].setdefault(key, value)  # of two, Darknet finds the first
         else:
             raise FormatError(f"{path}, line {number}: {raw.strip()!r} is no section and no option")
     if not parsed or parsed[0][0] not in ("net", "network"):
@@ -207,26 +214,58 @@ def net_from_cfg(path: Path) -> tuple[CspNet, int]:
     FormatError names the first layer that is not that of cspdarknet53 or darknet53.
     """
     (_, options), *layers = parse_cfg(path)
-    convolutions = [option for kind, option in layers if kind == "convolutional"]
-    if len(convolutions) < 2:
-        raise FormatError(f"{path} has {len(convolutions)} convolutions: it is not a net of ours")
-    size = int(options.get("width", 0))
-    name = "cspdarknet53" if any(kind == "route" for kind, _ in layers) else "darknet53"
-    net = create(
-        name,
-        classes=int(convolutions[-1]["filters"]),
-        activation="mish" if convolutions[0].get("activation") == "mish" else "leaky",
-        width=int(convolutions[0]["filters"]) / NETS[name].stem,
+    found = [(number, o) for number, (kind, o) in enumerate(layers) if kind == "convolutional"]
+    if len(found) < 2:
+        raise FormatError(f"{path} has {len(found)} convolutions: it is not a net of ours")
+    size = _number(f"{path}, [net]", options, "width")
+    for key, value in (("height", str(size)), ("channels", "3")):
+        if options.get(key) != value:
+            given = options.get(key, "nothing")
+            raise FormatError(f"{path}, [net]: {key}={given}, a net of ours has {key}={value}")
+    stem, features, classes = (
+        _number(f"{path}, layer {number}", option, "filters")
+        for number, option in (found[0], *found[-2:])
     )
-    for number, (wanted, (kind, found)) in enumerate(zip(sections(net), layers, strict=False)):
-        if kind != wanted.kind:
-            raise FormatError(f"{path}, layer {number}: [{kind}] where {name} has [{wanted.kind}]")
-        for key, value in wanted.options.items():
-            if key in found and found[key] != value and key != "groups":
-                raise FormatError(
-                    f"{path}, layer {number}: {key}={found[key]} where {name} has {key}={value}"
-                )
-    count = sum(1 for _ in sections(net))
-    if len(layers) != count:
-        raise FormatError(f"{path} has {len(layers)} layers, {name} has {count}")
-    return net, size
+    name = "cspdarknet53" if any(kind == "route" for kind, _ in layers) else "darknet53"
+    plan = NETS[name]
+    full = plan.stages[-1].outputs
+    activation = "mish" if found[0][1].get("activation") == "mish" else "leaky"
+    differences = []
+    # By the last map: the narrow layers of a narrow net are rounded up. Where an odd number of
+    # eights is halved, a little less is another net; the stem is there in case the last is wrong.
+    for width in dict.fromkeys((features / full, (features - 1) / full, stem / plan.stem)):
+        with torch.device("meta"):
+            net = create(name, classes=classes, activation=activation, width=width)
+        difference = _first_difference(net, layers)
+        if difference is None:
+            return create(name, classes=classes, activation=activation, width=width), size
+        differences.append(difference)
+    number, message = max(differences)  # of the net that comes nearest
+    raise FormatError(f"{path}, layer {number}: {message}")
+
+
+def _number(where: str, options: dict[str, str], key: str) -> int:
+    value = options.get(key, "nothing")
+    if not re.fullmatch("[1-9][0-9]{0,4}", value):
+        raise FormatError(f"{where}: {key}={value} is no number from 1 to 99999")
+    return int(value)
+
+
+def _first_difference(
+    net: CspNet, layers: list[tuple[str, dict[str, str]]]
+) -> tuple[int, str] | None:
+    """The number of the first layer of a `.cfg` that is not the net's, and what is wrong there."""
+    wanted = list(sections(net))
+    for number, (section, (kind, found)) in enumerate(zip(wanted, layers, strict=False)):
+        if kind != section.kind:
+            return number, f"[{kind}] where {net.name} has [{section.kind}]"
+        for key in (*section.options, *found):
+            value, given = (
+                o.get(key, DEFAULTS.get(key, "nothing")) for o in (section.options, found)
+            )
+            if given != value:
+                return number, f"{key}={given} where {net.name} has {key}={value}"
+    if len(layers) != len(wanted):
+        number = min(len(layers), len(wanted))
+        return number, f"the file has {len(layers)} layers, {net.name} has {len(wanted)}"
+    return None

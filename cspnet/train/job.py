@@ -114,7 +114,7 @@ def start(job: Job) -> TrainState:
     last = job.folder / "checkpoints" / "last.pt"
     if last.exists():
         for remark in state.restore(load(last)):
-            console.print(f"[yellow]{remark}[/yellow]")
+            console.print(remark, style="yellow")
         done = "complete" if state.step >= recipe.schedule.steps else "goes on"
         console.print(f"resumed from {last}: step {state.step:,}, {done}")
     else:

@@ -1,0 +1,242 @@
+"""A trained net out to every format and in again."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+import timm
+import torch
+
+import cspnet
+from cspnet.data import decode
+from cspnet.data.sources import open_validation
+from cspnet.errors import CheckpointError
+from cspnet.evaluate import evaluate
+from cspnet.export import ExportError, export
+from cspnet.recipe import load as load_recipe
+from cspnet.train.runtime import Precision
+from cspnet.trained import Trained, build_net, open_trained
+from tests.conftest import picture
+
+
+def trained(*overrides, classes=10, live=True):
+    """A net with BatchNorm statistics and a classifier that tell images apart."""
+    recipe = load_recipe(None, ["data.size=64", "model.width=0.25", "seed=5", *overrides])
+    net = build_net(recipe, classes)
+    if live:
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for module in net.modules():
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    module.momentum = 0.3
+            for seed in range(6):
+                net.train()(torch.rand(32, 3, 64, 64, generator=generator) * (seed + 1) / 6)
+            net.head.fc.weight *= 8
+            net.head.fc.bias.normal_(generator=generator)
+    names = [f"class {number:02}" for number in range(classes)]
+    return Trained(net.eval(), recipe, names, 70, True, 70 * 128)
+
+
+def views(count=20):
+    """Pictures as the net gets them: float [N, 3, 64, 64] in [0, 1]."""
+    pictures = [picture(seed, 64, 64) for seed in range(count)]
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+
+
+def equal(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("name", ["cspdarknet53", "darknet53"])
+@pytest.mark.parametrize("activation", ["mish", "leaky"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".weights"])
+def test_round_trip_is_bit_exact(tmp_path, name, activation, suffix):
+    out = trained(f"model.name={name}", f"model.activation={activation}")
+    path = tmp_path / f"net{suffix}"
+    export(out, path)
+    back = open_trained(str(path))
+    assert equal(back.net, out.net)
+    assert back.classes == out.classes and back.seen == out.seen
+    assert back.recipe.model.activation == activation and back.recipe.data.size == 64
+    if suffix == ".safetensors":
+        assert back.recipe == out.recipe and back.averaged
+
+
+@pytest.mark.parametrize("activation, timms", [("mish", "mish"), ("leaky", "leaky_relu")])
+def test_timm_loads_the_export_strictly(tmp_path, activation, timms):
+    slope = ["model.leaky_slope=0.01"] if activation == "leaky" else []
+    out = trained("model.width=1", f"model.activation={activation}", *slope, live=False)
+    (remark,) = export(out, tmp_path / "net.safetensors")
+    assert f"act_layer='{timms}'" in remark
+    path = str(tmp_path / "net.safetensors")
+    theirs = timm.create_model(
+        "cspdarknet53", act_layer=timms, num_classes=10, checkpoint_path=path
+    )
+    assert equal(theirs, out.net)
+    with torch.no_grad():
+        images = views(2).contiguous(memory_format=torch.channels_last)
+        ours = out.net(images)
+        theirs = theirs.eval().to(memory_format=torch.channels_last)(images)
+    assert (ours - theirs).abs().max() <= 1e-5 * ours.abs().max()
+
+
+def test_onnx_logits_and_pyramid_at_other_batch_sizes(tmp_path):
+    import onnxruntime
+
+    out = trained()
+    export(out, tmp_path / "net.onnx")
+    export(out, tmp_path / "maps.onnx", pyramid=True)
+    for batch in (1, 5):
+        images = views(batch)
+        with torch.no_grad():
+            expected = {"net": [out.net(images)], "maps": out.net.pyramid(images)}
+        for name, tensors in expected.items():
+            session = onnxruntime.InferenceSession(str(tmp_path / f"{name}.onnx"))
+            got = session.run(None, {"images": images.numpy()})
+            assert len(got) == len(tensors)
+            for theirs, ours in zip(got, tensors, strict=True):
+                np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-4)
+    names = [output.name for output in session.get_outputs()]
+    assert names == ["p8", "p16", "p32"]
+
+
+def test_mean_and_deviation_are_folded_for_darknet(tmp_path):
+    """Exact away from the border: the first convolution of black-framed images, compared inside."""
+    out = trained("data.normalize=imagenet")
+    remarks = export(out, tmp_path / "net.weights")
+    assert any("folded" in remark for remark in remarks)
+    back = open_trained(str(tmp_path / "net.weights")).net
+    images = views(4)
+    mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+    std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    with torch.no_grad():
+        ours = out.net.stem((images - mean) / std)
+        theirs = back.eval().stem(images)
+    torch.testing.assert_close(theirs[..., 1:-1, 1:-1], ours[..., 1:-1, 1:-1], rtol=1e-4, atol=1e-4)
+
+
+def test_labels_that_are_not_sorted_are_put_in_order(tmp_path):
+    """As Darknet's imagenet.labels.list: index by index another class than ours."""
+    out = trained(classes=3)
+    export(out, tmp_path / "net.weights")
+    (tmp_path / "net.labels").write_text("cherry\napple\nbanana\n")
+    back = open_trained(str(tmp_path / "net.weights"))
+    assert back.classes == ["apple", "banana", "cherry"]
+    images = views(2)
+    with torch.no_grad():
+        ours, theirs = out.net(images), back.net.eval()(images)
+    torch.testing.assert_close(theirs, ours[:, [1, 2, 0]])
+
+
+def test_four_formats_report_the_same_top1(tmp_path):
+    """A net trained for a moment on the digits; the Darknet file is run by OpenCV."""
+    import onnxruntime
+
+    recipe = load_recipe(None, ["data.root=digits", "data.size=64", "model.width=0.125"])
+    source = open_validation("digits", None, 10)
+    net = build_net(recipe, 10)
+    images = torch.stack(
+        [
+            torch.from_numpy(
+                decode.evaluation_view(decode.decode(source.read(i)[0]), 64, recipe.evaluate)
+            )
+            for i in range(len(source))
+        ]
+    )
+    pixels = images.permute(0, 3, 1, 2).float() / 255
+    labels = torch.from_numpy(source.labels).long()
+    optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum, module.group = 0.2, None
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        chosen = torch.randperm(len(source), generator=generator)[:64]
+        torch.nn.functional.cross_entropy(net(pixels[chosen]), labels[chosen]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    out = Trained(net, recipe, source.classes)
+    precision = Precision("fp32", "")
+    expected = evaluate(net, source, recipe, precision, workers=0).top1
+    assert 20 < expected < 100
+    for suffix in (".safetensors", ".weights", ".onnx"):
+        export(out, tmp_path / f"net{suffix}")
+    for suffix in (".safetensors", ".weights"):
+        back = open_trained(str(tmp_path / f"net{suffix}"))
+        assert evaluate(back.net, source, back.recipe, precision, workers=0).top1 == expected
+    session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"))
+    logits = session.run(None, {"images": pixels.numpy()})[0]
+    reader = cv2.dnn.readNetFromDarknet(str(tmp_path / "net.cfg"), str(tmp_path / "net.weights"))
+    reader.setInput(pixels.numpy())
+    for scores in (logits, reader.forward().reshape(len(source), 10)):
+        assert 100 * (scores.argmax(1) == source.labels).mean() == pytest.approx(expected)
+
+
+def test_a_bare_state_dict_is_recognised_and_said(tmp_path):
+    theirs = timm.create_model("darknet53", num_classes=7)
+    torch.save({"state_dict": theirs.state_dict()}, tmp_path / "net.pth")
+    back = open_trained(str(tmp_path / "net.pth"))
+    assert equal(back.net, theirs) and back.net.name == "darknet53"
+    assert back.recipe.model.leaky_slope == 0.01 and back.recipe.data.normalize == "imagenet"
+    assert "taken for timm's" in back.remarks[0]
+    assert isinstance(cspnet.load(tmp_path / "net.pth"), type(back.net))
+
+
+def test_files_that_do_not_fit_name_the_first_tensor(tmp_path):
+    state = build_net(load_recipe(None, ["model.width=0.25"]), 10).state_dict()
+    state["stages.1.conv_down.conv.weight"] = torch.zeros(8, 8, 3, 3)
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"stages\.1\.conv_down.*\[8, 8, 3, 3\].*\[32, 16, 3"):
+        open_trained(str(tmp_path / "a.pth"))
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "b.pth")
+    with pytest.raises(CheckpointError, match="no net of ours"):
+        open_trained(str(tmp_path / "b.pth"))
+    (tmp_path / "c.safetensors").write_bytes(b"torn" * 10)
+    with pytest.raises(CheckpointError, match="no safetensors file"):
+        open_trained(str(tmp_path / "c.safetensors"))
+    (tmp_path / "d.weights").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"needs its \.cfg"):
+        open_trained(str(tmp_path / "d.weights"))
+    with pytest.raises(CheckpointError, match="none of cspdarknet53"):
+        open_trained("timm:resnet50")
+
+
+def test_exports_that_cannot_be(tmp_path):
+    out = trained(live=False)
+    for name, options, told in (
+        ("net.pt", {}, "the suffix must be one of"),
+        ("no/net.onnx", {}, "does not exist"),
+        ("net.weights", {"pyramid": True}, "--pyramid is for .onnx"),
+        ("net.onnx", {"cut": 3}, "--cut is for .weights"),
+        ("net.weights", {"cut": 0}, "1 to 108"),
+    ):
+        with pytest.raises(ExportError, match=told):
+            export(out, tmp_path / name, **options)
+    slope = trained("model.activation=leaky", "model.leaky_slope=0.01", live=False)
+    with pytest.raises(ExportError, match=r"Darknet's is 0\.1"):
+        export(slope, tmp_path / "net.weights")
+    other = trained("model.name=cspresnet50", live=False)
+    with pytest.raises(ExportError, match="another graph"):
+        export(other, tmp_path / "net.weights")
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_and_eval_as_commands(tmp_path, command):
+    out = trained("data.root=digits", "data.size=32", live=False)
+    digits = [str(number) for number in range(10)]
+    out = Trained(out.net, out.recipe, digits, 70, True, 70 * 128)
+    export(out, tmp_path / "a.safetensors")
+    done = command(
+        "main", "export", "--checkpoint", "a.safetensors", "--to", "b.weights", cwd=tmp_path
+    )
+    assert done.returncode == 0 and "averaged weights" in done.stdout, done.stderr
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"a.safetensors", "b.weights", "b.cfg", "b.data", "b.names", "b.labels"}
+    done = command(
+        *("main_eval", "--checkpoint", "b.weights", "--data", "digits", "--json", "s.json"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0 and "prepared as Darknet's valid" in done.stdout, done.stderr
+    assert json.loads((tmp_path / "s.json").read_text())["images"] == 359
