@@ -20,6 +20,16 @@ Checkpoint = Annotated[
         show_default=False,
     ),
 ]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[SECTION.KEY=VALUE]...", help="Overrides of the recipe.", show_default=False
+    ),
+]
+DataRoot = Annotated[
+    str | None,
+    typer.Option(help="Folder with train/ and val/, or `digits`; same as data.root=DIR."),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Workers = Annotated[
     int | None,
@@ -28,20 +38,12 @@ Workers = Annotated[
 
 
 def train(
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[SECTION.KEY=VALUE]...", help="Overrides of the recipe.", show_default=False
-        ),
-    ] = None,
+    overrides: Overrides = None,
     recipe: Annotated[
         str | None,
         typer.Option("--recipe", "-r", "-c", help="Recipe: a path, or the name of a shipped one."),
     ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="Folder with train/ and val/, or `digits`; same as data.root=DIR."),
-    ] = None,
+    data: DataRoot = None,
     output: Annotated[
         Path | None, typer.Option(help="Run folder.", show_default="runs/RECIPE")
     ] = None,
@@ -160,16 +162,8 @@ def preview(
     recipe: Annotated[
         str, typer.Option("--recipe", "-r", "-c", help="Recipe: a path, or a shipped one's name.")
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[SECTION.KEY=VALUE]...", help="Overrides of the recipe.", show_default=False
-        ),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="Folder with train/ and val/, or `digits`; same as data.root=DIR."),
-    ] = None,
+    overrides: Overrides = None,
+    data: DataRoot = None,
     out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("preview.png"),
     step: Annotated[int, typer.Option(min=0, help="Optimizer step to show.")] = 0,
     checkpoint: Annotated[

@@ -69,7 +69,7 @@ def areas(boxes):
 
 
 def test_marginals_of_mixing():
-    """Per image 50 % clean, 25 % CutMix, 25 % Mosaic; mean CutMix area 0.299 (§5.4)."""
+    """Per image 50 % clean, 25 % CutMix, 25 % Mosaic; mean CutMix area 0.299."""
     _, boxes = draws_of(2500)  # 20,000 coins
     filled = areas(boxes) > 0  # [B, 3]
     clean, mosaic = ~filled.any(1), filled.all(1)

@@ -216,7 +216,7 @@ def count(text: str) -> dict[str, int]:
 
 @pytest.mark.parametrize(
     ("name", "layers", "convolutions", "parameters", "gflop", "size"),
-    [  # darknet-semantics §1.3
+    [  # counted from the published cfgs
         ("cspdarknet53", 108, 73, 27_642_184, 13.067, 110_710_068),
         ("darknet53", 78, 53, 41_609_928, 18.570, 166_582_580),
     ],
@@ -235,7 +235,7 @@ def test_full_size(name, layers, convolutions, parameters, gflop, size):
 
 # --- byte by byte
 
-# darknet-semantics §2.1: the index of each stage's first layer, and its blocks
+# The cfgs: the index of each stage's first layer, and its blocks
 STAGES = [(1, 1), (11, 2), (24, 8), (55, 8), (86, 4)]
 
 

@@ -29,7 +29,7 @@ class Scripted:
 
 
 def slow_view(image, size, aspect, target, angle, dx, dy, flip):
-    """The view pixel by pixel, in float64, from ../shared/darknet-semantics §5.2 steps 3 to 6."""
+    """The view pixel by pixel, in float64: load_image_augment_paths, rotate_crop_image."""
     height, width = image.shape[:2]
     m = height if height < width * aspect else int(width * aspect)
     s = target / m
@@ -117,7 +117,7 @@ def test_the_draws_cover_their_ranges():
 
 
 def test_share_of_views_with_a_black_border():
-    """40 ± 2 % of the crops of a 500×375 image, rotation aside (darknet-semantics §5.2)."""
+    """40 ± 2 % of the crops of a 500×375 image, rotation aside."""
     bordered = 0
     for position in range(20_000):
         rng = stream.random(7, stream.VIEW, position)
@@ -139,7 +139,7 @@ def test_antialiased_evaluation_is_pils(shape):
 
 @pytest.mark.parametrize("shape", [(75, 100), (101, 64), (40, 33)])
 def test_corner_aligned_evaluation_is_darknets(shape):
-    """resize_min, then crop_image, by loops (darknet-semantics §7)."""
+    """resize_min, then crop_image, by loops."""
     size, (height, width) = 32, shape
     image = picture(3, *shape).astype(np.float64)
     if width < height:
