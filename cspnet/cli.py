@@ -7,11 +7,15 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cspnet.errors import CspnetError, RecipeError, Stopped
+from cspnet.errors import CspnetError, Incomplete, RecipeError, Stopped
+
+if TYPE_CHECKING:
+    from cspnet.train.runtime import Precision
+    from cspnet.trained import Trained
 
 Checkpoint = Annotated[
     str,
@@ -34,6 +38,9 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Workers = Annotated[
     int | None,
     typer.Option("--workers", "-j", help="Processes that decode images.", show_default="auto"),
+]
+Batch = Annotated[
+    int | None, typer.Option(min=1, help="Images at once.", show_default="the recipe's")
 ]
 
 
@@ -103,9 +110,7 @@ def evaluate(
     ],
     device: Device = "auto",
     workers: Workers = None,
-    batch: Annotated[
-        int | None, typer.Option(min=1, help="Images at once.", show_default="the recipe's")
-    ] = None,
+    batch: Batch = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the scores to this file.")
     ] = None,
@@ -117,25 +122,18 @@ def evaluate(
     from cspnet.data.sources import open_validation
     from cspnet.evaluate import evaluate as score
     from cspnet.train.runtime import find_device, find_precision, find_workers
-    from cspnet.trained import open_trained
+    from cspnet.trained import open_trained, require_order
 
     where = find_device(device)
-    if json_file and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
-        raise RecipeError(f"--json {json_file}: must be a file in a folder that exists")
+    _require_folder("--json", json_file)
     trained = open_trained(checkpoint)
     recipe = trained.recipe
+    require_order(trained, checkpoint)
     source = open_validation(data, trained.classes, trained.net.classes)
     precision = find_precision(recipe.precision, where)
     console = Console(soft_wrap=True, markup=False, highlight=False)
-    size, how = recipe.data.size, recipe.evaluate
-    for remark in trained.remarks:
-        console.print(f"{checkpoint}: {remark}")
-    console.print(
-        f"{checkpoint}: {recipe.model.name}, step {trained.step:,}, "
-        f"{'averaged' if trained.averaged else 'raw'} weights; as it was trained for: "
-        f"view {size}x{size}, crop {how.crop:g}, resize {how.resize}, "
-        f"normalize {recipe.data.normalize}; {precision.name}"
-    )
+    for line in _facts(trained, precision):
+        console.print(f"{checkpoint}: {line}")
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("images", total=len(source))
         scores = score(
@@ -156,6 +154,77 @@ def evaluate(
     if json_file:
         content = {"checkpoint": str(checkpoint), "data": data, **scores.to_dict()}
         json_file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def predict(
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGES",
+            help="Files, and folders to search for images.",
+            show_default=False,
+        ),
+    ],
+    checkpoint: Checkpoint,
+    top: Annotated[int, typer.Option(min=1, help="Classes to name per image.")] = 5,
+    device: Device = "auto",
+    workers: Workers = None,
+    batch: Batch = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write JSON to this file; - is stdout.")
+    ] = None,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", help="Write CSV to this file; - is stdout.")
+    ] = None,
+) -> None:
+    """What is in these images? cspnet predict photo.jpg --checkpoint best.pt
+
+    Results go to stdout, all else to stderr. Images that cannot be read are named there, and the
+    exit code is then 1; those of the others are predicted.
+    """
+    from cspnet.data.sources import Files, find_images
+
+    _require_folder("--json", json_file)
+    _require_folder("--csv", csv_file)
+    if json_file and json_file == csv_file:
+        raise RecipeError(f"--json and --csv both go to {json_file}: name two files")
+    files = Files(find_images(images))
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from cspnet.predict import predict as look_at
+    from cspnet.predict import to_csv, to_json, to_table
+    from cspnet.train.runtime import find_device, find_precision, find_workers
+    from cspnet.trained import open_trained
+
+    where = find_device(device)
+    workers = find_workers(workers, where)
+    trained = open_trained(checkpoint)
+    precision = find_precision(trained.recipe.precision, where)
+    trained.net.to(where)
+    notes = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False)
+    for line in _facts(trained, precision):
+        notes.print(f"{checkpoint}: {line}")
+    predictions = []
+    with Progress(console=notes, transient=True, disable=not notes.is_terminal) as bar:
+        found = look_at(trained, files, precision, workers, top, batch)
+        for prediction in bar.track(found, total=len(files)):
+            predictions.append(prediction)
+            if prediction.error is not None:
+                notes.print(f"{prediction.file}: {prediction.error}", style="red")
+    sys.stdout.reconfigure(errors="surrogateescape")  # a file's name may be any bytes
+    if json_file:
+        _write(json_file, to_json(predictions))
+    if csv_file:
+        _write(csv_file, to_csv(predictions))
+    if not (json_file or csv_file):
+        # As wide as it comes: nothing is cut off, in a narrow terminal nor in a pipe.
+        console = Console(soft_wrap=True, markup=False, highlight=False, width=100_000)
+        console.print(to_table(predictions))
+    unreadable = sum(prediction.error is not None for prediction in predictions)
+    if unreadable:
+        raise Incomplete(f"{unreadable} of {len(files)} images could not be read")
 
 
 def preview(
@@ -184,7 +253,7 @@ def preview(
     from cspnet.train.job import prepare
     from cspnet.train.loop import look
     from cspnet.train.runtime import Place
-    from cspnet.trained import build_net, open_trained
+    from cspnet.trained import open_trained, starting_net
 
     path = recipes.find(recipe)
     resolved = recipes.load(path, overrides or [], data)
@@ -199,13 +268,17 @@ def preview(
         require_classes(job.training, trained.classes or classes, resolved.data.root)
         net = trained.net
     else:
-        net = build_net(resolved, len(classes))
+        net, _ = starting_net(resolved, classes)
     page = sheet(
         *look(job, net.to(job.device), step),
         display_names(classes),
         resolved.loss.smoothing,
         f"{path.stem}, step {step:,}, group 0: what the net gets"
-        + ("" if checkpoint else "; the attack by fresh weights, which hardly know where to push")
+        + (
+            ""
+            if checkpoint or resolved.model.weights
+            else "; the attack by fresh weights, which hardly know where to push"
+        )
         * bool(resolved.adversarial.strength),
     )
     write_png(out, page)
@@ -240,6 +313,35 @@ def export(
         print(f"  {remark}")
 
 
+def _facts(trained: "Trained", precision: "Precision") -> list[str]:
+    """What a net is, and how its images are prepared, in lines for people."""
+    recipe, how = trained.recipe, trained.recipe.evaluate
+    return [
+        *trained.remarks,
+        f"{recipe.model.name}, step {trained.step:,}, "
+        f"{'averaged' if trained.averaged else 'raw'} weights; as it was trained for: "
+        f"view {recipe.data.size}x{recipe.data.size}, crop {how.crop:g}, resize {how.resize}, "
+        f"normalize {recipe.data.normalize}; {precision.name}",
+    ]
+
+
+def _require_folder(option: str, file: Path | None) -> None:
+    """Raises RecipeError unless the file of an option can be in its folder."""
+    if file and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise RecipeError(f"{option} {file}: must be a file in a folder that exists")
+
+
+def _write(file: Path, text: str) -> None:
+    """Writes UTF-8 to a file, or text to stdout for `-`."""
+    if str(file) == "-":
+        print(text, end="")
+        return
+    try:
+        file.write_text(text, encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise RecipeError(f"{file} cannot be written: {error.strerror}") from None
+
+
 def _app(*commands: tuple[str, object]) -> typer.Typer:
     app = typer.Typer(
         pretty_exceptions_enable=False,
@@ -269,7 +371,15 @@ def _run(app: typer.Typer) -> None:
 
 def main() -> None:
     """The command `cspnet`."""
-    _run(_app(("train", train), ("eval", evaluate), ("preview", preview), ("export", export)))
+    _run(
+        _app(
+            ("train", train),
+            ("eval", evaluate),
+            ("predict", predict),
+            ("preview", preview),
+            ("export", export),
+        )
+    )
 
 
 def main_train() -> None:

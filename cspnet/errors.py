@@ -33,6 +33,10 @@ class NotFinite(CspnetError):
     """The loss became NaN or infinite; nothing was saved after it did."""
 
 
+class Incomplete(CspnetError):
+    """Some images could not be read; the results of the others are out."""
+
+
 class Stopped(CspnetError):
     """Stopped by a signal after a good save (EX_TEMPFAIL: run me again)."""
 

@@ -3,6 +3,7 @@
 Every file is written beside its target and renamed: nothing half-written is left.
 """
 
+import copy
 import json
 import os
 from collections.abc import Callable
@@ -17,8 +18,8 @@ from cspnet.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from cspnet.data.sources import display_names
 from cspnet.errors import CspnetError
 from cspnet.nets.darknet import FormatError, cfg_text, write_weights
-from cspnet.recipe import to_text
-from cspnet.trained import Trained
+from cspnet.recipe import TIMM, to_text
+from cspnet.trained import Trained, permute_classes
 
 SUFFIXES = (".safetensors", ".onnx", ".weights")
 
@@ -35,6 +36,11 @@ def export(trained: Trained, to: Path, pyramid: bool = False, cut: int | None = 
         raise ExportError(f"{to}: the suffix must be one of {', '.join(SUFFIXES)}")
     if pyramid and to.suffix != ".onnx":
         raise ExportError("--pyramid is for .onnx: the other files hold the whole net anyway")
+    if trained.recipe.model.name.startswith(TIMM) and (pyramid or to.suffix == ".weights"):
+        raise ExportError(
+            f"{trained.net.name} has no Darknet file and no pyramid of cspnet's; "
+            ".safetensors and .onnx (logits) can be written"
+        )
     if cut is not None and to.suffix != ".weights":
         raise ExportError("--cut is for .weights")
     if not to.absolute().parent.is_dir():
@@ -65,6 +71,8 @@ def _facts(trained: Trained) -> dict:
         "cspnet": cspnet.__version__,
         "recipe": to_text(trained.recipe),
         "classes": trained.classes,
+        "count": trained.net.classes,
+        "order": trained.order,
         "step": trained.step,
         "seen": trained.seen,
         "averaged": trained.averaged,
@@ -82,6 +90,11 @@ def _safetensors(trained: Trained, to: Path) -> list[str]:
 
     _replace(to, write)
     model = trained.recipe.model
+    if model.name.startswith(TIMM):
+        return [
+            f"timm.create_model('{model.name.removeprefix(TIMM)}', "
+            f"num_classes={trained.net.classes}, checkpoint_path='{to}')"
+        ]
     if model.width != 1:
         return [f"timm has no {model.name} of width {model.width:g}: the file is for cspnet"]
     activation = "mish" if model.activation == "mish" else "leaky_relu"
@@ -156,9 +169,15 @@ def _darknet(trained: Trained, to: Path, cut: int | None) -> list[str]:
         )
     if model.norm_eps != 1e-5:
         raise ExportError(f"the net's norm_eps is {model.norm_eps:g}; Darknet's is 1e-5")
-    net = trained.net
+    net = copy.deepcopy(trained.net)
+    labels = trained.classes or [str(number) for number in range(net.classes)]
+    if trained.order:
+        there = sorted(range(net.classes), key=trained.order.__getitem__)
+        permute_classes(net, there)
+        labels = [labels[ours] for ours in there]
+        remarks.append("the classes are in the order of the Darknet file that they came from")
     if trained.recipe.data.normalize == "imagenet":
-        net = _fold_normalization(trained)
+        _fold_normalization(net)
         remarks.append(
             "mean and standard deviation were folded into the first convolution, which is exact "
             "but at the image's border: Darknet pads with black, the training did with grey"
@@ -169,7 +188,6 @@ def _darknet(trained: Trained, to: Path, cut: int | None) -> list[str]:
         raise ExportError(str(error)) from None
     files = {to: data}
     if cut is None:
-        labels = trained.classes or [str(number) for number in range(net.classes)]
         names, listed = to.with_suffix(".names"), to.with_suffix(".labels")
         files[listed] = ("\n".join(labels) + "\n").encode()
         files[names] = ("\n".join(display_names(labels)) + "\n").encode()
@@ -189,15 +207,11 @@ def _write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-def _fold_normalization(trained: Trained) -> nn.Module:
-    """A copy of the net that takes RGB in [0, 1] where the net takes (RGB - mean) / std."""
-    import copy
-
-    net = copy.deepcopy(trained.net)
+def _fold_normalization(net: nn.Module) -> None:
+    """Makes a net that took (RGB - mean) / std take RGB in [0, 1]."""
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     first = net.stem.conv1
     with torch.no_grad():
         first.conv.weight /= std[:, None, None]
         # What the mean adds to every output goes out of BatchNorm's running mean.
         first.bn.running_mean += (first.conv.weight * mean[:, None, None]).sum((1, 2, 3))
-    return net

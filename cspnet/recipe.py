@@ -18,16 +18,20 @@ from yaml import YAMLError
 from cspnet.errors import RecipeError
 
 DIGITS = "digits"  # the name, in place of a folder, of the embedded data set
+# Nets of ours and the number of their stages; what begins with TIMM is one of timm's.
+STAGES = {"cspdarknet53": 5, "darknet53": 5, "cspresnet50": 4, "cspresnext50": 4}
+TIMM = "timm/"
 
 
 def within(default: Any, low: float, high: float = float("inf")) -> Any:
-    """A field with values in [low, high]; the two of a pair in ascending order."""
+    """A field with values in [low, high], or None; the two of a pair in ascending order."""
     return field(default=default, metadata={"range": (low, high)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    name: Literal["cspdarknet53", "darknet53", "cspresnet50", "cspresnext50"] = "cspdarknet53"
+    # A key of STAGES, or timm/NAME.
+    name: str = "cspdarknet53"
     # "auto" takes the classes of the training folder; a number must agree with them.
     classes: int | Literal["auto"] = "auto"
     activation: Literal["mish", "leaky"] = "mish"
@@ -38,6 +42,11 @@ class Model:
     norm_eps: float = within(1e-5, 1e-9, 1)
     # Share of a new group in BatchNorm's running averages (torch's `momentum`).
     norm_momentum: float = within(0.01, 1e-6, 1)
+    # Weights to start from: any file that `--checkpoint` takes, or timm:NAME. The classifier is
+    # taken over only where its classes are those of the training set.
+    weights: str | None = None
+    # The stem and so many first stages keep their weights and running statistics; 0: none does.
+    freeze: int = within(0, 0, 5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +113,8 @@ class Optim:
     momentum: float = within(0.9, 0, 0.9999)
     # On the weights of convolutions and of the classifier only.
     weight_decay: float = within(5e-4, 0, 1)
+    # Peak learning rate of everything but the classifier, which keeps `learning_rate`.
+    backbone_lr: float | None = within(None, 0, 100)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,26 +171,37 @@ class Recipe:
         return self.batch // self.group
 
 
-# What is on the left does nothing while the test on the right holds; the text says why.
+def _foreign(recipe: Recipe) -> str:
+    return "model.name is one of timm's" if recipe.model.name.startswith(TIMM) else ""
+
+
+def _unmixed(recipe: Recipe) -> str:
+    return "mix.probability is 0" if recipe.mix.probability == 0 else ""
+
+
+def _unattacked(recipe: Recipe) -> str:
+    return "adversarial.strength is 0" if recipe.adversarial.strength == 0 else ""
+
+
+# Why a field has no effect in a recipe; empty where it has one.
 IDLE = {
-    "model.leaky_slope": (lambda r: r.model.activation != "leaky", "model.activation is mish"),
-    "mix.cutmix": (lambda r: r.mix.probability == 0, "mix.probability is 0"),
-    "mix.mosaic": (lambda r: r.mix.probability == 0, "mix.probability is 0"),
-    "mix.share": (lambda r: r.mix.probability in (0, 1), "mix.probability is 0 or 1"),
-    "mix.cutmix_side": (
-        lambda r: r.mix.probability == 0 or not r.mix.cutmix,
-        "mix.cutmix is off or mix.probability is 0",
+    "model.activation": _foreign,
+    "model.leaky_slope": lambda r: (
+        _foreign(r) or ("" if r.model.activation == "leaky" else "model.activation is mish")
     ),
-    "mix.mosaic_split": (
-        lambda r: r.mix.probability == 0 or not r.mix.mosaic,
-        "mix.mosaic is off or mix.probability is 0",
-    ),
-    "adversarial.probability": (
-        lambda r: r.adversarial.strength == 0,
-        "adversarial.strength is 0",
-    ),
-    "adversarial.target": (lambda r: r.adversarial.strength == 0, "adversarial.strength is 0"),
+    "model.width": _foreign,
+    "model.norm_eps": _foreign,
+    "model.norm_momentum": _foreign,
+    "mix.cutmix": _unmixed,
+    "mix.mosaic": _unmixed,
+    "mix.share": lambda r: _unmixed(r) or ("mix.probability is 1" * (r.mix.probability == 1)),
+    "mix.cutmix_side": lambda r: _unmixed(r) or ("" if r.mix.cutmix else "mix.cutmix is off"),
+    "mix.mosaic_split": lambda r: _unmixed(r) or ("" if r.mix.mosaic else "mix.mosaic is off"),
+    "adversarial.probability": _unattacked,
+    "adversarial.target": _unattacked,
 }
+# Fields that ask for nothing at this value: a recipe need not give them.
+OFF = {"model.weights": None, "model.freeze": 0, "optim.backbone_lr": None}
 
 
 def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -258,11 +280,15 @@ def from_text(text: str) -> Recipe:
 def to_text(recipe: Recipe) -> str:
     """The recipe as YAML: every field that has an effect."""
     content = asdict(recipe)
-    content["data"]["root"] = recipe.data.root.replace("${", "\\${")  # typed, no interpolation
-    for key, (is_idle, _) in IDLE.items():
-        if is_idle(recipe):
-            section, leaf = key.split(".")
+    values = dict(flatten(recipe))
+    for key in values:
+        section, _, leaf = key.rpartition(".")
+        idle = key in IDLE and IDLE[key](recipe)
+        if idle or (key in OFF and values[key] == OFF[key]):
             del content[section][leaf]
+        elif section and isinstance(values[key], str):
+            # A path as it was typed, in which nothing is to be interpolated.
+            content[section][leaf] = values[key].replace("${", "\\${")
     return OmegaConf.to_yaml(OmegaConf.create(content))
 
 
@@ -340,7 +366,7 @@ def _out_of_range(recipe: Recipe) -> list[str]:
             elif "range" in entry.metadata:
                 low, high = entry.metadata["range"]
                 values = value if isinstance(value, tuple) else (value,)
-                if not all(low <= v <= high for v in values):  # false for NaN too
+                if value is not None and not all(low <= v <= high for v in values):  # NaN too
                     problems.append(f"{key} is {value}, must be {_spell(low, high)}")
                 elif list(values) != sorted(values):
                     problems.append(f"{key} is {value}: the smaller bound comes first")
@@ -358,6 +384,7 @@ def _spell(low: float, high: float) -> str:
 
 def _contradictions(recipe: Recipe) -> list[str]:
     problems = []
+    problems += _model_problems(recipe)
     batch, group, mix = recipe.batch, recipe.group, recipe.mix
     if batch % group:
         fits = [n for n in range(2, batch + 1) if batch % n == 0]
@@ -391,9 +418,34 @@ def _contradictions(recipe: Recipe) -> list[str]:
     return problems
 
 
+def _model_problems(recipe: Recipe) -> list[str]:
+    problems, model = [], recipe.model
+    ours = model.name in STAGES
+    if not ours and (not model.name.startswith(TIMM) or model.name == TIMM):
+        near = difflib.get_close_matches(model.name, STAGES, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        problems.append(
+            f"model.name is {model.name!r}, must be one of {', '.join(STAGES)}, "
+            f"or {TIMM}NAME for one of timm's nets.{hint}"
+        )
+    if model.freeze and not model.weights:
+        problems.append(
+            "model.freeze keeps random numbers: give model.weights, or leave model.freeze out"
+        )
+    if model.freeze and model.name.startswith(TIMM):
+        problems.append(f"model.freeze is for cspnet's own nets: {', '.join(STAGES)}")
+    elif ours and model.freeze > STAGES[model.name]:
+        problems.append(
+            f"model.freeze is {model.freeze}, {model.name} has {STAGES[model.name]} stages"
+        )
+    if recipe.optim.backbone_lr is not None and recipe.optim.learning_rate == 0:
+        problems.append("optim.backbone_lr needs an optim.learning_rate above 0 beside it")
+    return problems
+
+
 def _idle(recipe: Recipe, given: list[str], origin: str) -> list[str]:
     return [
-        f"{origin}{key} has no effect, since {IDLE[key][1]}: leave it out"
+        f"{origin}{key} has no effect, since {IDLE[key](recipe)}: leave it out"
         for key in given
-        if key in IDLE and IDLE[key][0](recipe)
+        if key in IDLE and IDLE[key](recipe)
     ]

@@ -14,7 +14,7 @@ HEIGHTS = [
     ["train.runtime", "train.optim", "train.adversarial"],
     ["train.checkpoint"],
     ["trained"],
-    ["train.job", "evaluate", "export"],
+    ["train.job", "evaluate", "predict", "export"],
     ["report"],
     ["train.loop"],
     ["cli"],

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from cspnet.nets import create
-from cspnet.recipe import load
+from cspnet.recipe import Optim, load
 from cspnet.train.optim import Average, build_optimizer, learning_rate, parameter_groups
 
 
@@ -35,7 +35,7 @@ def test_a_warm_up_longer_than_the_run_only_rises():
 @pytest.mark.parametrize("name", ["cspdarknet53", "darknet53", "cspresnet50"])
 def test_which_parameters_decay(name):
     net = create(name, classes=10, width=0.125)
-    decayed, others = parameter_groups(net, 5e-4)
+    decayed, others = parameter_groups(net, Optim())
     names = {id(p): n for n, p in net.named_parameters()}
     first = {names[id(p)] for p in decayed["params"]}
     second = {names[id(p)] for p in others["params"]}
@@ -43,6 +43,7 @@ def test_which_parameters_decay(name):
     assert first == {n for n in names.values() if n.endswith(("conv.weight", "fc.weight"))}
     assert all(n.endswith(("bn.weight", "bn.bias")) or n == "head.fc.bias" for n in second)
     assert (decayed["weight_decay"], others["weight_decay"]) == (5e-4, 0.0)
+    assert decayed["share"] == others["share"] == 1
 
 
 def test_updates_are_darknets():

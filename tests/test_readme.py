@@ -24,7 +24,9 @@ def commands():
 def test_every_command_of_the_readme_runs(folder, tmp_path, command):
     home = tmp_path / "home"
     (home / "data").mkdir(parents=True)
-    (home / "data" / "imagenet").symlink_to(folder)
+    for name in ("imagenet", "mine"):
+        (home / "data" / name).symlink_to(folder)
+    shutil.copy(folder / "val" / "cat" / "0.jpg", home / "photo.jpg")
     assert len(commands()) >= 5
     for name, *arguments in commands():
         if "--recipe" in arguments:

@@ -42,7 +42,9 @@ def test_overrides_win_over_the_file(tmp_path):
         ("hue=0.1", "Did you mean 'augment.hue'"),
         ("learning_rat=0.1", "Did you mean 'optim.learning_rate'"),
         ("model.nam=darknet53", "Did you mean 'model.name'"),
-        ("model.name=resnet", "expected one of ['cspdarknet53'"),
+        ("model.name=resnet", "must be one of cspdarknet53, darknet53"),
+        ("model.name=cspdarknet35", "Did you mean 'cspdarknet53'"),
+        ("model.freeze=2", "give model.weights"),
         ("batch=big", "batch: Value 'big'"),
         ("batch=2.5", "batch: Value '2.5'"),
         ("batch", "not of the form section.key=value"),
@@ -147,7 +149,7 @@ def rows_of_sources():
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_field_of_every_recipe_has_a_source(path):
-    everything = [p.stem for p in SHIPPED if p.stem not in ("digits", "cifar10")]
+    everything = [p.stem for p in SHIPPED if p.stem not in ("digits", "cifar10", "finetune")]
     sources, said = {}, {}
     for field, value, names, source in rows_of_sources():
         listed = everything if names == "all for ImageNet" else names.split(", ")
@@ -165,7 +167,8 @@ def test_every_field_of_every_recipe_has_a_source(path):
             if rest and not line.startswith("#"):
                 assert said[section + key] == rest.partition(" # ")[2].strip(), line
     for key, value in recipes.flatten(resolved):
-        idle = key in recipes.IDLE and recipes.IDLE[key][0](resolved)
+        idle = key in recipes.IDLE and recipes.IDLE[key](resolved)
+        idle = idle or (key in recipes.OFF and value == recipes.OFF[key])
         assert key in given or idle, (
             f"{path.stem} does not give {key}: shipped recipes are complete"
         )

@@ -104,6 +104,51 @@ class Digits:
         return self._files[index], int(self.labels[index])
 
 
+class Files:
+    """Files by their paths. They have no classes: every label is 0."""
+
+    def __init__(self, paths: list[str]):
+        self.paths = paths
+        self.classes: list[str] = []
+        self.labels = np.zeros(len(paths), np.int32)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        return self.paths[index]
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        with open(self.paths[index], "rb") as file:
+            return file.read(), 0
+
+
+def find_images(paths: list[str]) -> list[str]:
+    """The files among the paths as they are, and the images below the folders among them.
+
+    In the order given, sorted within a folder, each path once. Raises DataError where a path leads
+    nowhere, or a folder holds no image.
+    """
+    missing = [path for path in paths if not os.path.exists(path)]
+    if missing:
+        shown = ", ".join(missing[:5]) + (" …" if len(missing) > 5 else "")
+        raise DataError(f"no such file or folder: {shown}")
+    found: dict[str, str] = {}
+    for path in paths:
+        files = [path]
+        if os.path.isdir(path):
+            folder = Path(path)
+            files = sorted(str(folder / os.fsdecode(image)) for image in _images(folder, "."))
+            if not files:
+                raise DataError(
+                    f"{folder} holds no image ({', '.join(SUFFIXES[:3])} …); "
+                    f"found there: {_listing(folder)}"
+                )
+        for file in files:
+            found.setdefault(os.path.abspath(file), file)
+    return list(found.values())
+
+
 def open_training(root: str) -> Source:
     """The training images below a data root."""
     if root == DIGITS:

@@ -179,6 +179,8 @@ class CspNet(nn.Module):
     `channels` and `strides` describe the three maps that `pyramid` returns.
     """
 
+    classifier_prefixes = ("head.fc.",)  # of its tensors' names
+
     def __init__(
         self, name: str, *, classes: int, activation: str, width: float, style: Style
     ) -> None:
@@ -205,7 +207,25 @@ class CspNet(nn.Module):
         self.head = Head(inputs, classes)
         self.channels = tuple(stage.outputs for stage in plan.stages[-3:])
         self.strides = (8, 16, 32)
+        self._frozen: tuple[nn.Module, ...] = ()
         initialise(self)
+
+    def freeze(self, stages: int) -> None:
+        """Keeps the stem and the first `stages` stages as they are, in training too.
+
+        Their weights ask for no gradient, their BatchNorm uses its running statistics.
+        """
+        self._frozen = (self.stem, *self.stages[:stages])
+        for module in self._frozen:
+            module.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "CspNet":
+        """Training mode for all but the frozen part."""
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, 3, H, W] -> logits [N, classes]"""

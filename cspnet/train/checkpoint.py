@@ -10,6 +10,7 @@ import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import nn
@@ -204,10 +205,13 @@ def read_torch(path: Path) -> object:
     except PermissionError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except Exception as error:  # zip, pickle and torch each have their own for a broken file
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, UnpicklingError) and "GLOBAL" in str(error):
+            raise CheckpointError(
+                f"{path} holds Python objects other than tensors, numbers and text. Loading them "
+                "would run code out of the file: refused. Ask for its state dict alone."
+            ) from None
         raise CheckpointError(
-            f"{path} is truncated, damaged, or not a checkpoint ({path.stat().st_size:,} bytes): "
-            f"{first[:200]}"
+            f"{path} is truncated, damaged, or not a checkpoint ({path.stat().st_size:,} bytes)"
         ) from None
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 import cspnet
 from cspnet.data.sources import Source, open_training, open_validation
 from cspnet.errors import CheckpointError, RecipeError
-from cspnet.recipe import Recipe, to_text
+from cspnet.recipe import TIMM, Recipe, to_text
 from cspnet.train.checkpoint import TrainState, load
 from cspnet.train.optim import Average, build_optimizer
 from cspnet.train.runtime import (
@@ -23,7 +23,7 @@ from cspnet.train.runtime import (
     find_precision,
     find_workers,
 )
-from cspnet.trained import build_net
+from cspnet.trained import build_net, starting_net
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,11 @@ def prepare(recipe: Recipe, place: Place, console: Console) -> Job:
     if precision.name == "fp32":  # not TF32, which torch lets cuDNN use
         torch.backends.cudnn.allow_tf32 = False
     at_once = 1 if place.passes is None else place.passes
+    if at_once > 1 and recipe.model.name.startswith(TIMM):
+        raise RecipeError(
+            f"--passes {at_once}: BatchNorm of timm's nets takes in a whole pass; the recipe's "
+            "groups need --passes 1"
+        )
     if not 1 <= at_once <= recipe.groups:
         raise RecipeError(
             f"--passes {at_once}: a step has {recipe.groups} groups, so give 1 to {recipe.groups}"
@@ -98,20 +103,29 @@ def check_folder(place: Place) -> None:
 def start(job: Job) -> TrainState:
     """A fresh state, or the one in the run folder; the first files of the run are written."""
     recipe, console = job.recipe, job.console
-    net = build_net(recipe, len(job.training.classes)).to(job.device)
+    last = job.folder / "checkpoints" / "last.pt"
+    classes = job.training.classes
+    if last.exists():  # it holds the weights; those that the run began with are not needed
+        net = build_net(recipe, len(classes))
+    else:
+        net, remarks = starting_net(recipe, classes)
+        for remark in remarks:
+            console.print(remark)
+    if recipe.model.freeze:
+        net.freeze(recipe.model.freeze)
+    net = net.to(job.device)
     state = TrainState(
         net=net,
         optimizer=build_optimizer(net, recipe.optim),
         scaler=torch.amp.GradScaler(job.device.type, enabled=job.precision.scales_loss),
         average=Average(net, recipe.average.decay) if recipe.average.decay else None,
         recipe=recipe,
-        classes=job.training.classes,
+        classes=classes,
         images=len(job.training),
         precision=job.precision.name,
         precision_reason=job.precision.reason,
         loss_sum=torch.zeros((), device=job.device),
     )
-    last = job.folder / "checkpoints" / "last.pt"
     if last.exists():
         for remark in state.restore(load(last)):
             console.print(remark, style="yellow")
@@ -133,13 +147,19 @@ def start(job: Job) -> TrainState:
             "Name another with --output."
         ) from None
     console.print(
-        f"{recipe.model.name}: {sum(p.numel() for p in net.parameters()):,} parameters; "
+        f"{recipe.model.name}: {_parameters(net)}; "
         f"{len(job.training):,} training and {len(job.validation):,} validation images, "
-        f"{len(job.training.classes):,} classes\n"
+        f"{len(classes):,} classes\n"
         f"device {job.device}, {job.precision.name} ({job.precision.reason}), "
         f"{job.workers} workers, {len(job.passes)} passes per step; run folder {job.folder}"
     )
     return state
+
+
+def _parameters(net: torch.nn.Module) -> str:
+    count = sum(p.numel() for p in net.parameters())
+    frozen = sum(p.numel() for p in net.parameters() if not p.requires_grad)
+    return f"{count:,} parameters" + (f", {frozen:,} of them frozen" if frozen else "")
 
 
 def _require_own(job: Job) -> None:

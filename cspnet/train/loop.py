@@ -57,7 +57,7 @@ def train(recipe: Recipe, place: Place, console: Console) -> Scores | None:
 
             rate = learning_rate(state.step + 1, recipe)
             for parameters in state.optimizer.param_groups:
-                parameters["lr"] = rate
+                parameters["lr"] = rate * parameters["share"]
             for part in job.passes:
                 loaded = [report.fetch(groups) for _ in part]
                 images, targets = to_device(job, loaded, state.step, part)

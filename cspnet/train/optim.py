@@ -18,17 +18,28 @@ def learning_rate(update: int, recipe: Recipe) -> float:
     return peak * (1 - update / schedule.steps) ** schedule.power
 
 
-def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict]:
-    """Weights of convolutions and of the classifier decay; biases and BatchNorm do not.
+def parameter_groups(net: nn.Module, optim: Optim) -> list[dict]:
+    """What is trained, by weight decay and by `share`, the factor on the learning rate.
 
-    As Darknet's update_convolutional_layer: only `weights` decay. They are the tensors with more
-    than one dimension.
+    Weights of convolutions and of the classifier decay; biases and BatchNorm do not. As Darknet's
+    update_convolutional_layer: only `weights` decay. They are the tensors with more than one
+    dimension. The share is 1, but for the backbone where the recipe gives it a rate of its own.
     """
-    decayed = [p for p in net.parameters() if p.ndim > 1]
-    others = [p for p in net.parameters() if p.ndim <= 1]
+
+    def share_of(name: str) -> float:
+        if optim.backbone_lr is None or name.startswith(net.classifier_prefixes):
+            return 1.0
+        return optim.backbone_lr / optim.learning_rate
+
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for decays in (True, False):
+        decay = optim.weight_decay if decays else 0.0
+        for name, weight in net.named_parameters():
+            if weight.requires_grad and (weight.ndim > 1) == decays:
+                groups.setdefault((decay, share_of(name)), []).append(weight)
     return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": weights, "weight_decay": decay, "share": share}
+        for (decay, share), weights in groups.items()
     ]
 
 
@@ -39,14 +50,14 @@ def build_optimizer(net: nn.Module, optim: Optim) -> torch.optim.SGD:
     device, so that the host need not wait for it.
     """
     optimizer = torch.optim.SGD(
-        parameter_groups(net, optim.weight_decay),
+        parameter_groups(net, optim),
         lr=0.0,
         momentum=optim.momentum,
         fused=next(net.parameters()).is_cuda or None,
     )
     # Zero momentum from the start. The fused kernel allocates it without clearing it, and where the
     # loss scaler skips the very first step, it would stay that way.
-    for weight in net.parameters():
+    for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
         optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
     return optimizer
 

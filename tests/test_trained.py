@@ -1,0 +1,244 @@
+"""Weights from files: what is taken over, what is not, and what is said of it."""
+
+import json
+import shutil
+
+import pytest
+import timm
+import torch
+
+from cspnet import recipe as recipes
+from cspnet.errors import CheckpointError, RecipeError
+from cspnet.export import ExportError, export
+from cspnet.nets import create
+from cspnet.nets.foreign import create_foreign
+from cspnet.train.adversarial import attack
+from cspnet.train.checkpoint import load as load_checkpoint
+from cspnet.train.optim import parameter_groups
+from cspnet.trained import build_net, open_trained, require_order, starting_net
+from tests.test_export import equal, trained, views
+
+SMALL = ("data.size=64", "model.width=0.25")
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A net of ten classes with lively statistics, as a safetensors file."""
+    out = trained()
+    export(out, tmp_path / "net.safetensors")
+    return out, tmp_path / "net.safetensors"
+
+
+def wanted(path, *overrides):
+    small = SMALL[:1] if any("timm/" in text for text in overrides) else SMALL
+    return recipes.load(None, [*small, f"model.weights={path}", *overrides])
+
+
+def test_another_set_of_classes_drops_the_classifier_alone(weights):
+    out, path = weights
+    recipe = wanted(path)
+    net, (remark,) = starting_net(recipe, [str(number) for number in range(7)])
+    fresh, given = build_net(recipe, 7).state_dict(), out.net.state_dict()
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, (fresh if name.startswith("head.") else given)[name]), name
+    assert f"{len(given) - 2} tensors loaded" in remark
+    assert "not loaded: head.fc.weight, head.fc.bias" in remark
+
+
+def test_as_many_classes_of_other_names_are_other_classes(weights):
+    out, path = weights
+    same, (remark,) = starting_net(wanted(path), out.classes)
+    assert equal(same, out.net) and "all" in remark
+    others, (remark,) = starting_net(wanted(path), [f"other {number}" for number in range(10)])
+    assert not torch.equal(others.head.fc.weight, out.net.head.fc.weight)
+    assert "not loaded" in remark
+
+
+@pytest.mark.parametrize(
+    "override, told",
+    [
+        ("model.width=0.5", r"stem\.conv1\.conv\.weight is \[8, 3, 3, 3\].*\[16, 3, 3, 3\]"),
+        ("model.name=darknet53", r"stages\.1\.blocks.*\[16, 16, 1, 1\].*\[16, 32, 1, 1\]"),
+        ("model.name=timm/resnet18", r"has no tensor conv1\.weight"),
+    ],
+)
+def test_weights_of_another_net_name_the_first_tensor(weights, override, told):
+    with pytest.raises(CheckpointError, match=told):
+        starting_net(wanted(weights[1], override), ["a", "b"])
+
+
+def test_weights_that_go_with_another_activation_are_told(weights):
+    _, (_, *remarks) = starting_net(
+        wanted(weights[1], "model.activation=leaky", "data.normalize=imagenet"), ["a", "b"]
+    )
+    assert [remark.split()[5] for remark in remarks] == [
+        "model.activation=mish,",
+        "data.normalize=none,",
+    ]
+
+
+def test_frozen_stages_stay_as_they_are_while_the_rest_learns():
+    net = create("cspdarknet53", classes=3, width=0.125, norm_momentum=0.5)
+    net.freeze(2)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1)
+    images = torch.rand(4, 3, 64, 64)
+    attack(net, net, images, None, 1.0)  # leaves training mode and comes back to it
+    for mode in (True, False, True):
+        net.train(mode)
+    net(images).square().sum().backward()
+    optimizer.step()
+    kept = ("stem.", "stages.0.", "stages.1.")
+    for name, tensor in net.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            assert torch.equal(tensor, before[name]) == name.startswith(kept), name
+
+
+def test_the_backbone_learns_at_its_own_rate():
+    recipe = recipes.load(None, ["optim.learning_rate=0.2", "optim.backbone_lr=0.05"])
+    for net in (create("cspdarknet53", classes=3, width=0.125), timms_net()):
+        names = {id(weight): name for name, weight in net.named_parameters()}
+        shares = {
+            names[id(weight)]: group["share"]
+            for group in parameter_groups(net, recipe.optim)
+            for weight in group["params"]
+        }
+        assert shares.keys() == set(names.values())
+        head = {name for name, share in shares.items() if share == 1}
+        assert head == {f"{net.classifier_prefixes[0]}{leaf}" for leaf in ("weight", "bias")}
+        assert {shares[name] for name in shares.keys() - head} == {0.25}
+
+
+def timms_net():
+    return create_foreign("timm/resnet18", classes=3, size=64)
+
+
+def test_a_run_fine_tunes_and_its_resume_needs_the_first_weights_no_more(tmp_path, tiny, command):
+    out = trained("data.size=32", "model.width=0.125", live=False)
+    export(out, tmp_path / "net.safetensors")
+    short = ["batch=8", "group=4", "schedule.steps=4", "schedule.warmup_steps=1", "save_every=2"]
+    arguments = [
+        *("--recipe", "finetune", "--data", "digits", "--output", "run"),
+        *("data.size=32", "model.width=0.125", "model.weights=net.safetensors", *short),
+    ]
+    done = command("main_train", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "not loaded: head.fc.weight, head.fc.bias" in done.stdout
+    assert "of them frozen" in done.stdout
+    saved = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
+    for name, tensor in out.net.state_dict().items():
+        if name.startswith(("stem.", "stages.0.", "stages.1.")):
+            assert torch.equal(saved["state_dict"][name], tensor), name
+    (tmp_path / "net.safetensors").unlink()
+    done = command("main_train", *arguments, "--resume", "schedule.steps=5", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "elsewhere")
+    done = command("main_train", *arguments, "--resume", cwd=tmp_path)
+    assert done.returncode == 2 and "net.safetensors" in done.stderr
+
+
+def test_one_of_timms_nets_trains_evaluates_and_goes_back(tmp_path, command, folder):
+    arguments = [
+        *("--recipe", "cspdarknet53-omega", "--data", str(folder), "--output", "run"),
+        *("model.name=timm/resnet18", "data.size=64", "batch=8", "group=4"),
+        *("schedule.steps=2", "schedule.warmup_steps=1", "average.decay=0.9"),
+    ]
+    done = command("main_train", *arguments, "--passes", "2", cwd=tmp_path)
+    assert done.returncode == 2 and "--passes 1" in done.stderr
+    done = command("main_train", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    best = tmp_path / "run" / "checkpoints" / "best.pt"
+    done = command(
+        *("main_eval", "--checkpoint", str(best), "--data", str(folder), "--json", "s.json"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((tmp_path / "s.json").read_text())
+    assert (scores["top1"], scores["loss"]) == (line["top1"], line["loss"])
+    out = open_trained(str(best))
+    (remark,) = export(out, tmp_path / "net.safetensors")
+    path = str(tmp_path / "net.safetensors")
+    assert remark == f"timm.create_model('resnet18', num_classes=3, checkpoint_path='{path}')"
+    assert equal(timm.create_model("resnet18", num_classes=3, checkpoint_path=path), out.net)
+    back = open_trained(path)
+    assert equal(back.net, out.net) and back.recipe == out.recipe and back.classes == out.classes
+    for name in ("net.weights", "net.onnx"):
+        with pytest.raises(ExportError, match="no Darknet file and no pyramid"):
+            export(out, tmp_path / name, pyramid=name.endswith(".onnx"))
+
+
+@pytest.mark.parametrize(
+    "name, told",
+    [
+        ("timm/resnet81", "did you mean"),
+        ("timm/vit_tiny_patch16_224", "does not take images of 64×64.*own size is 224"),
+    ],
+)
+def test_a_net_that_timm_has_not_or_that_wants_another_size(name, told):
+    with pytest.raises(RecipeError, match=told):
+        build_net(recipes.load(None, ["data.size=64", f"model.name={name}"]), 3)
+
+
+def test_a_bare_state_dict_starts_the_net_that_is_wanted(tmp_path):
+    theirs = timms_net()
+    state = {f"module.{name}": tensor for name, tensor in theirs.state_dict().items()}
+    torch.save(state, tmp_path / "net.pth")
+    recipe = wanted(tmp_path / "net.pth", "model.name=timm/resnet18")
+    net, _ = starting_net(recipe, ["a", "b", "c"])
+    assert equal(net, theirs)
+    net, (remark,) = starting_net(recipe, ["a", "b"])
+    assert net.fc.weight.shape[0] == 2 and "not loaded: fc.weight, fc.bias" in remark
+    with pytest.raises(CheckpointError, match=r"has no matrix head\.fc\.weight"):
+        open_trained(str(tmp_path / "net.pth"))  # evaluation has no recipe to tell it the net
+
+
+def test_timms_pretrained_nets_come_with_timms_view(monkeypatch):
+    real = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **o: real(name, **o))
+    found = open_trained("timm:resnet18.a1_in1k")
+    assert found.recipe.model.name == "timm/resnet18" and found.recipe.data.size == 224
+    assert found.recipe.data.normalize == "imagenet" and found.classes[0] == "n01440764"
+    assert found.recipe.evaluate.crop == pytest.approx(found.net.default_cfg["crop_pct"])
+    ours = open_trained("timm:darknet53")
+    assert ours.recipe.model.name == "darknet53" and ours.recipe.model.leaky_slope == 0.01
+    with pytest.raises(CheckpointError, match="wants mean"):
+        open_trained("timm:inception_v3.tf_in1k")
+    with pytest.raises(CheckpointError, match="no net of this name"):
+        open_trained("timm:resnet81")
+
+
+def test_darknets_class_order_survives_every_way_back(tmp_path):
+    """Out, labels shuffled as Darknet's list is, in, and out again: the very bytes and labels."""
+    out = trained(classes=4)
+    export(out, tmp_path / "first.weights")
+    labels = ["cherry", "apple", "damson", "banana"]
+    (tmp_path / "first.labels").write_text("\n".join(labels) + "\n")
+    back = open_trained(str(tmp_path / "first.weights"))
+    assert back.classes == sorted(labels) and back.seen == out.seen
+    export(back, tmp_path / "second.weights")
+    export(back, tmp_path / "between.safetensors")
+    export(open_trained(str(tmp_path / "between.safetensors")), tmp_path / "third.weights")
+    first = (tmp_path / "first.weights").read_bytes()
+    for name in ("second", "third"):
+        assert (tmp_path / f"{name}.weights").read_bytes() == first
+        assert (tmp_path / f"{name}.labels").read_text().split() == labels
+    with torch.no_grad():
+        ours, theirs = out.net(views(2)), back.net.eval()(views(2))
+    torch.testing.assert_close(theirs, ours[:, [1, 3, 0, 2]])
+
+
+def test_a_darknet_file_without_labels_is_not_scored_by_guessing(tmp_path, command, folder):
+    out = trained(classes=3, live=False)
+    export(out, tmp_path / "net.weights")
+    for suffix in (".data", ".labels", ".names"):
+        (tmp_path / f"net{suffix}").unlink()
+    back = open_trained(str(tmp_path / "net.weights"))
+    assert back.classes is None and not back.sorted
+    with pytest.raises(CheckpointError, match="labels=FILE"):
+        require_order(back, "net.weights")
+    done = command("main_eval", "--checkpoint", "net.weights", "--data", folder, cwd=tmp_path)
+    assert done.returncode == 2 and "that of guessing" in done.stderr
+    shutil.copy(tmp_path / "net.weights", tmp_path / "net.wts")
+    with pytest.raises(CheckpointError, match="unknown suffix"):
+        open_trained(str(tmp_path / "net.wts"))
