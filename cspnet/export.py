@@ -19,7 +19,7 @@ from cspnet.data.sources import display_names
 from cspnet.errors import CspnetError
 from cspnet.nets.darknet import FormatError, cfg_text, write_weights
 from cspnet.recipe import TIMM, to_text
-from cspnet.trained import Trained, permute_classes
+from cspnet.trained import VIEW, VIEW_MARK, Trained, permute_classes
 
 SUFFIXES = (".safetensors", ".onnx", ".weights")
 
@@ -170,7 +170,8 @@ def _darknet(trained: Trained, to: Path, cut: int | None) -> list[str]:
     if model.norm_eps != 1e-5:
         raise ExportError(f"the net's norm_eps is {model.norm_eps:g}; Darknet's is 1e-5")
     net = copy.deepcopy(trained.net)
-    labels = trained.classes or [str(number) for number in range(net.classes)]
+    digits = len(str(net.classes - 1))  # zeros in front keep numbers in their order as text
+    labels = trained.classes or [f"{number:0{digits}}" for number in range(net.classes)]
     if trained.order:
         there = sorted(range(net.classes), key=trained.order.__getitem__)
         permute_classes(net, there)
@@ -194,7 +195,10 @@ def _darknet(trained: Trained, to: Path, cut: int | None) -> list[str]:
         files[to.with_suffix(".data")] = (
             f"classes={net.classes}\nlabels={listed}\nnames={names}\ntop=5\n".encode()
         )
-        files[to.with_suffix(".cfg")] = cfg_text(net, trained.recipe.data.size).encode()
+        # Darknet skips comments; ours says how the images of a validation were prepared.
+        view = " ".join(f"evaluate.{k}={getattr(trained.recipe.evaluate, k)}" for k in VIEW)
+        cfg = f"{VIEW_MARK}{view}\n{cfg_text(net, trained.recipe.data.size)}"
+        files[to.with_suffix(".cfg")] = cfg.encode()
         remarks.append(
             f"darknet classifier predict {to.with_suffix('.data')} {to.with_suffix('.cfg')} {to}"
         )

@@ -28,6 +28,9 @@ TIMMS_OWN = (
     *("model.activation=leaky", "model.leaky_slope=0.01", "data.normalize=imagenet"),
     *("evaluate.crop=0.887", "evaluate.resize=antialias"),
 )
+# The line of our own `.cfg` that keeps the recipe's view of a validation, and what is in it.
+VIEW_MARK = "# cspnet: "
+VIEW = ("crop", "resize")
 # What a net was trained with and must go on with; a difference costs accuracy and raises nothing.
 HABITS = ("model.activation", "model.leaky_slope", "model.norm_eps", "data.normalize")
 
@@ -210,15 +213,21 @@ def _from_darknet(path: Path) -> Trained:
     except FormatError as error:
         raise CheckpointError(str(error)) from None
     slope = ["model.leaky_slope=0.1"] if net.activation == "leaky" else []
+    first = cfg.read_text(errors="replace").partition("\n")[0]
+    view = first.removeprefix(VIEW_MARK).split() if first.startswith(VIEW_MARK) else []
     recipe = load_recipe(
         None,
         [
             *(f"model.name={net.name}", f"model.width={net.width}", f"data.size={size}"),
-            *(f"model.activation={net.activation}", *slope),
+            *(f"model.activation={net.activation}", *slope, *view),
         ],
     )
     labels, order = _darknet_labels(path, net.classes), None
-    remarks = ["prepared as Darknet's valid: RGB in [0, 1], shorter side to the size, centre crop"]
+    remarks = [
+        "images prepared as its .cfg says"
+        if view
+        else "prepared as Darknet's valid: RGB in [0, 1], shorter side to the size, centre crop"
+    ]
     if labels is None:
         remarks.append(
             f"no {path.with_suffix('.data').name} with a labels list beside it: no class names"

@@ -134,7 +134,8 @@ def test_four_formats_report_the_same_top1(tmp_path):
     """A net trained for a moment on the digits; the Darknet file is run by OpenCV."""
     import onnxruntime
 
-    recipe = load_recipe(None, ["data.root=digits", "data.size=64", "model.width=0.125"])
+    view = ["evaluate.resize=antialias", "evaluate.crop=0.9"]  # not Darknet's: the .cfg keeps it
+    recipe = load_recipe(None, ["data.root=digits", "data.size=64", "model.width=0.125", *view])
     source = open_validation("digits", None, 10)
     net = build_net(recipe, 10)
     images = torch.stack(
@@ -165,6 +166,7 @@ def test_four_formats_report_the_same_top1(tmp_path):
         export(out, tmp_path / f"net{suffix}")
     for suffix in (".safetensors", ".weights"):
         back = open_trained(str(tmp_path / f"net{suffix}"))
+        assert back.recipe.evaluate.resize == "antialias"
         assert evaluate(back.net, source, back.recipe, precision, workers=0).top1 == expected
     session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"))
     logits = session.run(None, {"images": pixels.numpy()})[0]
@@ -238,5 +240,5 @@ def test_export_and_eval_as_commands(tmp_path, command):
         *("main_eval", "--checkpoint", "b.weights", "--data", "digits", "--json", "s.json"),
         cwd=tmp_path,
     )
-    assert done.returncode == 0 and "prepared as Darknet's valid" in done.stdout, done.stderr
+    assert done.returncode == 0 and "prepared as its .cfg says" in done.stdout, done.stderr
     assert json.loads((tmp_path / "s.json").read_text())["images"] == 359

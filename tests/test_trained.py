@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import timm
@@ -226,6 +227,13 @@ def test_darknets_class_order_survives_every_way_back(tmp_path):
     with torch.no_grad():
         ours, theirs = out.net(views(2)), back.net.eval()(views(2))
     torch.testing.assert_close(theirs, ours[:, [1, 3, 0, 2]])
+
+
+def test_a_net_without_class_names_keeps_its_order_through_darknet(tmp_path):
+    out = trained(classes=12, live=False)
+    export(replace(out, classes=None), tmp_path / "net.weights")
+    back = open_trained(str(tmp_path / "net.weights"))
+    assert equal(back.net, out.net) and back.order is None and back.classes[10] == "10"
 
 
 def test_a_darknet_file_without_labels_is_not_scored_by_guessing(tmp_path, command, folder):
