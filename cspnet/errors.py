@@ -33,6 +33,10 @@ class NotFinite(CspnetError):
     """The loss became NaN or infinite; nothing was saved after it did."""
 
 
+class OutOfMemory(CspnetError):
+    """The device has too little memory for what was asked."""
+
+
 class Incomplete(CspnetError):
     """Some images could not be read; the results of the others are out."""
 

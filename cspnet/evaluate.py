@@ -15,7 +15,7 @@ from torch import nn
 from cspnet.data.augment import normalize
 from cspnet.data.loader import evaluation_batches
 from cspnet.data.sources import Source
-from cspnet.recipe import Recipe
+from cspnet.schema import Recipe
 from cspnet.train.runtime import Precision
 
 

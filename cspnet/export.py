@@ -18,7 +18,8 @@ from cspnet.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from cspnet.data.sources import display_names
 from cspnet.errors import CspnetError
 from cspnet.nets.darknet import FormatError, cfg_text, write_weights
-from cspnet.recipe import TIMM, to_text
+from cspnet.recipe import to_text
+from cspnet.schema import TIMM
 from cspnet.trained import VIEW, VIEW_MARK, Trained, permute_classes
 
 SUFFIXES = (".safetensors", ".onnx", ".weights")

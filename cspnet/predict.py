@@ -19,7 +19,7 @@ from cspnet.data.augment import normalize
 from cspnet.data.decode import Unreadable, decode, evaluation_view
 from cspnet.data.loader import evaluation_batches
 from cspnet.data.sources import Source, display_names
-from cspnet.recipe import Recipe
+from cspnet.schema import Recipe
 from cspnet.train.runtime import Precision
 from cspnet.trained import Trained
 

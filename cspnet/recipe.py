@@ -1,207 +1,21 @@
-"""The recipe: everything that changes the numbers of a run, and nothing else.
+"""Recipes: everything that changes the numbers of a run, and nothing else.
 
-The dataclasses are the schema and the only home of a default. `load` reads a YAML file and dotted
-overrides into a frozen `Recipe`, or raises one RecipeError that lists every problem found.
-The sources of the default values are in docs/recipe-sources.md.
+`load` reads a YAML file and dotted overrides into a frozen `Recipe` (cspnet/schema.py), or raises
+one RecipeError that lists every problem found.
 """
 
 import difflib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cspnet.errors import RecipeError
-
-DIGITS = "digits"  # the name, in place of a folder, of the embedded data set
-# Nets of ours and the number of their stages; what begins with TIMM is one of timm's.
-STAGES = {"cspdarknet53": 5, "darknet53": 5, "cspresnet50": 4, "cspresnext50": 4}
-TIMM = "timm/"
-
-
-def within(default: Any, low: float, high: float = float("inf")) -> Any:
-    """A field with values in [low, high], or None; the two of a pair in ascending order."""
-    return field(default=default, metadata={"range": (low, high)})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    # A key of STAGES, or timm/NAME.
-    name: str = "cspdarknet53"
-    # "auto" takes the classes of the training folder; a number must agree with them.
-    classes: int | Literal["auto"] = "auto"
-    activation: Literal["mish", "leaky"] = "mish"
-    # Slope of the leaky rectifier for x < 0: 0.1 in Darknet, 0.01 in timm.
-    leaky_slope: float = within(0.1, 0, 1)
-    # Multiplies every channel count.
-    width: float = within(1.0, 0.05, 4)
-    norm_eps: float = within(1e-5, 1e-9, 1)
-    # Share of a new group in BatchNorm's running averages (torch's `momentum`).
-    norm_momentum: float = within(0.01, 1e-6, 1)
-    # Weights to start from: any file that `--checkpoint` takes, or timm:NAME. The classifier is
-    # taken over only where its classes are those of the training set.
-    weights: str | None = None
-    # The stem and so many first stages keep their weights and running statistics; 0: none does.
-    freeze: int = within(0, 0, 5)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    # A folder with train/ and val/, each with a folder per class; or "digits".
-    root: str = "data/imagenet"
-    # Side of the square that the net sees, pixels.
-    size: int = within(256, 32, 1024)
-    # "none" leaves RGB in [0, 1]; "imagenet" subtracts the mean, divides by the standard deviation.
-    normalize: Literal["none", "imagenet"] = "none"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Augment:
-    # Range of the length, in units of `data.size`, to which the image's shorter side is resized.
-    resize: tuple[float, float] = within((0.5, 1.75), 0.1, 10)
-    # Aspect ratio is changed by a factor between this and its inverse.
-    aspect: float = within(0.75, 0.05, 1)
-    # Rotation in either direction, degrees.
-    angle: float = within(7.0, 0, 180)
-    # Probability of a horizontal flip.
-    flip: float = within(0.5, 0, 1)
-    # Hue is shifted by at most this share of the colour circle, in either direction.
-    hue: float = within(0.1, 0, 0.5)
-    # Saturation and value are multiplied by a factor between this and its inverse.
-    saturation: float = within(0.75, 0.05, 1)
-    value: float = within(0.75, 0.05, 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mix:
-    # Probability that an image is mixed with others of its group; then by CutMix or by Mosaic, with
-    # equal chance where both are on.
-    probability: float = within(0.5, 0, 1)
-    cutmix: bool = True
-    mosaic: bool = True
-    # Consecutive images that share one draw of `probability`.
-    share: int = within(4, 1)
-    # Range of the sides of CutMix's box, and of Mosaic's dividing lines, in units of `data.size`.
-    cutmix_side: tuple[float, float] = within((0.3, 0.8), 0, 1)
-    mosaic_split: tuple[float, float] = within((0.2, 0.8), 0, 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Adversarial:
-    # Step size of the attack at the end of the schedule, towards which it grows with the step;
-    # 0 switches self-adversarial training off. Darknet's adversarial_lr.
-    strength: float = within(0.0, 0, 1000)
-    # Probability that a group is attacked, after the warm-up.
-    probability: float = within(0.5, 0, 1)
-    # "nothing" lowers what the net believes in, as Darknet; "label" raises the loss, ours.
-    target: Literal["nothing", "label"] = "nothing"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loss:
-    # The true class has the target 1 - smoothing, each other one smoothing / (classes - 1).
-    smoothing: float = within(0.1, 0, 0.99)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Optim:
-    learning_rate: float = within(0.1, 0, 100)
-    momentum: float = within(0.9, 0, 0.9999)
-    # On the weights of convolutions and of the classifier only.
-    weight_decay: float = within(5e-4, 0, 1)
-    # Peak learning rate of everything but the classifier, which keeps `learning_rate`.
-    backbone_lr: float | None = within(None, 0, 100)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    # Optimizer steps of the whole run.
-    steps: int = within(1_200_000, 1)
-    warmup_steps: int = within(1000, 0)
-    # Exponent of the warm-up and of the decay.
-    power: float = within(4.0, 0, 20)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Average:
-    # Decay per step of the exponential moving average of the weights; 0 keeps none.
-    decay: float = within(0.0, 0, 0.999999)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluate:
-    # Steps between validations; one more follows the last step.
-    every: int = within(10_000, 1)
-    # The image's shorter side becomes size / crop, then the central square is taken.
-    crop: float = within(1.0, 0.1, 1)
-    # "antialias" is PIL's and timm's bilinear; "corners" is Darknet's: corner-aligned, and without
-    # antialiasing.
-    resize: Literal["antialias", "corners"] = "corners"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    seed: int = within(0, 0, 2**63 - 1)
-    # Images of an optimizer step, and of a group: BatchNorm and mixing never look past a group.
-    batch: int = within(128, 2)
-    group: int = within(32, 2)
-    # "auto": fp16 on compute capability 7.x, bf16 from 8.0 on, fp32 on a CPU.
-    precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
-    # Steps between two lines of metrics, and between two saves.
-    log_every: int = within(50, 1)
-    save_every: int = within(1000, 1)
-    model: Model = field(default_factory=Model)
-    data: Data = field(default_factory=Data)
-    augment: Augment = field(default_factory=Augment)
-    mix: Mix = field(default_factory=Mix)
-    adversarial: Adversarial = field(default_factory=Adversarial)
-    loss: Loss = field(default_factory=Loss)
-    optim: Optim = field(default_factory=Optim)
-    schedule: Schedule = field(default_factory=Schedule)
-    average: Average = field(default_factory=Average)
-    evaluate: Evaluate = field(default_factory=Evaluate)
-
-    @property
-    def groups(self) -> int:
-        """Groups in an optimizer step."""
-        return self.batch // self.group
-
-
-def _foreign(recipe: Recipe) -> str:
-    return "model.name is one of timm's" if recipe.model.name.startswith(TIMM) else ""
-
-
-def _unmixed(recipe: Recipe) -> str:
-    return "mix.probability is 0" if recipe.mix.probability == 0 else ""
-
-
-def _unattacked(recipe: Recipe) -> str:
-    return "adversarial.strength is 0" if recipe.adversarial.strength == 0 else ""
-
-
-# Why a field has no effect in a recipe; empty where it has one.
-IDLE = {
-    "model.activation": _foreign,
-    "model.leaky_slope": lambda r: (
-        _foreign(r) or ("" if r.model.activation == "leaky" else "model.activation is mish")
-    ),
-    "model.width": _foreign,
-    "model.norm_eps": _foreign,
-    "model.norm_momentum": _foreign,
-    "mix.cutmix": _unmixed,
-    "mix.mosaic": _unmixed,
-    "mix.share": lambda r: _unmixed(r) or ("mix.probability is 1" * (r.mix.probability == 1)),
-    "mix.cutmix_side": lambda r: _unmixed(r) or ("" if r.mix.cutmix else "mix.cutmix is off"),
-    "mix.mosaic_split": lambda r: _unmixed(r) or ("" if r.mix.mosaic else "mix.mosaic is off"),
-    "adversarial.probability": _unattacked,
-    "adversarial.target": _unattacked,
-}
-# Fields that ask for nothing at this value: a recipe need not give them.
-OFF = {"model.weights": None, "model.freeze": 0, "optim.backbone_lr": None}
+from cspnet.schema import IDLE, OFF, STAGES, TIMM, Recipe
 
 
 def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -285,7 +99,7 @@ def to_text(recipe: Recipe) -> str:
         section, _, leaf = key.rpartition(".")
         idle = key in IDLE and IDLE[key](recipe)
         if idle or (key in OFF and values[key] == OFF[key]):
-            del content[section][leaf]
+            del (content[section] if section else content)[leaf]
         elif section and isinstance(values[key], str):
             # A path as it was typed, in which nothing is to be interpolated.
             content[section][leaf] = values[key].replace("${", "\\${")

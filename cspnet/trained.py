@@ -18,8 +18,9 @@ from cspnet.nets import create
 from cspnet.nets.csp import NETS
 from cspnet.nets.darknet import FormatError, net_from_cfg, read_weights
 from cspnet.nets.foreign import create_foreign
-from cspnet.recipe import IDLE, TIMM, Recipe, flatten, from_text
+from cspnet.recipe import flatten, from_text
 from cspnet.recipe import load as load_recipe
+from cspnet.schema import IDLE, TIMM, Recipe
 from cspnet.train.checkpoint import load as load_checkpoint
 from cspnet.train.checkpoint import read_torch
 

@@ -73,6 +73,6 @@ def folder(tmp_path):
             target = root / split / name
             target.mkdir(parents=True)
             for i in range(count):
-                image = picture(100 * number + i)[:, :, ::-1]
+                image = picture(100 * number + 50 * (split == "val") + i)[:, :, ::-1]
                 cv2.imwrite(str(target / f"{i}.jpg"), image)
     return root

@@ -6,7 +6,7 @@ import torch
 
 from cspnet.data import augment, stream
 from cspnet.data.augment import Draws
-from cspnet.recipe import Augment, Mix
+from cspnet.schema import Augment, Mix
 from tests.conftest import picture
 
 

@@ -124,12 +124,25 @@ def test_wrong_use_of_eval(command, trained, folder, tmp_path):
 
 def test_a_torn_checkpoint_is_not_resumed_nor_overwritten(command, trained, tmp_path):
     shutil.copytree(trained[0], tmp_path / "run")
+    files = sorted((tmp_path / "run" / "checkpoints").glob("*.pt"))
+    for path in files:
+        path.unlink()
+        path.write_bytes(b"torn")
+    done = command("main_train", "--output", "run", "--resume", cwd=tmp_path)
+    assert done.returncode == 2 and "no checkpoint of the run can be used" in done.stderr
+    assert all(f"{path.name} is truncated" in done.stderr for path in files)
+    assert all(path.read_bytes() == b"torn" for path in files)
+
+
+def test_a_torn_last_checkpoint_is_told_and_the_one_before_taken(command, trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "run")
     last = tmp_path / "run" / "checkpoints" / "last.pt"
+    (tmp_path / "run" / "checkpoints" / "best.pt").unlink()
     last.unlink()
     last.write_bytes(b"torn")
     done = command("main_train", "--output", "run", "--resume", cwd=tmp_path)
-    assert done.returncode == 2 and "last.pt is truncated" in done.stderr
-    assert last.read_bytes() == b"torn"
+    assert done.returncode == 0, done.stderr
+    assert "last.pt is truncated" in done.stdout and "previous.pt, step" in done.stdout
 
 
 def test_the_checkpoint_is_plain_and_timm_reads_it(trained):

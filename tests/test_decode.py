@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 
 import cv2
 import numpy as np
@@ -8,8 +10,9 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
 from cspnet.data import decode, stream
-from cspnet.recipe import Augment, Evaluate
-from tests.conftest import picture
+from cspnet.schema import Augment, Evaluate
+from tests.bombs import BOMBS
+from tests.conftest import ROOT, picture
 
 
 class Scripted:
@@ -194,3 +197,59 @@ def test_colours_come_out_as_rgb():
     red[:, :, 2] = 255  # OpenCV writes BGR
     assert decode.decode(cv2.imencode(".png", red)[1].tobytes())[0, 0].tolist() == [255, 0, 0]
     assert torch.from_numpy(red).is_contiguous()
+
+
+WEIGH = """
+import sys
+{first}
+from cspnet.data.decode import LIMITED, TooLarge, decode
+from tests.bombs import BOMBS, peak
+bombs = {{make.__name__: make() for make in BOMBS}}
+decode(open(sys.argv[1], "rb").read())
+for name, data in bombs.items():
+    before = peak()
+    try:
+        decode(data)
+        told = "decoded"
+    except TooLarge:
+        told = "refused"
+    print(name, told, peak() - before, LIMITED)
+"""
+
+
+@pytest.mark.parametrize("first, limited", [("", True), ("import cv2", False)])
+def test_headers_of_hundreds_of_megapixels_are_refused_before_memory_is(tmp_path, first, limited):
+    """Whether OpenCV is loaded by us, and limits itself, or was loaded by somebody before."""
+    cv2.imwrite(str(tmp_path / "a.png"), picture(7))
+    done = subprocess.run(
+        [sys.executable, "-c", WEIGH.format(first=first), str(tmp_path / "a.png")],
+        cwd=ROOT,
+        env={"PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [name for name, *_ in lines] == [make.__name__ for make in BOMBS]
+    for name, told, megabytes, by_opencv in lines:
+        assert (told, by_opencv) == ("refused", str(limited)), name
+        assert int(megabytes) < 30, f"{name} took {megabytes} MB"
+
+
+def test_the_limit_is_on_pixels(monkeypatch):
+    data = cv2.imencode(".png", picture(8, 60, 80))[1].tobytes()
+    monkeypatch.setattr(decode, "LIMITED", False)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 60 * 80)
+    assert decode.decode(data).shape == (60, 80, 3)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 60 * 80 - 1)
+    with pytest.raises(decode.TooLarge):
+        decode.decode(data)
+
+
+def test_a_ribbon_is_not_resized_to_fill_the_memory():
+    """A row of 30,000 pixels would become 256 rows of 7.7 million."""
+    for shape in ((1, 30_000, 3), (30_000, 1, 3)):
+        with pytest.raises(decode.Unreadable, match="too long and narrow"):
+            decode.evaluation_view(np.zeros(shape, np.uint8), 256, Evaluate())
+    assert decode.evaluation_view(np.zeros((40, 3_000, 3), np.uint8), 256, Evaluate()).shape

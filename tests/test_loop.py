@@ -28,15 +28,15 @@ import os, pathlib, signal, sys, torch
 torch.set_num_threads(1)
 from rich.console import Console
 from cspnet import recipe
-from cspnet.train import job, loop
+from cspnet.train import checkpoint, job, loop
 from cspnet.train.runtime import Place
 text, output, workers, die_after = sys.argv[1:]
-original = loop.save
-def save(content, path, also=None):
-    original(content, path, also)
+original = checkpoint.Checkpoints.save
+def save(self, content, best=False):
+    original(self, content, best)
     if content["step"] == int(die_after):
         os.kill(os.getpid(), signal.SIGKILL)
-loop.save = save
+checkpoint.Checkpoints.save = save
 place = Place(pathlib.Path(output), resume=True, device="cpu", workers=int(workers))
 loop.train(recipe.from_text(text), place, Console(quiet=True))
 """
@@ -232,6 +232,7 @@ def test_resume_in_a_folder_that_is_not_this_run(tiny, tmp_path, mistake):
         (folder / "checkpoints" / "last.pt").unlink()
         if mistake == "other-recipe":
             (folder / "checkpoints" / "best.pt").unlink()
+            (folder / "checkpoints" / "previous.pt").unlink()
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     with pytest.raises(CheckpointError):
         run(tiny("seed=1"), folder, resume=True)
@@ -309,7 +310,8 @@ def test_one_pass_of_four_groups_equals_four_passes_of_one(tiny, tmp_path, monke
     group magnifies that: the next test.
     """
     build, normalize = build_net, loop.normalize
-    monkeypatch.setattr(job, "build_net", lambda *a: build(*a).double())
+    double = lambda recipe, classes: (build(recipe, len(classes)).double(), [])  # noqa: E731
+    monkeypatch.setattr(job, "starting_net", double)
     monkeypatch.setattr(loop, "normalize", lambda images, kind: normalize(images, kind).double())
     monkeypatch.setattr(loop, "cross_entropy", lambda x, t: -(t.double() * x.log_softmax(1)).sum())
     monkeypatch.setattr(loop, "validate", lambda *_: Scores(0, 0, 0, 0, 0, 1))
@@ -465,7 +467,10 @@ def test_unreadable_images_are_listed_and_too_many_stop_the_run(tiny, folder, tm
 
     torn = folder / "train" / "bear" / "3.jpg"
     torn.write_bytes(torn.read_bytes()[:20])
-    recipe = tiny(f"data.root={folder}", "model.classes=auto")
+    allowed = [f"data.root={folder}", "model.classes=auto", "data.max_unreadable=1"]
+    recipe = tiny(*allowed)
+    with pytest.raises(DataError, match=r"1 of 36 .* more than data\.max_unreadable=0\.01"):
+        run(tiny(*allowed[:2]), tmp_path / "strict")
     run(recipe, tmp_path / "run")
     assert (tmp_path / "run" / "unreadable.txt").read_text().splitlines() == [str(torn)]
     for path in (folder / "train").rglob("*.jpg"):

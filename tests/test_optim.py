@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from cspnet.nets import create
-from cspnet.recipe import Optim, load
+from cspnet.recipe import load
+from cspnet.schema import Optim
 from cspnet.train.optim import Average, build_optimizer, learning_rate, parameter_groups
 
 

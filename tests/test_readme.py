@@ -45,7 +45,10 @@ def test_make_targets_of_the_readme_exist():
     assert named and set(named) <= set(targets)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md", "data/README.md"])
+@pytest.mark.parametrize(
+    "document",
+    ["README.md", "docs/architecture.md", "docs/data.md", "docs/resuming.md", "data/README.md"],
+)
 def test_links_lead_to_files(document):
     path = ROOT / document
     for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):

@@ -3,6 +3,7 @@ import math
 import pytest
 
 from cspnet import recipe as recipes
+from cspnet import schema
 from cspnet.errors import RecipeError
 from tests.conftest import ROOT
 
@@ -167,8 +168,8 @@ def test_every_field_of_every_recipe_has_a_source(path):
             if rest and not line.startswith("#"):
                 assert said[section + key] == rest.partition(" # ")[2].strip(), line
     for key, value in recipes.flatten(resolved):
-        idle = key in recipes.IDLE and recipes.IDLE[key](resolved)
-        idle = idle or (key in recipes.OFF and value == recipes.OFF[key])
+        idle = key in schema.IDLE and schema.IDLE[key](resolved)
+        idle = idle or (key in schema.OFF and value == schema.OFF[key])
         assert key in given or idle, (
             f"{path.stem} does not give {key}: shipped recipes are complete"
         )

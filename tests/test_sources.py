@@ -5,8 +5,8 @@ import pytest
 
 from cspnet.data import sources
 from cspnet.data.loader import Batches, Groups, evaluation_batches, training_groups
-from cspnet.errors import DataError
-from cspnet.recipe import Evaluate, load
+from cspnet.recipe import load
+from cspnet.schema import Evaluate
 
 
 def test_folder_reads_what_lies_in_it(folder):
@@ -43,67 +43,6 @@ def test_validation_by_root_or_by_its_own_folder(folder, name):
     classes = ["apple", "bear", "cat"]
     for root in (folder, folder / name):
         assert len(sources.open_validation(str(root), classes)) == 9
-
-
-def spoil_missing(folder):
-    shutil.rmtree(folder / "val" / "bear")
-
-
-def spoil_extra(folder):
-    shutil.copytree(folder / "val" / "bear", folder / "val" / "dog")
-
-
-def spoil_empty(folder):
-    for file in (folder / "val" / "bear").iterdir():
-        file.unlink()
-
-
-def spoil_flat(folder):
-    for file in list((folder / "val").rglob("*.jpg")):
-        file.rename(folder / "val" / f"{file.parent.name}_{file.name}")
-    for name in ("apple", "bear", "cat"):
-        (folder / "val" / name).rmdir()
-
-
-def spoil_renamed(folder):
-    (folder / "val" / "bear").rename(folder / "val" / "Bear")
-
-
-def spoil_absent(folder):
-    shutil.rmtree(folder / "val")
-
-
-def spoil_twice(folder):
-    shutil.copytree(folder / "val", folder / "valid")
-
-
-def spoil_everything(folder):
-    shutil.rmtree(folder)
-
-
-@pytest.mark.parametrize(
-    "spoil, told",
-    [
-        (spoil_missing, r"lacks 1 class \(bear\)"),
-        (spoil_extra, r"has 1 class \(dog\) that the network was not trained for"),
-        (spoil_empty, r"no image in 1 class folder \(bear\)"),
-        (spoil_flat, r"is flat: 9 images"),
-        (spoil_renamed, r"lacks 1 class \(bear\); it has 1 class \(Bear\)"),
-        (spoil_absent, r"has train/ but none of val/, valid/, validation/"),
-        (spoil_twice, r"has both val/ and valid/"),
-        (spoil_everything, r"does not exist"),
-    ],
-)
-def test_each_mistake_with_a_val_folder_has_its_message(folder, spoil, told):
-    spoil(folder)
-    with pytest.raises(DataError, match=told):
-        sources.open_validation(str(folder), ["apple", "bear", "cat"])
-
-
-def test_a_root_without_train_says_what_is_there(folder):
-    (folder / "train").rename(folder / "training")
-    with pytest.raises(DataError, match=r"no folder train/.*training/"):
-        sources.open_training(str(folder))
 
 
 def test_digits_are_split_into_disjoint_parts():

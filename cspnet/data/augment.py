@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from cspnet.data import stream
-from cspnet.recipe import Augment, Mix, Recipe
+from cspnet.schema import Augment, Mix, Recipe
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -1,38 +1,68 @@
 """From encoded bytes to the square that the net sees, uint8 RGB."""
 
+import io
 import math
+import warnings
 
 import cv2
 import numpy as np
-import torch
-import torch.nn.functional as F
+from PIL import Image
 
-from cspnet.recipe import Augment, Evaluate
+from cspnet.data import LIMITED, MAX_PIXELS
+from cspnet.schema import Augment, Evaluate
 
 # Workers are processes: OpenCV's own threads would only fight over the cores.
 cv2.setNumThreads(0)
+# Its lines on stderr name no file; Unreadable is counted and listed.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
+TOO_LARGE = f"its header announces more than {MAX_PIXELS:,} pixels"
 MAX_SIDE = 32_766  # warpAffine keeps coordinates in 16 bits
+# What OpenCV reads and Pillow too, by Pillow's names.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "PPM", "GIF", "JPEG2000", "SUN", "AVIF")
 
 
 class Unreadable(ValueError):
     """The bytes are not an image that OpenCV can decode."""
 
 
+class TooLarge(Unreadable):
+    """The image has, or would get, more pixels than memory should be given to."""
+
+
 def decode(data: bytes) -> np.ndarray:
     """RGB uint8 [H, W, 3]; EXIF orientation is applied, grey and alpha become three channels.
 
-    Raises Unreadable.
+    Raises Unreadable; where the header announces more than MAX_PIXELS, before memory is allocated.
     """
-    if data:
+    if not data:
+        raise Unreadable("the file is empty")
+    if not LIMITED:
+        _require_size(data)
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    except cv2.error as error:
+        if "CV_IO_MAX_IMAGE" in str(error):
+            raise TooLarge(TOO_LARGE) from None
+        raise Unreadable(str(error).strip()) from None
+    if image is None:
+        raise Unreadable("not a readable image")
+    return image
+
+
+def _require_size(data: bytes) -> None:
+    """Raises TooLarge by the header, in some 20 µs; lets pass what Pillow has no parser for."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-        except cv2.error as error:  # absurd header sizes, for one
-            raise Unreadable(str(error).strip()) from None
-        if image is not None:
-            return image
-    raise Unreadable("not a readable image" if data else "the file is empty")
+            width, height = Image.open(io.BytesIO(data), formats=FORMATS).size
+        except Image.DecompressionBombError:
+            raise TooLarge(TOO_LARGE) from None
+        except Exception:  # of any kind, from parsers that trust the file; OpenCV has its own
+            return
+    if width * height > MAX_PIXELS:
+        raise TooLarge(TOO_LARGE)
 
 
 def two_sided(rng: np.random.Generator, low: float) -> float:
@@ -76,7 +106,7 @@ def train_view(image: np.ndarray, rng: np.random.Generator, size: int, augment: 
     """
     height, width = image.shape[:2]
     if max(height, width) > MAX_SIDE:
-        raise Unreadable(f"{width}×{height} pixels: a side may have {MAX_SIDE:,}")
+        raise TooLarge(f"{width}×{height} pixels: a side may have {MAX_SIDE:,}")
     return cv2.warpAffine(
         image,
         train_matrix(rng, width, height, size, augment),
@@ -87,13 +117,21 @@ def train_view(image: np.ndarray, rng: np.random.Generator, size: int, augment: 
 
 
 def evaluation_view(image: np.ndarray, size: int, how: Evaluate) -> np.ndarray:
-    """The central square of the image with its shorter side resized, uint8 [size, size, 3]."""
+    """The central square of the image with its shorter side resized, uint8 [size, size, 3].
+
+    Raises Unreadable for an image so long and narrow that resizing it would fill the memory.
+    """
+    import torch  # seconds to import; checking files does without
+    import torch.nn.functional as F
+
     height, width = image.shape[:2]
     short = math.floor(size / how.crop)
     if height < width:
         new_height, new_width = short, width * short // height
     else:
         new_height, new_width = height * short // width, short
+    if new_width * new_height > MAX_PIXELS:
+        raise TooLarge(f"{width}×{height}, too long and narrow to resize: more than {MAX_PIXELS:,}")
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None]  # [1, 3, H, W], channels last
     if (height, width) != (new_height, new_width):
         antialias = how.resize == "antialias"

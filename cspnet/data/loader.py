@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from cspnet.data import stream
 from cspnet.data.decode import Unreadable, decode, evaluation_view, train_view
 from cspnet.data.sources import Source
-from cspnet.recipe import Evaluate, Recipe
+from cspnet.schema import Evaluate, Recipe
 
 TRIES = 20  # images in a row, from an unreadable one on, that are tried in its place
 
@@ -152,6 +152,6 @@ def _load(
 def _start_worker(_: int) -> None:
     # A terminal sends Ctrl-C to every process, a batch system SIGTERM; only the main one decides
     # what they mean. Workers end when it tells them to, or when they see that it is gone.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)

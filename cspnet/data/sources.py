@@ -12,11 +12,10 @@ from typing import Protocol
 
 import numpy as np
 
+from cspnet.data import layout
+from cspnet.data.layout import SUFFIXES, VALIDATION
 from cspnet.errors import DataError
-from cspnet.recipe import DIGITS
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-VALIDATION = ("val", "valid", "validation")
+from cspnet.schema import DIGITS
 
 
 class Source(Protocol):
@@ -37,27 +36,27 @@ class Source(Protocol):
 class Folder:
     """A folder with a sub-folder per class, searched to any depth; links are followed.
 
+    Raises DataError where it is none, and for a class folder without images, if not `empty`.
     The paths are one block of bytes with offsets: a list of a million strings would be copied into
     every worker as its reference counts are touched (pytorch#13246).
     """
 
-    def __init__(self, root: str | Path):
+    def __init__(self, root: str | Path, empty: bool = False):
         self.root = Path(root)
-        self.classes = sorted(entry.name for entry in _entries(self.root) if entry.is_dir())
+        self.classes = [entry.name for entry in layout.entries(self.root) if entry.is_dir()]
         if not self.classes:
-            raise DataError(_no_classes(self.root))
+            raise DataError(layout.no_classes(self.root))
+        if mistake := layout.nested(self.root, self.classes):
+            raise DataError(mistake)
         paths: list[bytes] = []
         counts = []
         for name in self.classes:
             before = len(paths)
             paths.extend(sorted(_images(self.root, name)))
             counts.append(len(paths) - before)
-        empty = [name for name, count in zip(self.classes, counts, strict=True) if not count]
-        if empty:
-            raise DataError(
-                f"{self.root}: no image in {_some(empty, 'class folder')}. "
-                f"Add images ({', '.join(SUFFIXES[:3])} …) or remove the folder."
-            )
+        without = [name for name, count in zip(self.classes, counts, strict=True) if not count]
+        if without and not empty:
+            raise DataError(layout.empty(self.root, without))
         self.labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
         self._block = b"".join(paths)
         self._ends = np.cumsum([len(path) for path in paths], dtype=np.int64)
@@ -142,7 +141,7 @@ def find_images(paths: list[str]) -> list[str]:
             if not files:
                 raise DataError(
                     f"{folder} holds no image ({', '.join(SUFFIXES[:3])} …); "
-                    f"found there: {_listing(folder)}"
+                    f"found there: {layout.listing(folder)}"
                 )
         for file in files:
             found.setdefault(os.path.abspath(file), file)
@@ -151,15 +150,7 @@ def find_images(paths: list[str]) -> list[str]:
 
 def open_training(root: str) -> Source:
     """The training images below a data root."""
-    if root == DIGITS:
-        return Digits(train=True)
-    folder = _existing(Path(root))
-    if not (folder / "train").is_dir():
-        raise DataError(
-            f"{folder} has no folder train/. A data root holds train/ and val/, each with one "
-            f"folder per class; found there: {_listing(folder)}"
-        )
-    return Folder(folder / "train")
+    return Digits(train=True) if root == DIGITS else Folder(training_folder(root))
 
 
 def open_validation(root: str, classes: list[str] | None, count: int | None = None) -> Source:
@@ -168,24 +159,43 @@ def open_validation(root: str, classes: list[str] | None, count: int | None = No
     Raises DataError where the folder's classes are not exactly `classes`, by name; where the net
     has no names (None), unless there are `count` of them.
     """
-    if root == DIGITS:
-        source: Source = Digits(train=False)
-    else:
-        folder = _existing(Path(root))
-        named = [folder / name for name in VALIDATION if (folder / name).is_dir()]
-        if not named and (folder / "train").is_dir():
-            raise DataError(
-                f"{folder} has train/ but none of {', '.join(v + '/' for v in VALIDATION)}; "
-                f"found there: {_listing(folder)}"
-            )
-        if len(named) > 1:
-            raise DataError(f"{folder} has both {named[0].name}/ and {named[1].name}/: name one")
-        source = Folder(named[0] if named else folder)
+    source = Digits(train=False) if root == DIGITS else Folder(validation_folder(root))
     if classes is not None:
         require_classes(source, classes, root)
     elif len(source.classes) != count:
         raise DataError(f"{root} has {len(source.classes)} classes, the network {count}")
     return source
+
+
+def training_folder(root: str) -> Path:
+    """The folder train/ of a data root. Raises DataError where there is none."""
+    folder = existing(root)
+    if not os.path.isdir(folder / "train"):
+        raise DataError(layout.no_training(folder))
+    return folder / "train"
+
+
+def validation_folder(root: str) -> Path:
+    """The validation folder of a data root, or `root` where it is one itself. Raises DataError."""
+    folder = existing(root)
+    named = [name for name in VALIDATION if os.path.isdir(folder / name)]
+    if len(named) > 1:
+        raise DataError(layout.two_validations(folder, named))
+    if named:
+        return folder / named[0]
+    if os.path.isdir(folder / "train"):
+        raise DataError(layout.no_validation(folder))
+    if mistake := layout.training_as_validation(folder):
+        raise DataError(mistake)
+    return folder
+
+
+def existing(root: str) -> Path:
+    """The path of a data root, `~` expanded. Raises DataError where it is not a folder."""
+    folder = Path(root).expanduser()
+    if not os.path.isdir(folder):
+        raise DataError(layout.no_folder(folder))
+    return folder
 
 
 def display_names(classes: list[str]) -> list[str]:
@@ -203,64 +213,42 @@ def display_names(classes: list[str]) -> list[str]:
 
 def require_classes(source: Source, classes: list[str], where: str) -> None:
     """Raises DataError unless the source has exactly these classes, in this order of names."""
-    have, want = set(source.classes), set(classes)
-    missing = [name for name in classes if name not in have]
-    extra = [name for name in source.classes if name not in want]
-    if missing or extra:
-        parts = []
-        if missing:
-            parts.append(f"it lacks {_some(missing, 'class')}")
-        if extra:
-            parts.append(f"it has {_some(extra, 'class')} that the network was not trained for")
+    if difference := layout.differing(source.classes, classes):
         raise DataError(
-            f"{where}: the classes are not those of the network ({len(classes)}): "
-            f"{'; '.join(parts)}. Folder names must be the class names of the training set."
+            f"{where}: the classes are not those of the network ({len(classes)}): {difference}"
         )
 
 
-def _existing(folder: Path) -> Path:
-    folder = folder.expanduser()
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise DataError(
-            f"the data folder {folder} {what}. Give one with --data DIR (or data.root=DIR); "
-            f"--data {DIGITS} needs none."
-        )
-    return folder
+def walk(top: Path) -> Iterator[tuple[str, list[str]]]:
+    """Folders from `top` downward, links followed, each with the names of its files; none hidden.
 
+    Raises DataError where one cannot be read, which os.walk would pass over.
+    """
 
-def _entries(folder: Path) -> list[os.DirEntry]:
-    try:
-        return [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
-    except OSError as error:
-        raise DataError(f"{folder} cannot be read: {error.strerror}") from None
+    def fail(error: OSError) -> None:
+        raise layout.unreadable_folder(error) from None
+
+    for folder, inner, files in os.walk(top, onerror=fail, followlinks=True):
+        inner[:] = [
+            name
+            for name in inner
+            if not name.startswith(".") and not _leads_up(os.path.join(folder, name))
+        ]
+        yield folder, files
 
 
 def _images(root: Path, name: str) -> Iterator[bytes]:
     """Encoded paths, relative to `root`, of the images in a class folder."""
-    for folder, _, files in os.walk(root / name, followlinks=True):
+    for folder, files in walk(root / name):
         below = os.path.relpath(folder, root)
         for file in files:
-            if file.lower().endswith(SUFFIXES) and not file.startswith("."):
+            if layout.is_image(file):
                 yield os.fsencode(os.path.join(below, file))
 
 
-def _no_classes(folder: Path) -> str:
-    flat = [entry.name for entry in _entries(folder) if entry.name.lower().endswith(SUFFIXES)]
-    if flat:
-        return (
-            f"{folder} is flat: {len(flat)} images ({flat[0]} …) and no class folder. "
-            "Sort them into one folder per class; data/README.md says how for ImageNet's val."
-        )
-    return f"{folder} has no class folder; found there: {_listing(folder)}"
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(entry.name + "/" * entry.is_dir() for entry in _entries(folder))
-    return ", ".join(names[:6]) + (" …" if len(names) > 6 else "") if names else "nothing"
-
-
-def _some(names: list[str], noun: str) -> str:
-    plural = noun if len(names) == 1 else noun + ("es" if noun.endswith("s") else "s")
-    shown = ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
-    return f"{len(names)} {plural} ({shown})"
+def _leads_up(folder: str) -> bool:
+    """Whether a folder is a link to one above it: walking there would never end."""
+    if not os.path.islink(folder):
+        return False
+    above, here = os.path.realpath(folder), os.path.realpath(os.path.dirname(folder))
+    return os.path.commonpath([above, here]) == above

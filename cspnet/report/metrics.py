@@ -7,6 +7,8 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from cspnet.data.loader import Batch
 from cspnet.data.sources import Source
-from cspnet.errors import DataError, NotFinite
+from cspnet.errors import DataError, SaveError
 from cspnet.evaluate import Scores
-from cspnet.train.checkpoint import TrainState
+from cspnet.train.state import TrainState
 
 TAGS = {
     "loss": "train/loss",
@@ -27,8 +29,16 @@ TAGS = {
     "images_per_second": "perf/images_per_second",
     "data_wait": "perf/data_wait",
     "loss_scale": "amp/loss_scale",
+    "skipped": "amp/skipped",
 }
 BAD_SHARE = 0.5  # of a group: beyond it the data set is at fault, not an image
+
+
+class _NoBoard:
+    """In the place of a SummaryWriter that cannot write."""
+
+    def __getattr__(self, _: str) -> Callable:
+        return lambda *arguments, **options: None
 
 
 class Report:
@@ -39,12 +49,21 @@ class Report:
         self._list = folder / "unreadable.txt"
         self.unreadable = set(self._list.read_text().splitlines()) if self._list.exists() else set()
         self._bad_windows = 0
-        _cut_back(folder / "metrics.jsonl", state.step, state.validated)
-        self._file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+        try:
+            _cut_back(folder / "metrics.jsonl", state.step, state.validated)
+            self._file = open(folder / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise SaveError(
+                f"{folder / 'metrics.jsonl'} cannot be written: {error.strerror}"
+            ) from None
+        self._pending = b""  # of the record: what the disk would not take
         # Events of the last step are purged too where its validation is still to come, and those of
         # training are written again from the record.
         pending = state.validated < state.step
-        self._board = SummaryWriter(str(folder / "tb"), purge_step=state.step + (not pending))
+        self._board = _NoBoard()
+        with self._view():
+            purge = state.step + (not pending)
+            self._board = SummaryWriter(str(folder / "tb"), purge_step=purge)
         line = last_line(folder / "metrics.jsonl")
         if pending and line and line["step"] == state.step:
             self._show(line)
@@ -67,7 +86,10 @@ class Report:
 
     def __exit__(self, *_) -> None:
         self._bar.stop()
-        self._board.close()
+        with suppress(OSError):
+            self._board.close()
+        with suppress(SaveError):
+            self.flush()
         self._file.close()
         if self.unreadable:
             self.console.print(
@@ -87,20 +109,25 @@ class Report:
         self._tell_unreadable(group)
         return group
 
-    def step(self, rate: float) -> None:
-        """After each optimizer step. Every `log_every` steps the loss is read and written."""
+    def step(self, rate: float | torch.Tensor) -> bool:
+        """After each optimizer step. Every `log_every` steps the loss is read and written.
+
+        False where it has not been finite for longer than loss scaling can account for.
+        """
         state = self.state
+        state.loss_steps += 1
         self._steps += 1
         self._bar.update(self._task, completed=state.step)
         if state.step % state.recipe.log_every and state.step != state.recipe.schedule.steps:
-            return
+            return True
         loss = self._read_loss()
         if math.isfinite(loss):
             self._bad_windows = 0
         else:
             self._bad_windows += 1
             if self._bad_windows >= self._patience():
-                raise self._not_finite()
+                return False
+            state.bad_step.fill_(-1)
         state.loss_sum.zero_()
         state.loss_steps = 0
         seconds = time.perf_counter() - self._since
@@ -108,17 +135,18 @@ class Report:
         left = (state.recipe.schedule.steps - state.step) * state.recipe.batch / speed
         metrics = {
             "loss": loss if math.isfinite(loss) else None,
-            "lr": rate,
+            "lr": float(rate),
             "images_per_second": speed,
             "data_wait": self._waited / seconds,
             "memory_gb": _memory_gb(),
             "loss_scale": state.scaler.get_scale(),
+            "skipped": state.step - int(state.updates),
             "unreadable": len(self.unreadable),
         }
         self._write("train", metrics)
         self._show({"step": state.step, **metrics})
         numbers = (
-            f"step {state.step:,}  epoch {state.epoch:.2f}  loss {loss:.4f}  lr {rate:.2e}  "
+            f"step {state.step:,}  epoch {state.epoch:.2f}  loss {loss:.4f}  lr {float(rate):.2e}  "
             f"{speed:,.0f} images/s  {_spell(left)} left"
         )
         self._bar.update(self._task, numbers=numbers)
@@ -127,22 +155,22 @@ class Report:
         if not math.isfinite(loss):
             self.console.print(f"the loss at step {state.step:,} is {loss}", style="red")
         self.restart_clock()
+        return True
 
     def _show(self, metrics: dict) -> None:
         """A line of training as TensorBoard's scalars."""
-        for key, tag in TAGS.items():
-            if metrics.get(key) is not None:
-                self._board.add_scalar(tag, metrics[key], metrics["step"])
+        with self._view():
+            for key, tag in TAGS.items():
+                if metrics.get(key) is not None:
+                    self._board.add_scalar(tag, metrics[key], metrics["step"])
 
-    def require_finite(self) -> None:
-        """Raises NotFinite rather than let a save take in what followed a loss that is not finite.
-
-        Under loss scaling such a step was skipped, and the weights are as they were.
-        """
-        state = self.state
-        unscaled = state.loss_steps and not state.scaler.is_enabled()
-        if unscaled and not math.isfinite(self._read_loss()):
-            raise self._not_finite()
+    def unsaved(self, error: SaveError) -> None:
+        """After a save that failed, and that the run goes on without."""
+        self.console.print(
+            f"NOT SAVED at step {self.state.step:,}: {error}. The run goes on and tries again at "
+            "the next save: free some space.",
+            style="bold red",
+        )
 
     def _read_loss(self) -> float:
         """Mean loss since the last line. The host waits for the device here, and only here."""
@@ -151,14 +179,6 @@ class Report:
     def _patience(self) -> int:
         """Windows with a loss that is not finite before the run ends: loss scaling skips steps."""
         return 3 if self.state.scaler.is_enabled() else 1
-
-    def _not_finite(self) -> NotFinite:
-        saved = self.folder / "checkpoints" / "last.pt"
-        return NotFinite(
-            f"the loss is not finite at step {self.state.step:,}; nothing was saved since it "
-            f"became so. {saved if saved.exists() else 'No checkpoint'} is the last good one. "
-            "Try a lower optim.learning_rate, a longer warm-up, or precision=fp32, in a new folder."
-        )
 
     def validation(self, scores: Scores, best: bool) -> None:
         """After a validation."""
@@ -170,9 +190,10 @@ class Report:
             "images": scores.images,
         }
         self._write("val", metrics)
-        for key in ("top1", "top5", "loss"):
-            self._board.add_scalar(f"val/{key}", metrics[key], state.step)
-        self._board.flush()
+        with self._view():
+            for key in ("top1", "top5", "loss"):
+                self._board.add_scalar(f"val/{key}", metrics[key], state.step)
+            self._board.flush()
         averaged = " (averaged weights)" if state.average else ""
         self.console.print(
             f"validation at step {state.step:,}: top-1 {scores.top1:.2f} %  "
@@ -188,12 +209,43 @@ class Report:
 
     def picture(self, name: str, page: np.ndarray) -> None:
         """A picture, uint8 RGB [H, W, 3], for TensorBoard."""
-        self._board.add_image(name, page, self.state.step, dataformats="HWC")
+        with self._view():
+            self._board.add_image(name, page, self.state.step, dataformats="HWC")
 
     def _write(self, split: str, metrics: dict) -> None:
         state = self.state
         line = {"step": state.step, "epoch": state.epoch, "split": split, **metrics}
-        self._file.write(json.dumps(line) + "\n")
+        self._pending += json.dumps(line).encode() + b"\n"
+        with suppress(OSError):  # a full disk: later, with the next line or before the next save
+            self._push()
+
+    def _push(self) -> None:
+        while self._pending:
+            written = self._file.write(self._pending)
+            self._pending = self._pending[written:]
+
+    def flush(self) -> None:
+        """Brings the record to the disk: it is never behind a checkpoint. Raises SaveError."""
+        try:
+            self._push()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise SaveError(
+                f"{self.folder / 'metrics.jsonl'} could not be written ({error.strerror})"
+            ) from None
+
+    @contextmanager
+    def _view(self) -> Iterator[None]:
+        """TensorBoard may fail, on a full disk; the record has what it would have shown."""
+        try:
+            yield
+        except OSError as error:
+            self._board = _NoBoard()
+            self.console.print(
+                f"TensorBoard's events cannot be written ({error.strerror}): none until the next "
+                "start",
+                style="red",
+            )
 
     def _tell_unreadable(self, group: Batch) -> None:
         for index in group.unreadable:
@@ -201,12 +253,19 @@ class Report:
             if name in self.unreadable:
                 continue
             self.unreadable.add(name)
-            with open(self._list, "a") as file:
+            with suppress(OSError), open(self._list, "a") as file:
                 file.write(f"{name}\n")
             if len(self.unreadable) <= 3:
                 self.console.print(
                     f"unreadable image, the next one stands in for it: {name}", style="yellow"
                 )
+        most = self.state.recipe.data.max_unreadable
+        if len(self.unreadable) > most * len(self.source):
+            raise DataError(
+                f"{len(self.unreadable):,} of {len(self.source):,} training images are unreadable "
+                f"so far, more than data.max_unreadable={most:g} of them. They are listed in "
+                f"{self._list}; repair the data set or allow more, then --resume."
+            )
         if group.replaced > BAD_SHARE * len(group.labels):
             raise DataError(
                 f"{group.replaced} unreadable images in one group of {len(group.labels)}, "

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from cspnet.recipe import Recipe
+from cspnet.schema import Recipe
 from cspnet.train.adversarial import strength
 from cspnet.train.optim import learning_rate
 

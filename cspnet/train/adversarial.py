@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from cspnet.data import stream
-from cspnet.recipe import Recipe
+from cspnet.schema import Recipe
 
 
 def strength(step: int, recipe: Recipe) -> float:

@@ -1,175 +1,185 @@
-"""What survives of a run: one state, saved so that a crash cannot lose it, loaded with suspicion.
+"""Files of a run's state, written so that no crash loses them and read with suspicion.
 
-A checkpoint is a dictionary of plain tensors, numbers and strings, which
-`torch.load(weights_only=True)` reads. No random state is in it: the step is the only clock and the
-only seed (cspnet/data/stream.py).
+A checkpoint is what torch.save writes of plain tensors, numbers and text: a zip archive, which
+`torch.load(weights_only=True)` reads. In the archive's comment, its last bytes, is a checksum of
+all the bytes before. A file without one, or with another, is never taken for good.
 """
 
 import contextlib
+import hashlib
 import os
+import re
 import shutil
-from dataclasses import dataclass, field
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import BinaryIO
 
 import torch
-from torch import nn
 
-import cspnet
 from cspnet.errors import CheckpointError, SaveError
-from cspnet.recipe import Recipe, flatten, from_text, to_text
-from cspnet.train.optim import Average
 
-FORMAT = 1
-# Recipe fields that a resumed run may change. All others, and the data, are the run's identity.
-FREE = ("data.root", "log_every", "save_every", "evaluate.every")
-HORIZON = ("schedule.steps",)
+FORMAT = 2
+SEAL = b"cspnet blake2b "  # begins the comment; the digest follows as 64 hexadecimal digits
+SEAL_SIZE = len(SEAL) + 64
+BLOCK = 1 << 20
 
 
-@dataclass
-class TrainState:
-    """Everything that changes from step to step."""
+class Checkpoints:
+    """The checkpoints of a run: last.pt, the one before it, best.pt, and archives of some steps.
 
-    net: nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    average: Average | None
-    recipe: Recipe
-    classes: list[str]
-    images: int  # in the training set
-    precision: str
-    precision_reason: str
-    step: int = 0  # optimizer steps done
-    validated: int = 0  # step of the last validation
-    best_top1: float = -1.0  # percent; of validation
-    loss_sum: torch.Tensor = field(default_factory=lambda: torch.zeros(()))  # since the last log
-    loss_steps: int = 0
-
-    @property
-    def epoch(self) -> float:
-        """Passes over the training set so far."""
-        return self.step * self.recipe.batch / self.images
-
-    def to_dict(self) -> dict:
-        """The checkpoint. Weights go under the names that timm looks for."""
-        return {
-            "format": FORMAT,
-            "cspnet": cspnet.__version__,
-            "torch": str(torch.__version__),
-            "recipe": to_text(self.recipe),
-            "classes": self.classes,
-            "images": self.images,
-            "precision": self.precision,
-            "precision_reason": self.precision_reason,
-            "step": self.step,
-            "epoch": self.epoch,
-            "validated": self.validated,
-            "best_top1": self.best_top1,
-            "loss_sum": self.loss_sum.cpu(),
-            "loss_steps": self.loss_steps,
-            "state_dict": self.net.state_dict(),
-            "state_dict_ema": self.average.tensors if self.average else None,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
-
-    def restore(self, saved: dict) -> list[str]:
-        """Takes over a checkpoint of the same run; returns remarks worth printing.
-
-        Raises CheckpointError with every setting that differs and may not.
-        """
-        remarks = self._compare(saved)
-        self.net.load_state_dict(saved["state_dict"])
-        if self.average:
-            self.average.load(saved["state_dict_ema"])
-        # The state alone: which kernel updates the weights is a matter of this device.
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict(
-            {"state": saved["optimizer"]["state"], "param_groups": groups}
-        )
-        if self.scaler.is_enabled() and saved["scaler"]:
-            self.scaler.load_state_dict(saved["scaler"])
-        self.step = saved["step"]
-        self.validated = saved["validated"]
-        self.best_top1 = saved["best_top1"]
-        self.loss_sum.copy_(saved["loss_sum"])
-        self.loss_steps = saved["loss_steps"]
-        return remarks
-
-    def _compare(self, saved: dict) -> list[str]:
-        # Through the text both ways, which leaves out what has no effect.
-        then, now = (
-            dict(flatten(from_text(text))) for text in (saved["recipe"], to_text(self.recipe))
-        )
-        changed = [key for key in now if now[key] != then[key] and key not in FREE]
-        differences = [
-            f"{key} was {then[key]}, is now {now[key]}" for key in changed if key not in HORIZON
-        ]
-        if saved["classes"] != self.classes:
-            differences.append(
-                f"the classes were {len(saved['classes'])} ({saved['classes'][0]} …), "
-                f"are now {len(self.classes)} ({self.classes[0]} …)"
-            )
-        elif saved["images"] != self.images:
-            differences.append(
-                f"the training images were {saved['images']:,}, are now {self.images:,}"
-            )
-        if differences:
-            raise CheckpointError(
-                "this run cannot be resumed with other settings:"
-                + "".join(f"\n  - {difference}" for difference in differences)
-                + "\nResume with the settings of the run, or start another one in another folder."
-            )
-        remarks = [
-            f"the horizon changes: {key} was {then[key]:,}, is now {now[key]:,}" for key in changed
-        ]
-        if saved["precision"] != self.precision:
-            remarks.append(
-                f"the precision changes with the device: {saved['precision']} -> {self.precision}; "
-                "the run will not be bit-equal to an undisturbed one"
-            )
-        return remarks
-
-
-def save(content: dict, path: Path, also: Path | None = None) -> None:
-    """Writes a checkpoint so that `path` holds the old one or the new one, whatever happens.
-
-    With `also`, the same file is put there too, first: a crash in between leaves `path` older than
-    `also`, and the steps that are done again lead to the same `also`. Raises SaveError.
+    Those of one step are hard links to one file. `size` is the number of bytes of one, once known.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    second = path.with_name(f".{also.name}.tmp") if also else None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if also and second:
-            second.unlink(missing_ok=True)
-            _link_or_copy(temporary, second)
-            os.replace(second, also)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch's writer has a RuntimeError for a full disk
-        for leftover in (temporary, second):
-            if leftover:
-                with contextlib.suppress(OSError):
-                    leftover.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
-        raise SaveError(
-            f"{path} could not be written ({reason}); the earlier one is untouched"
-        ) from None
+
+    def __init__(self, folder: Path, archive_every: int = 0, archive_keep: int = 1):
+        self.folder, self.size = folder, 0
+        self.archive_every, self.archive_keep = archive_every, archive_keep
+        self.last, self.previous = folder / "last.pt", folder / "previous.pt"
+        self.best = folder / "best.pt"
+        self._last_is_good = True
+
+    def archives(self) -> list[Path]:
+        """step-0080000.pt and so on, oldest first."""
+        found = [p for p in self.folder.glob("step-*.pt") if re.fullmatch(r"step-\d+", p.stem)]
+        return sorted(found, key=lambda path: int(path.stem.removeprefix("step-")))
+
+    def shortage(self) -> int:
+        """Bytes that are missing on the disk for all the files that the run will have at once."""
+        wanted = 4 + (self.archive_keep if self.archive_every else 0)  # with the one being written
+        there = len({path.stat().st_ino for path in self._all()})
+        return (wanted - there) * self.size - shutil.disk_usage(_existing(self.folder)).free
+
+    def save(self, content: dict, best: bool = False) -> None:
+        """Writes last.pt, and keeps the one before; with `best`, the same file is best.pt too.
+
+        Whatever happens, a name holds the old file or the new one, and both are whole. Where it is
+        interrupted, best.pt may be newer than last.pt: the steps that are done again lead to the
+        same best.pt. Raises SaveError with all files as they were.
+        """
+        names = [self.best] if best else []
+        if self.archive_every and content["step"] % self.archive_every == 0:
+            names.append(self.folder / f"step-{content['step']:07}.pt")
+        temporary = self.folder / ".last.pt.tmp"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.folder).free
+            if free < self.size:
+                raise OSError(
+                    0, f"No space left: {free / 1e6:,.0f} MB free, {self.size / 1e6:,.0f} needed"
+                )
+            write(content, temporary)
+            for name in names:
+                _link(temporary, name)
+            if self._last_is_good and self.last.exists():
+                _link(self.last, self.previous)
+            os.replace(temporary, self.last)
+            self._last_is_good = True
+            _sync_folder(self.folder)
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # torch's writer has a RuntimeError for a full disk
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+            raise SaveError(
+                f"{self.last} could not be written ({reason}); the earlier one is untouched"
+            ) from None
+        for surplus in self.archives()[: -self.archive_keep] if self.archive_every else []:
+            with contextlib.suppress(OSError):
+                surplus.unlink()
+
+    def newest(self) -> tuple[dict | None, list[str]]:
+        """The content of last.pt, or of the newest whole file, and what to say of it.
+
+        None where there is no file. Raises CheckpointError where there are some and none is whole.
+        """
+        if not self._all():
+            return None, []
+        try:
+            return load(self.last), []
+        except CheckpointError as error:
+            problems = [str(error)]
+        self._last_is_good = False
+        good: list[tuple[int, dict, Path]] = []
+        for path in self._all():
+            if path != self.last:
+                try:
+                    content = load(path)
+                    good.append((content["step"], content, path))
+                except CheckpointError as error:
+                    problems.append(str(error))
+        if not good:
+            raise CheckpointError(
+                "no checkpoint of the run can be used:"
+                + "".join(f"\n  - {problem}" for problem in problems)
+                + "\nTo train anew, name another folder."
+            )
+        _, content, path = max(good, key=lambda entry: entry[0])
+        return content, [*problems, f"taken in its place: {path}, step {content['step']:,}"]
+
+    def _all(self) -> list[Path]:
+        named = [self.last, self.previous, *reversed(self.archives()), self.best]
+        return [path for path in named if path.exists()]
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
-    """A hard link, or a copy on disk where the filesystem has no links (exFAT, SMB)."""
+def write(content: dict, path: Path) -> None:
+    """A sealed checkpoint that has reached the disk. OSError or RuntimeError; half a file then."""
+    with open(path, "w+b") as file:
+        torch.save(content, file)
+        file.seek(-2, os.SEEK_END)
+        file.write(struct.pack("<H", SEAL_SIZE))  # the length of the archive's comment
+        file.seek(0)
+        digest = _digest(_blocks(file))
+        file.write(SEAL + digest)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a file ends in the checksum of all that is before. OSError."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < SEAL_SIZE:
+            return False
+        digest = _digest(_blocks(file, size - SEAL_SIZE))
+        return file.read() == SEAL + digest
+
+
+def _blocks(file: BinaryIO, size: int | None = None) -> Iterator[bytes]:
+    while block := file.read(BLOCK if size is None else min(BLOCK, size)):
+        size = None if size is None else size - len(block)
+        yield block
+
+
+def _digest(blocks: Iterator[bytes]) -> bytes:
+    state = hashlib.blake2b(digest_size=32)
+    for block in blocks:
+        state.update(block)
+    return state.hexdigest().encode()
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def _link(source: Path, target: Path) -> None:
+    """Puts a hard link in the place of `target`; a copy where there are none (exFAT, SMB)."""
+    temporary = target.with_name(f".{target.name}.tmp")
     try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-        with open(target, "rb") as file:
-            os.fsync(file.fileno())
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -182,8 +192,13 @@ def _sync_folder(folder: Path) -> None:
 
 
 def load(path: Path) -> dict:
-    """A checkpoint as written by `save`; CheckpointError where it is not a whole one."""
-    content = read_torch(path)
+    """A checkpoint as `write` left it; CheckpointError where a bit of it is another, or none is."""
+    _require_file(path)
+    try:
+        sealed = is_sealed(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    content = read_torch(path) if sealed else _unsealed(path)
     wanted = ("format", "recipe", "classes", "state_dict")
     if not isinstance(content, dict) or any(key not in content for key in wanted):
         raise CheckpointError(f"{path} holds tensors, but is not a checkpoint of cspnet")
@@ -195,11 +210,19 @@ def load(path: Path) -> dict:
     return content
 
 
+def _unsealed(path: Path) -> object:
+    """Raises CheckpointError that says what a file without a valid checksum is, if not damaged."""
+    content = read_torch(path)
+    if isinstance(content, dict) and isinstance(content.get("format"), int):
+        raise CheckpointError(
+            f"{path} is damaged: its checksum is missing, or is not that of its content"
+        )
+    return content
+
+
 def read_torch(path: Path) -> object:
     """What torch.save wrote to a file, tensors and plain values only: no pickle is executed."""
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"the checkpoint {path} {what}{_suggest(path)}")
+    _require_file(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
@@ -213,6 +236,12 @@ def read_torch(path: Path) -> object:
         raise CheckpointError(
             f"{path} is truncated, damaged, or not a checkpoint ({path.stat().st_size:,} bytes)"
         ) from None
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"the checkpoint {path} {what}{_suggest(path)}")
 
 
 def _suggest(path: Path) -> str:

@@ -5,16 +5,19 @@ import os
 import platform
 import sys
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 import cspnet
+from cspnet.data.check import quick
 from cspnet.data.sources import Source, open_training, open_validation
 from cspnet.errors import CheckpointError, RecipeError
-from cspnet.recipe import TIMM, Recipe, to_text
-from cspnet.train.checkpoint import TrainState, load
+from cspnet.recipe import to_text
+from cspnet.schema import TIMM, Recipe
+from cspnet.train.checkpoint import Checkpoints
 from cspnet.train.optim import Average, build_optimizer
 from cspnet.train.runtime import (
     Place,
@@ -23,6 +26,7 @@ from cspnet.train.runtime import (
     find_precision,
     find_workers,
 )
+from cspnet.train.state import TrainState
 from cspnet.trained import build_net, starting_net
 
 
@@ -39,6 +43,8 @@ class Job:
     training: Source
     validation: Source
     console: Console
+    checkpoints: Checkpoints
+    place: Place
 
 
 def prepare(recipe: Recipe, place: Place, console: Console) -> Job:
@@ -83,6 +89,10 @@ def prepare(recipe: Recipe, place: Place, console: Console) -> Job:
         training=training,
         validation=validation,
         console=console,
+        checkpoints=Checkpoints(
+            place.output / "checkpoints", recipe.archive_every, recipe.archive_keep
+        ),
+        place=place,
     )
 
 
@@ -103,13 +113,15 @@ def check_folder(place: Place) -> None:
 def start(job: Job) -> TrainState:
     """A fresh state, or the one in the run folder; the first files of the run are written."""
     recipe, console = job.recipe, job.console
-    last = job.folder / "checkpoints" / "last.pt"
+    saved, remarks = job.checkpoints.newest()
+    for remark in remarks:
+        console.print(remark, style="red")
     classes = job.training.classes
-    if last.exists():  # it holds the weights; those that the run began with are not needed
+    if saved:  # it holds the weights; those that the run began with are not needed
         net = build_net(recipe, len(classes))
     else:
-        net, remarks = starting_net(recipe, classes)
-        for remark in remarks:
+        net, told = starting_net(recipe, classes)
+        for remark in told:
             console.print(remark)
     if recipe.model.freeze:
         net.freeze(recipe.model.freeze)
@@ -125,27 +137,37 @@ def start(job: Job) -> TrainState:
         precision=job.precision.name,
         precision_reason=job.precision.reason,
         loss_sum=torch.zeros((), device=job.device),
+        bad_step=torch.tensor(-1, device=job.device),
     )
-    if last.exists():
-        for remark in state.restore(load(last)):
+    if job.precision.scales_loss:
+        state.updates = torch.zeros((), dtype=torch.float64, device=job.device)
+    if saved:
+        told = state.restore(saved, job.place.force)
+        for remark in told:
             console.print(remark, style="yellow")
         done = "complete" if state.step >= recipe.schedule.steps else "goes on"
-        console.print(f"resumed from {last}: step {state.step:,}, {done}")
+        console.print(f"resumed in {job.folder}: step {state.step:,}, {done}")
+        remarks += told
     else:
         _require_own(job)
     if state.step > recipe.schedule.steps:
         raise CheckpointError(
-            f"{last} is at step {state.step:,}, past schedule.steps={recipe.schedule.steps:,}"
+            f"{job.folder} is at step {state.step:,}, past schedule.steps={recipe.schedule.steps:,}"
         )
+    job.checkpoints.size = state.size
+    _require_room(job)
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
         (job.folder / "recipe.yaml").write_text(to_text(recipe))
         (job.folder / "env.json").write_text(json.dumps(environment(job), indent=2) + "\n")
+        record(job, state, "resume" if saved else "start", remarks)
     except OSError as error:
         raise RecipeError(
             f"the run folder {job.folder} cannot be written: {error.strerror}. "
             "Name another with --output."
         ) from None
+    for remark in quick(job.training, job.validation):
+        console.print(remark, style="yellow")
     console.print(
         f"{recipe.model.name}: {_parameters(net)}; "
         f"{len(job.training):,} training and {len(job.validation):,} validation images, "
@@ -162,14 +184,34 @@ def _parameters(net: torch.nn.Module) -> str:
     return f"{count:,} parameters" + (f", {frozen:,} of them frozen" if frozen else "")
 
 
+def record(job: Job, state: TrainState, event: str, remarks: list[str] | None = None) -> None:
+    """One line more in history.jsonl, which is never cut back: when the run started and stopped."""
+    line = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "event": event,
+        "step": state.step,
+        "device": str(job.device),
+        "remarks": remarks or [],
+    }
+    with open(job.folder / "history.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _require_room(job: Job) -> None:
+    """Raises RecipeError where the disk has too little room for the run's checkpoints."""
+    short = job.checkpoints.shortage()
+    if short > 0:
+        size = job.checkpoints.size
+        raise RecipeError(
+            f"the disk of {job.folder} lacks {short / 1e6:,.0f} MB for the run's checkpoints, "
+            f"{size / 1e6:,.0f} MB each: last, previous, best, one being written"
+            + (f", {job.recipe.archive_keep} archives" if job.recipe.archive_every else "")
+            + ". Free some, or name a folder on another disk with --output."
+        )
+
+
 def _require_own(job: Job) -> None:
     """Raises CheckpointError unless the folder is empty, or this run's before its first save."""
-    checkpoints = sorted((job.folder / "checkpoints").glob("*.pt"))
-    if checkpoints:
-        raise CheckpointError(
-            f"{job.folder} has {checkpoints[0].name} but no last.pt: to resume from it, copy it to "
-            "checkpoints/last.pt; to train anew, name another folder"
-        )
     stored = job.folder / "recipe.yaml"
     if stored.exists():
         if stored.read_text() != to_text(job.recipe):

@@ -1,6 +1,6 @@
 """The training loop, in the order of time."""
 
-from contextlib import closing
+from contextlib import closing, suppress
 
 import numpy as np
 import torch
@@ -10,37 +10,54 @@ from torch import nn
 from cspnet.data.augment import augment, draw, normalize
 from cspnet.data.loader import Groups, training_groups
 from cspnet.data.sources import display_names
-from cspnet.errors import Stopped
+from cspnet.errors import CspnetError, NotFinite, SaveError, Stopped
 from cspnet.evaluate import Scores, evaluate
-from cspnet.recipe import Recipe
 from cspnet.report.metrics import Report
 from cspnet.report.preview import sheet, write_png
+from cspnet.schema import Recipe
 from cspnet.train.adversarial import attack, attacked, strength
-from cspnet.train.checkpoint import TrainState, save
-from cspnet.train.job import Job, check_folder, prepare, start
+from cspnet.train.health import is_finite, memory_told, not_finite, note_loss
+from cspnet.train.job import Job, check_folder, prepare, record, start
 from cspnet.train.optim import learning_rate
+from cspnet.train.optim import step as update
 from cspnet.train.runtime import Place, Stop
+from cspnet.train.state import TrainState
 
 
 def train(recipe: Recipe, place: Place, console: Console) -> Scores | None:
     """Trains to the end of the schedule; returns the last validation's scores.
 
-    None where the run was complete before. Raises Stopped after a signal, with the state saved.
+    None where the run was complete before. Raises Stopped after a signal or at the time limit, with
+    the state saved.
     """
+    stop = Stop(place.max_hours)
     check_folder(place)
     job = prepare(recipe, place, console)
     state = start(job)
-    net = torch.compile(state.net) if place.compile else state.net
+    try:
+        scores = run(job, state, stop)
+    except CspnetError as error:
+        with suppress(OSError):
+            record(job, state, "stop", [str(error).partition("\n")[0]])
+        raise
+    record(job, state, "done")
+    return scores
+
+
+def run(job: Job, state: TrainState, stop: Stop) -> Scores | None:
+    """The steps that are left, one by one."""
+    recipe = job.recipe
+    net = torch.compile(state.net) if job.place.compile else state.net
     scores = None
     last = recipe.schedule.steps
-    folder = job.folder / "checkpoints"
     stream = training_groups(
         job.training, recipe, state.step, job.workers, job.device.type == "cuda"
     )
     with (
-        Stop() as stop,
-        Report(job.folder, state, job.training, console) as report,
+        stop,
+        Report(job.folder, state, job.training, job.console) as report,
         closing(stream) as groups,
+        memory_told(len(job.passes), state),
     ):
         if state.step == 0:
             show_samples(job, state.net, report)
@@ -49,38 +66,80 @@ def train(recipe: Recipe, place: Place, console: Console) -> Scores | None:
                 scores = validate(job, state, stop)
                 state.validated = state.step
                 best = scores.top1 > state.best_top1
-                state.best_top1 = max(state.best_top1, scores.top1)
                 report.validation(scores, best)
-                save(state.to_dict(), folder / "last.pt", folder / "best.pt" if best else None)
+                save(job, state, report, stop, scores.top1 if best else None)
             if state.step == last:
                 return scores
 
-            rate = learning_rate(state.step + 1, recipe)
+            rate = learning_rate(state.updates + 1, recipe)
             for parameters in state.optimizer.param_groups:
                 parameters["lr"] = rate * parameters["share"]
+            losses = []
             for part in job.passes:
                 loaded = [report.fetch(groups) for _ in part]
                 images, targets = to_device(job, loaded, state.step, part)
                 images = attack_some(job, state, net, images, targets, part)
                 loss = cross_entropy(forward(job, net, images), targets) / recipe.batch
                 state.scaler.scale(loss).backward()
-                state.loss_sum += loss.detach()
-            state.scaler.step(state.optimizer)
-            state.scaler.update()
-            state.optimizer.zero_grad(set_to_none=True)
+                losses.append(loss.detach())
+            note_loss(state, sum(losses))
+            applied = update(state.optimizer, state.scaler)
             state.step += 1
-            state.loss_steps += 1
+            state.updates += 1 if applied is None else applied
             if state.average:
-                state.average.update(state.step)
-            report.step(rate)
+                state.average.update(state.updates, applied)
+            if not report.step(rate):
+                raise broken(job, state)
 
             asked = stop.requested  # read once: a signal may come at any time
-            if asked or state.step % recipe.save_every == 0 or is_validation_due(state):
-                report.require_finite()
-                save(state.to_dict(), folder / "last.pt")
+            if asked or is_save_due(state) or is_validation_due(state):
+                save(job, state, report, stop)
                 report.restart_clock()
             if asked and state.step < last:
                 raise stopped(asked, state)
+
+
+def save(
+    job: Job, state: TrainState, report: Report, stop: Stop, best_top1: float | None = None
+) -> None:
+    """Saves the state, as the best one too where it is; never one with a number that is none.
+
+    A disk that is full pauses the saving, unless the run ends here, or was told to end then.
+    """
+    if not is_finite(state) or (int(state.bad_step) >= 0 and not state.scaler.is_enabled()):
+        raise broken(job, state)
+    before = state.best_top1
+    if best_top1 is not None:
+        state.best_top1 = best_top1
+    try:
+        report.flush()
+        job.checkpoints.save(state.to_dict(), best=best_top1 is not None)
+    except SaveError as error:
+        state.best_top1 = before  # that of the file
+        if stop.requested or state.step == job.recipe.schedule.steps:
+            raise
+        if job.place.stop_when_full:
+            raise Stopped(f"{error}\n--stop-when-full: free some space, then --resume") from None
+        report.unsaved(error)
+
+
+def broken(job: Job, state: TrainState) -> NotFinite:
+    """What is not finite, with the images of that step looked at once more."""
+
+    def again(step: int) -> torch.Tensor:
+        groups = Groups(job.training, job.recipe)
+        batch = [groups[step, group] for group in range(job.recipe.groups)]
+        images, _ = to_device(job, batch, step, range(job.recipe.groups))
+        return forward(job, state.net, images)
+
+    return not_finite(state, job.training, job.folder, again)
+
+
+def is_save_due(state: TrainState) -> bool:
+    """Whether the steps done so far are to be saved, to last.pt or as an archive."""
+    recipe = state.recipe
+    every = (recipe.save_every, recipe.archive_every)
+    return any(steps and state.step % steps == 0 for steps in every)
 
 
 def is_validation_due(state: TrainState) -> bool:
@@ -141,12 +200,13 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def validate(job: Job, state: TrainState, stop: Stop) -> Scores:
     """Scores of the weights that a user would take: the averaged ones where the run has them.
 
-    A signal breaks it off: the state was saved before, and a resumed run validates first.
+    A signal breaks it off: the state was saved before, and a resumed run validates first. A time
+    limit does not: one that is shorter than a validation would let no run end.
     """
 
     def heed(_: int) -> None:
-        if stop.requested:
-            raise stopped(stop.requested, state)
+        if stop.signal:
+            raise stopped(stop.signal, state)
 
     weights = state.average.tensors if state.average else None
     return evaluate(

@@ -3,16 +3,24 @@
 import torch
 from torch import nn
 
-from cspnet.recipe import Optim, Recipe
+from cspnet.schema import Optim, Recipe
+
+Number = int | float | torch.Tensor
 
 
-def learning_rate(update: int, recipe: Recipe) -> float:
-    """Learning rate of the `update`-th optimizer step, which counts from 1.
+def learning_rate(update: Number, recipe: Recipe) -> Number:
+    """Learning rate of the `update`-th update of the weights, which counts from 1.
+
+    A float for an int, a float32 tensor on its device for a float64 one.
 
     Darknet's get_current_rate (src/network.c): the warm-up rises with the same power with which the
     decay falls, the decay counts from step 0, and the rate of the last step is 0.
     """
     peak, schedule = recipe.optim.learning_rate, recipe.schedule
+    if isinstance(update, torch.Tensor):
+        rising = (update / max(schedule.warmup_steps, 1)) ** schedule.power
+        falling = (1 - update / schedule.steps) ** schedule.power
+        return (peak * torch.where(update < schedule.warmup_steps, rising, falling)).float()
     if update < schedule.warmup_steps:
         return peak * (update / schedule.warmup_steps) ** schedule.power
     return peak * (1 - update / schedule.steps) ** schedule.power
@@ -62,6 +70,18 @@ def build_optimizer(net: nn.Module, optim: Optim) -> torch.optim.SGD:
     return optimizer
 
 
+def step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> torch.Tensor | None:
+    """Updates the weights; under loss scaling, 1 or 0 on the device: whether it did so at all."""
+    scaler.step(optimizer)
+    applied = None
+    if scaler.is_enabled():
+        infinite = scaler._found_inf_per_device(optimizer).values()
+        applied = 1 - sum(infinite).clamp(max=1)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return applied
+
+
 class Average:
     """Exponential moving average of weights and BatchNorm statistics, float32.
 
@@ -78,10 +98,19 @@ class Average:
         self._kept = [self.tensors[name] for name in moving]
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Takes in the weights after the `step`-th optimizer step, which counts from 1."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._kept, self._live, 1 - decay)
+    def update(self, update: Number, applied: torch.Tensor | None = None) -> None:
+        """Takes in the weights after the `update`-th update, which counts from 1.
+
+        Under loss scaling both numbers are on the device; where `applied` is 0 nothing moves.
+        """
+        if applied is None:
+            decay = min(self.decay, (1 + update) / (10 + update))
+            torch._foreach_lerp_(self._kept, self._live, 1 - decay)
+            return
+        decay = torch.clamp((1 + update) / (10 + update), max=self.decay)
+        moves = torch._foreach_sub(self._live, self._kept)
+        torch._foreach_mul_(moves, ((1 - decay) * applied).float())
+        torch._foreach_add_(self._kept, moves)
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
         """Takes over the tensors of a checkpoint."""

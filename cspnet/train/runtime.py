@@ -4,8 +4,10 @@ None of this is in the recipe and, precision apart, none of it changes the numbe
 """
 
 import contextlib
+import math
 import os
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,9 @@ class Place:
     workers: int | None = None
     passes: int | None = None  # groups through the net at once; None: one
     compile: bool | None = None
+    max_hours: float | None = None
+    force: bool = False  # resume with other settings
+    stop_when_full: bool = False  # a full disk ends the run, and does not only pause its saving
 
 
 def find_device(name: str) -> torch.device:
@@ -101,12 +106,25 @@ def find_precision(asked: str, device: torch.device) -> Precision:
 
 
 class Stop(contextlib.AbstractContextManager):
-    """Turns SIGINT and SIGTERM into a wish that the loop reads; a second SIGINT leaves at once."""
+    """Turns signals and a time limit into a wish that the loop reads.
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGINT, SIGTERM and SIGUSR1, with which Slurm announces its own limit. A second SIGINT leaves at
+    once. `hours` count from here.
+    """
 
-    def __init__(self):
-        self.requested: str | None = None  # name of the signal
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self, hours: float | None = None):
+        self.signal: str | None = None  # the name of the one that came
+        self._hours = hours
+        self._end = math.inf if hours is None else time.monotonic() + 3600 * hours
+
+    @property
+    def requested(self) -> str | None:
+        """Why the run is to stop: the name of a signal, or the limit; None as long as it is not."""
+        if self.signal is None and time.monotonic() >= self._end:
+            return f"--max-hours {self._hours:g}"
+        return self.signal
 
     def __enter__(self) -> "Stop":
         # What the parent had ignored (nohup, a shell's background job) stays ignored.
@@ -119,6 +137,6 @@ class Stop(contextlib.AbstractContextManager):
             signal.signal(number, handler)
 
     def _ask(self, number: int, _) -> None:
-        if number == signal.SIGINT and self.requested == "SIGINT":
+        if number == signal.SIGINT and self.signal == "SIGINT":
             raise KeyboardInterrupt
-        self.requested = signal.Signals(number).name
+        self.signal = signal.Signals(number).name

@@ -1,0 +1,65 @@
+"""The commands. A command is a function; its errors end here, as one message and an exit code.
+
+torch is imported inside the commands: `--help` answers at once.
+"""
+
+import os
+import sys
+
+import typer
+
+from cspnet.cli.datasets import check
+from cspnet.cli.results import evaluate, export, predict
+from cspnet.cli.training import preview, train
+from cspnet.errors import CspnetError, Stopped
+
+
+def _app(*commands: tuple[str, object]) -> typer.Typer:
+    app = typer.Typer(
+        pretty_exceptions_enable=False,
+        no_args_is_help=True,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        help="Train CSPDarknet53 by a recipe, and hand on the result.",
+    )
+    for name, command in commands:
+        app.command(name, no_args_is_help=True)(command)
+    return app
+
+
+def _run(app: typer.Typer) -> None:
+    """Runs the command line; a CspnetError becomes one message on stderr and its exit code."""
+    try:
+        app()
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.exit_code)
+    except CspnetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:  # `cspnet … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def main() -> None:
+    """The command `cspnet`."""
+    _run(
+        _app(
+            ("train", train),
+            ("eval", evaluate),
+            ("predict", predict),
+            ("check", check),
+            ("preview", preview),
+            ("export", export),
+        )
+    )
+
+
+def main_train() -> None:
+    """The command `cspnet-train`."""
+    _run(_app(("train", train)))
+
+
+def main_eval() -> None:
+    """The command `cspnet-eval`."""
+    _run(_app(("eval", evaluate)))

@@ -1,0 +1,67 @@
+"""What several commands share: options, and how results are told and written."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cspnet.errors import RecipeError
+
+if TYPE_CHECKING:
+    from cspnet.train.runtime import Precision
+    from cspnet.trained import Trained
+
+Checkpoint = Annotated[
+    str,
+    typer.Option(
+        help="Weights: .pt of a run, .safetensors, .pth, .weights with its .cfg, or timm:NAME.",
+        show_default=False,
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[SECTION.KEY=VALUE]...", help="Overrides of the recipe.", show_default=False
+    ),
+]
+DataRoot = Annotated[
+    str | None,
+    typer.Option(help="Folder with train/ and val/, or `digits`; same as data.root=DIR."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Workers = Annotated[
+    int | None,
+    typer.Option("--workers", "-j", help="Processes that decode images.", show_default="auto"),
+]
+Batch = Annotated[
+    int | None, typer.Option(min=1, help="Images at once.", show_default="the recipe's")
+]
+
+
+def facts(trained: "Trained", precision: "Precision") -> list[str]:
+    """What a net is, and how its images are prepared, in lines for people."""
+    recipe, how = trained.recipe, trained.recipe.evaluate
+    return [
+        *trained.remarks,
+        f"{recipe.model.name}, step {trained.step:,}, "
+        f"{'averaged' if trained.averaged else 'raw'} weights; as it was trained for: "
+        f"view {recipe.data.size}x{recipe.data.size}, crop {how.crop:g}, resize {how.resize}, "
+        f"normalize {recipe.data.normalize}; {precision.name}",
+    ]
+
+
+def require_folder(option: str, file: Path | None) -> None:
+    """Raises RecipeError unless the file of an option can be in its folder."""
+    if file and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise RecipeError(f"{option} {file}: must be a file in a folder that exists")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes UTF-8 to a file, or text to stdout for `-`."""
+    if str(file) == "-":
+        print(text, end="")
+        return
+    try:
+        file.write_text(text, encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise RecipeError(f"{file} cannot be written: {error.strerror}") from None

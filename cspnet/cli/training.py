@@ -1,0 +1,141 @@
+"""The commands of training: `train` and, before it, `preview`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cspnet.cli.options import DataRoot, Device, Overrides, Workers
+from cspnet.errors import RecipeError
+
+
+def train(
+    overrides: Overrides = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", "-r", "-c", help="Recipe: a path, or the name of a shipped one."),
+    ] = None,
+    data: DataRoot = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Run folder.", show_default="runs/RECIPE")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue what is in the run folder.")
+    ] = False,
+    device: Device = "auto",
+    workers: Workers = None,
+    passes: Annotated[
+        int | None, typer.Option(help="Groups through the net at once.", show_default="1")
+    ] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="torch.compile the net.")
+    ] = False,
+    max_hours: Annotated[
+        float | None,
+        typer.Option(min=0, help="Save and exit with 75 after so long.", show_default="none"),
+    ] = None,
+    stop_when_full: Annotated[
+        bool, typer.Option("--stop-when-full", help="Exit with 75 when the disk is full.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Resume although the settings differ.")
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Print the resolved recipe and touch nothing.")
+    ] = False,
+) -> None:
+    """Train by a recipe: cspnet-train --recipe cspdarknet53 --data DIR [schedule.steps=1000 …]"""
+    from cspnet import recipe as recipes
+
+    if recipe is not None:
+        path = recipes.find(recipe)
+    elif resume and output and (output / "recipe.yaml").is_file():
+        path = output / "recipe.yaml"  # the run's own
+    else:
+        raise RecipeError(
+            "no recipe: give --recipe NAME (or --resume with the --output of an earlier run)"
+        )
+    resolved = recipes.load(path, overrides or [], data)
+    print(f"# resolved recipe, from {path}\n{recipes.to_text(resolved)}", flush=True)
+    if check:
+        return
+
+    from rich.console import Console
+
+    from cspnet.train.loop import train as run
+    from cspnet.train.runtime import Place
+
+    place = Place(
+        output=output or Path("runs") / path.stem,
+        resume=resume,
+        device=device,
+        workers=workers,
+        passes=passes,
+        compile=compile,
+        max_hours=max_hours,
+        force=force,
+        stop_when_full=stop_when_full,
+    )
+    run(resolved, place, Console(soft_wrap=True, markup=False, highlight=False))
+    best = place.output / "checkpoints" / "best.pt"
+    print(f"done; evaluate: cspnet-eval --checkpoint {best} --data {resolved.data.root}")
+
+
+def preview(
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", "-c", help="Recipe: a path, or a shipped one's name.")
+    ],
+    overrides: Overrides = None,
+    data: DataRoot = None,
+    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("preview.png"),
+    step: Annotated[int, typer.Option(min=0, help="Optimizer step to show.")] = 0,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Weights for the attack; fresh ones otherwise.")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Draw what the net gets: cspnet preview --recipe cspdarknet53 --data DIR --out preview.png
+
+    The very images of the step's first group, each with its label mixture; rows before and after
+    the attack, where the recipe has one; and the schedules, in a second picture beside it.
+    """
+    from rich.console import Console
+
+    from cspnet import recipe as recipes
+    from cspnet.data.sources import display_names, require_classes
+    from cspnet.report.preview import draw_schedule, sheet, write_png
+    from cspnet.train.job import prepare
+    from cspnet.train.loop import look
+    from cspnet.train.runtime import Place
+    from cspnet.trained import open_trained, starting_net
+
+    path = recipes.find(recipe)
+    resolved = recipes.load(path, overrides or [], data)
+    if out.suffix.lower() != ".png" or not out.absolute().parent.is_dir():
+        raise RecipeError(f"--out {out}: must be a .png file in a folder that exists")
+    if step >= resolved.schedule.steps:
+        raise RecipeError(f"--step {step:,}: the last one is {resolved.schedule.steps - 1:,}")
+    job = prepare(resolved, Place(out.parent, device=device, workers=0), Console(quiet=True))
+    classes = job.training.classes
+    if checkpoint:
+        trained = open_trained(checkpoint)
+        require_classes(job.training, trained.classes or classes, resolved.data.root)
+        net = trained.net
+    else:
+        net, _ = starting_net(resolved, classes)
+    page = sheet(
+        *look(job, net.to(job.device), step),
+        display_names(classes),
+        resolved.loss.smoothing,
+        f"{path.stem}, step {step:,}, group 0: what the net gets"
+        + (
+            ""
+            if checkpoint or resolved.model.weights
+            else "; the attack by fresh weights, which hardly know where to push"
+        )
+        * bool(resolved.adversarial.strength),
+    )
+    write_png(out, page)
+    schedule = out.with_name(f"{out.stem}-schedule.png")
+    draw_schedule(resolved, schedule)
+    print(f"{out} and {schedule} written")

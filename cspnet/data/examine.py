@@ -1,0 +1,202 @@
+"""One file: whether it can be trained on, what is odd in it, its digest. Many, by many processes.
+
+OpenCV decodes for training, so what it cannot decode is unreadable. Whether a file is whole is
+Pillow's to say: some versions of OpenCV fill up with grey what a truncated JPEG lacks.
+"""
+
+import hashlib
+import io
+import multiprocessing
+import os
+import signal
+import stat
+import threading
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import NamedTuple
+
+from PIL import Image
+
+from cspnet.data import MAX_PIXELS
+from cspnet.data.decode import FORMATS, MAX_SIDE, TooLarge, Unreadable, decode
+from cspnet.data.sources import Folder, Source
+from cspnet.errors import CspnetError
+
+CHUNK = 32  # files that a process looks at before it reports
+DIGEST = 16  # bytes of a digest
+MAX_BYTES = 2**30  # of a file: more is no image, and would only fill the memory
+TINY = 32  # pixels of the shorter side
+NATIVE = {
+    **dict.fromkeys((".jpg", ".jpeg"), "JPEG"),
+    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
+    **dict.fromkeys((".ppm", ".pgm"), "PPM"),
+    **{".png": "PNG", ".bmp": "BMP", ".webp": "WEBP"},
+}
+ORIENTATION = 0x0112  # tag of EXIF
+BITS_PER_SAMPLE = 258  # tag of TIFF
+
+
+class Look(NamedTuple):
+    """What there is to say of a file."""
+
+    digest: bytes  # of all its bytes, [DIGEST]; empty where they cannot be trained on
+    found: tuple[tuple[str, str], ...]  # kinds of cspnet.data.check.KINDS, each with a detail
+
+
+def look(source: Source, index: int) -> Look:
+    """Reads one image of a source and looks at it. Raises nothing, whatever the bytes are."""
+    name = source.name(index)
+    try:
+        if isinstance(source, Folder):
+            status = os.stat(name)
+            if not stat.S_ISREG(status.st_mode):  # a pipe would never end
+                return Look(b"", (("unopenable", "not a regular file"),))
+            if status.st_size > MAX_BYTES:
+                return Look(b"", (("huge", f"more than {MAX_BYTES / 2**30:g} GiB"),))
+        data, _ = source.read(index)
+    except FileNotFoundError:
+        return Look(b"", (("broken link", ""),) if os.path.islink(name) else (("gone", ""),))
+    except OSError as error:
+        return Look(b"", (("unopenable", error.strerror or str(error)),))
+    return look_at(data, os.path.splitext(name)[1].lower())
+
+
+def look_at(data: bytes, suffix: str) -> Look:
+    """What there is to say of the bytes of a file with that suffix."""
+    if not data:
+        return Look(b"", (("empty", ""),))
+    decoded = True
+    try:
+        height, width = decode(data).shape[:2]
+        if max(height, width) > MAX_SIDE:
+            return Look(b"", (("huge", f"a side of more than {MAX_SIDE:,} pixels"),))
+    except TooLarge:
+        return Look(b"", (("huge", f"more than {MAX_PIXELS:,} pixels"),))
+    except Unreadable:
+        decoded = False
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:  # the two disagree on the header
+                return Look(b"", (("huge", f"more than {MAX_PIXELS:,} pixels"),))
+            image.load()
+            odd = tuple(_oddities(image, data, suffix)) if decoded else ()
+            whole = True
+    except Exception as error:  # of any kind, from parsers that trust the file
+        whole = "truncated" not in str(error).lower()
+        odd = (("damaged", ""),)
+    if not whole or not decoded:
+        cut = not whole or _cut_short(data)
+        return Look(b"", (("truncated" if cut else "unreadable", ""),))
+    return Look(hashlib.blake2b(data, digest_size=DIGEST).digest(), odd)
+
+
+def _cut_short(data: bytes) -> bool:
+    """Whether bytes that cannot be decoded lack the mark that their format ends with."""
+    if data.startswith(b"\xff\xd8"):
+        return b"\xff\xd9" not in data[-64:]
+    if data.startswith(b"\x89PNG"):
+        return b"IEND" not in data[-64:]
+    return data.startswith(b"RIFF") and len(data) < 8 + int.from_bytes(data[4:8], "little")
+
+
+def _oddities(image: Image.Image, data: bytes, suffix: str) -> Iterator[tuple[str, str]]:
+    """What is unusual in an image that Pillow has loaded from the bytes."""
+    kind = {"MPO": "JPEG", "DIB": "BMP"}.get(image.format, image.format)
+    if suffix in NATIVE and kind != NATIVE[suffix]:
+        yield "misnamed", f"{kind} in a file named {suffix}"
+    if image.mode == "CMYK":
+        yield "CMYK", ""
+    if image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I"):
+        yield "grey", ""
+    if image.mode.endswith(("A", "a")) or "transparency" in image.info:
+        yield "alpha", ""
+    if _bits(image, data) > 8:
+        yield "16 bits", ""
+    if min(image.size) < TINY:
+        yield "tiny", ""
+    try:
+        orientation = image.getexif().get(ORIENTATION, 1)
+    except Exception:
+        yield "broken EXIF", ""
+    else:
+        if orientation in range(2, 9):
+            yield "turned", ""
+    if getattr(image, "n_frames", 1) > 1:
+        yield "frames", ""
+
+
+def _bits(image: Image.Image, data: bytes) -> int:
+    """Bits of a sample, as stored: Pillow's mode tells only the 8 that it keeps of some."""
+    if image.format == "PNG":
+        return data[24]
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(BITS_PER_SAMPLE, (8,)))
+    return 16 if image.mode.startswith("I") else 8
+
+
+def looks(sources: list[Source], workers: int) -> Iterator[tuple[int, int, list[Look]]]:
+    """All images of the sources in order: the number of the source, an index, the looks from it on.
+
+    By `workers` processes; by none of its own below two. Raises CspnetError where one dies.
+    """
+    chunks = (
+        (number, first, min(first + CHUNK, len(source)))
+        for number, source in enumerate(sources)
+        for first in range(0, len(source), CHUNK)
+    )
+    if workers < 2:
+        for number, first, last in chunks:
+            yield number, first, _looks_of(sources[number], first, last)
+        return
+    # Spawned, not forked: the progress bar has a thread, whose locks a fork would copy as they are.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(sources,))
+    waiting: deque[tuple[tuple[int, int, int], Future]] = deque()
+
+    def oldest() -> tuple[int, int, list[Look]]:
+        (number, first, _), future = waiting[0]
+        result = future.result()
+        waiting.popleft()
+        return number, first, result
+
+    try:
+        for chunk in chunks:
+            if len(waiting) == 4 * workers:  # the memory stays bounded
+                yield oldest()
+            waiting.append((chunk, pool.submit(_look_at_chunk, *chunk)))
+        while waiting:
+            yield oldest()
+    except BrokenProcessPool:
+        number, first, _ = waiting[0][0] if waiting else chunk
+        raise CspnetError(
+            "a process died, for want of memory perhaps, at a file soon after "
+            f"{sources[number].name(first)}: try --workers 1"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_sources: list[Source] = []  # of a worker: sent once, not with each chunk
+
+
+def _start(sources: list[Source]) -> None:
+    """Makes a new process a worker."""
+    _sources[:] = sources
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the main process decides what it means
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libpng's and libjpeg's lines name no file
+    parent = multiprocessing.parent_process()
+    # A worker waits for work on a pipe that it holds open itself: it would outlive a kill for ever.
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _look_at_chunk(number: int, first: int, last: int) -> list[Look]:
+    return _looks_of(_sources[number], first, last)
+
+
+def _looks_of(source: Source, first: int, last: int) -> list[Look]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return [look(source, index) for index in range(first, last)]

@@ -1,0 +1,156 @@
+"""Everything of a run that changes from step to step, and what a resumed run must share with it.
+
+No random state is in it: the step is the only clock and the only seed (cspnet/data/stream.py).
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+import cspnet
+from cspnet.errors import CheckpointError
+from cspnet.recipe import flatten, from_text, to_text
+from cspnet.schema import Recipe
+from cspnet.train.checkpoint import FORMAT
+from cspnet.train.optim import Average
+
+# Recipe fields that a resumed run may change. All others, and the data, are the run's identity.
+FREE = (
+    *("data.root", "data.max_unreadable", "log_every", "save_every", "evaluate.every"),
+    *("archive_every", "archive_keep"),
+)
+HORIZON = ("schedule.steps",)
+
+
+@dataclass
+class TrainState:
+    """Everything that changes from step to step."""
+
+    net: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    average: Average | None
+    recipe: Recipe
+    classes: list[str]
+    images: int  # in the training set
+    precision: str
+    precision_reason: str
+    step: int = 0  # optimizer steps done
+    # Those of them that changed the weights: under loss scaling some are skipped, and only the
+    # device knows which, so there it is a float64 tensor on it. The schedule counts these.
+    updates: torch.Tensor | int = 0
+    validated: int = 0  # step of the last validation
+    best_top1: float = -1.0  # percent; of validation
+    loss_sum: torch.Tensor = field(default_factory=lambda: torch.zeros(()))  # since the last log
+    loss_steps: int = 0
+    # The first step whose loss was not finite, -1 before there is one; int64, on the device.
+    bad_step: torch.Tensor = field(default_factory=lambda: torch.tensor(-1))
+
+    @property
+    def size(self) -> int:
+        """Bytes of a checkpoint, but for a few thousand."""
+        tensors = [
+            *self.net.state_dict().values(),
+            *(self.average.tensors if self.average else {}).values(),
+        ]
+        for group in self.optimizer.param_groups:
+            tensors += group["params"]  # the momentum of each
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training set so far."""
+        return self.step * self.recipe.batch / self.images
+
+    def to_dict(self) -> dict:
+        """The checkpoint. Weights go under the names that timm looks for."""
+        return {
+            "format": FORMAT,
+            "cspnet": cspnet.__version__,
+            "torch": str(torch.__version__),
+            "recipe": to_text(self.recipe),
+            "classes": self.classes,
+            "images": self.images,
+            "precision": self.precision,
+            "precision_reason": self.precision_reason,
+            "step": self.step,
+            "updates": int(self.updates),
+            "epoch": self.epoch,
+            "validated": self.validated,
+            "best_top1": self.best_top1,
+            "loss_sum": self.loss_sum.cpu(),
+            "loss_steps": self.loss_steps,
+            "state_dict": self.net.state_dict(),
+            "state_dict_ema": self.average.tensors if self.average else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def restore(self, saved: dict, force: bool = False) -> list[str]:
+        """Takes over a checkpoint of the same run; returns remarks worth printing.
+
+        Raises CheckpointError with every setting that differs and may not; by `force` such settings
+        are remarks, as long as the tensors fit.
+        """
+        remarks = self._compare(saved, force)
+        try:
+            self.net.load_state_dict(saved["state_dict"])
+        except RuntimeError as error:
+            first = str(error).splitlines()[1].strip()
+            raise CheckpointError(f"the tensors do not fit, by force neither: {first}") from None
+        if self.average:
+            self.average.load(saved["state_dict_ema"] or saved["state_dict"])
+        # The state alone: which kernel updates the weights is a matter of this device.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict(
+            {"state": saved["optimizer"]["state"], "param_groups": groups}
+        )
+        if self.scaler.is_enabled() and saved["scaler"]:
+            self.scaler.load_state_dict(saved["scaler"])
+        self.step = saved["step"]
+        if isinstance(self.updates, torch.Tensor):
+            self.updates.fill_(saved["updates"])
+        else:
+            self.updates = saved["updates"]
+        self.validated = saved["validated"]
+        self.best_top1 = saved["best_top1"]
+        self.loss_sum.copy_(saved["loss_sum"])
+        self.loss_steps = saved["loss_steps"]
+        return remarks
+
+    def _compare(self, saved: dict, force: bool) -> list[str]:
+        # Through the text both ways, which leaves out what has no effect.
+        then, now = (
+            dict(flatten(from_text(text))) for text in (saved["recipe"], to_text(self.recipe))
+        )
+        changed = [key for key in now if now[key] != then[key] and key not in FREE]
+        differences = [
+            f"{key} was {then[key]}, is now {now[key]}" for key in changed if key not in HORIZON
+        ]
+        if saved["classes"] != self.classes:
+            differences.append(
+                f"the classes were {len(saved['classes'])} ({saved['classes'][0]} …), "
+                f"are now {len(self.classes)} ({self.classes[0]} …)"
+            )
+        elif saved["images"] != self.images:
+            differences.append(
+                f"the training images were {saved['images']:,}, are now {self.images:,}"
+            )
+        if differences and not force:
+            raise CheckpointError(
+                "this run cannot be resumed with other settings:"
+                + "".join(f"\n  - {difference}" for difference in differences)
+                + "\nResume with the settings of the run, start another one in another folder, or "
+                "change this one in its course with --force."
+            )
+        remarks = [f"by force: {difference}" for difference in differences]
+        remarks += [
+            f"the horizon changes: {key} was {then[key]:,}, is now {now[key]:,}" for key in changed
+        ]
+        if saved["precision"] != self.precision:
+            remarks.append(
+                f"the precision changes with the device: {saved['precision']} -> {self.precision}; "
+                "the run will not be bit-equal to an undisturbed one"
+            )
+        return remarks

@@ -1,0 +1,321 @@
+"""Is this data set what you think it is: each finding by a fixture, and the command around them."""
+
+import builtins
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from cspnet.data import examine
+from cspnet.data.check import check, quick
+from cspnet.data.contents import KINDS, SAME
+from cspnet.data.sources import Digits, Folder, open_training
+from cspnet.errors import CspnetError, DataError
+from tests import bombs
+from tests.conftest import ROOT, picture
+
+
+def encoded(kind, image=None, **options):
+    file = io.BytesIO()
+    (image or Image.fromarray(picture(1))).save(file, kind, **options)
+    return file.getvalue()
+
+
+def found(report, name=None, severity=None):
+    """Kinds of the findings that are about a file of that name, or about anything."""
+    return {
+        finding.kind
+        for finding in report.findings
+        if (name is None or any(Path(file).name == name for file in finding.files))
+        and severity in (None, finding.severity)
+    }
+
+
+def the(report, kind):
+    (finding,) = (finding for finding in report.findings if finding.kind == kind)
+    return finding
+
+
+def bear(folder):
+    return folder / "train" / "bear"
+
+
+def test_a_sound_data_set_has_its_counts_and_no_error(folder):
+    steps = []
+    report = check(str(folder), progress=lambda *step: steps.append(step))
+    assert found(report) == {"few"} and report.count("error") == 0
+    train, val = report.parts
+    assert train.classes == dict.fromkeys(("apple", "bear", "cat"), 12)
+    assert str(val) == "val: 9 images, 3 classes of 3 to 3, median 3"
+    assert steps[0] == (0, 45) and steps[-1] == (45, 45)
+
+
+def with_orientation():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded("JPEG", exif=exif)
+
+
+def half(kind):
+    data = encoded(kind)
+    return data[: len(data) // 2]
+
+
+FRAMES = {"save_all": True, "append_images": [Image.fromarray(picture(2))]}
+DEEP = cv2.imencode(".png", picture(1).astype(np.uint16) * 257)[1].tobytes()
+RIBBON = cv2.imencode(".png", np.zeros((1, 40_000), np.uint8))[1].tobytes()
+FILES = {
+    "0.png": (b"", {"empty"}),
+    "1.jpg": (half("JPEG"), {"truncated"}),
+    "2.jpg": (encoded("JPEG")[:-2], {"truncated"}),
+    "3.png": (half("PNG"), {"truncated"}),
+    "4.webp": (half("WEBP"), {"truncated"}),
+    "5.bmp": (half("BMP"), {"truncated"}),
+    "6.jpg": (b"<html>404</html>" * 50, {"unreadable"}),
+    "7.png": (bytes(1000), {"unreadable"}),
+    "8.png": (bombs.png(), {"huge"}),
+    "9.jpg": (bombs.jpeg(), {"huge"}),
+    "a.webp": (bombs.animated_webp(), {"huge"}),
+    "b.png": (RIBBON, {"huge"}),
+    "c.JPEG": (encoded("PNG"), {"misnamed"}),
+    "d.jpg": (encoded("GIF"), {"misnamed"}),
+    "e.jpg": (encoded("JPEG", Image.fromarray(picture(1)).convert("CMYK")), {"CMYK"}),
+    "f.jpg": (encoded("JPEG", Image.fromarray(picture(1)).convert("L")), {"grey"}),
+    "g.png": (encoded("PNG", Image.fromarray(picture(1)).convert("RGBA")), {"alpha"}),
+    "h.png": (encoded("PNG", Image.fromarray(picture(1)).convert("P"), transparency=0), {"alpha"}),
+    "i.png": (DEEP, {"16 bits"}),
+    "j.png": (encoded("PNG", Image.new("I;16", (40, 40))), {"16 bits", "grey"}),
+    "k.jpg": (with_orientation(), {"turned"}),
+    "l.webp": (encoded("WEBP", **FRAMES), {"frames"}),
+    "m.tif": (encoded("TIFF", **FRAMES), {"frames"}),
+    "n.bmp": (encoded("BMP", Image.new("RGB", (31, 90))), {"tiny"}),
+    "o.ppm": (encoded("PPM"), set()),
+    "p.jpg": (encoded("JPEG", progressive=True), set()),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_a_file_is(name):
+    data, kinds = FILES[name]
+    look = examine.look_at(data, os.path.splitext(name)[1].lower())
+    assert {kind for kind, _ in look.found} == kinds
+    assert kinds <= set(KINDS)
+    wrong = any(KINDS[kind][0] == "error" for kind in kinds)
+    assert bool(look.digest) != wrong, "what cannot be decoded is compared with nothing"
+
+
+def test_every_file_is_named_whatever_the_number_of_workers(folder):
+    for name, (data, _) in FILES.items():
+        (bear(folder) / name).write_bytes(data)
+    report = check(str(folder), workers=0)
+    for name, (_, kinds) in FILES.items():
+        assert kinds <= found(report, name)
+    assert report.to_dict() == check(str(folder), workers=2).to_dict()
+    kinds = [finding.severity for finding in report.findings]
+    assert kinds == sorted(kinds, key=["error", "warning", "note"].index)
+
+
+def test_what_is_no_file(folder):
+    (bear(folder) / "lost.jpg").symlink_to("gone.jpg")
+    (folder / "train" / "dog").symlink_to("gone")
+    (bear(folder) / "lost.txt").symlink_to("gone.txt")
+    os.mkfifo(bear(folder) / "pipe.jpg")  # reading it would wait for ever
+    report = check(str(folder))
+    assert found(report, "lost.jpg") == found(report, "dog") == {"broken link"}
+    assert found(report, "lost.txt") == {"broken link"}
+    assert found(report, "pipe.jpg") == {"unopenable"}
+    assert report.count("error") == 3
+
+
+def test_what_is_not_read(folder):
+    for name in ("a.txt", "b.txt", "c.gif", "._0.jpg", "Thumbs", ".DS_Store"):
+        (bear(folder) / name).touch()
+    (folder / "train" / "loose.png").write_bytes(encoded("PNG"))
+    shutil.copytree(folder / "val" / "cat", folder / "train" / ".cat")
+    report = check(str(folder))
+    assert found(report, "loose.png") == {"loose"}
+    assert found(report, "._0.jpg") == found(report, ".cat") == {"hidden"}
+    assert found(report, "0.jpg") == set(), "hidden copies do not leak"
+    others = the(report, "other files")
+    assert others.message.endswith("2 × .txt, 1 × .gif, 1 × no suffix")
+    assert len(others.files) == 4 and others.severity == "note"
+
+
+def test_the_same_picture_in_several_places(folder):
+    train, val = folder / "train", folder / "val"
+    shutil.copy(train / "apple" / "0.jpg", val / "bear" / "a.jpg")
+    shutil.copy(train / "cat" / "1.jpg", train / "bear" / "b.jpg")
+    shutil.copy(val / "cat" / "2.jpg", val / "cat" / "c.jpg")
+    for name in ("d.jpg", "e.jpg"):  # cut short: no picture, so none is twice
+        (train / "cat" / name).write_bytes(half("JPEG"))
+    report = check(str(folder))
+    leak, classes, twice = (the(report, kind) for kind in ("leak", "two classes", "twice"))
+    assert leak.groups == [[str(train / "apple/0.jpg"), str(val / "bear/a.jpg")]]
+    assert classes.groups == [[str(train / "bear/b.jpg"), str(train / "cat/1.jpg")]]
+    assert twice.groups == [[str(val / "cat/2.jpg"), str(val / "cat/c.jpg")]]
+    assert [f.severity for f in (leak, classes, twice)] == ["error", "warning", "note"]
+    assert twice.files == twice.groups[0]
+
+
+def test_classes_that_are_empty_small_alone_or_alike(folder):
+    train = folder / "train"
+    for i in range(15):
+        cv2.imwrite(str(train / "apple" / f"new{i}.jpg"), picture(1000 + i))
+    (train / "dog").mkdir()
+    for label in ("Bear", "ant", "bee", "cow"):
+        shutil.copytree(train / "bear", train / label)
+    for file in list((train / "cat").iterdir())[1:]:
+        file.unlink()
+    report = check(str(train))
+    assert [part.name for part in report.parts] == ["train"]
+    assert report.parts[0].classes["dog"] == 0
+    assert the(report, "empty class").classes == ["dog"]
+    assert the(report, "small class").classes == ["cat"]
+    assert "median of 12 images" in the(report, "small class").message
+    assert the(report, "alike").classes == ["Bear", "bear"]
+    for label in os.listdir(train):
+        if label != "bear":
+            shutil.rmtree(train / label)
+    assert the(check(str(folder)), "one class").severity == "error"
+
+
+def test_two_parts_that_do_not_go_together(folder):
+    (folder / "val" / "bear").rename(folder / "val" / "Bear")
+    differing = the(check(str(folder)), "classes")
+    assert differing.classes == ["Bear", "bear"] and "'Bear' for 'bear'" in differing.message
+    shutil.rmtree(folder / "val")
+    shutil.copytree(folder / "train", folder / "val")
+    report = check(str(folder))
+    assert len(the(report, "leak").groups) == 36 and "copies" in found(report, severity="warning")
+    shutil.rmtree(folder / "val")
+    (folder / "val").symlink_to("train")
+    assert {"same files", "leak"} <= found(check(str(folder)), severity="error")
+
+
+def test_a_part_that_cannot_be_opened_does_not_hide_the_other(folder):
+    shutil.rmtree(folder / "val")
+    (folder / "val").mkdir()
+    (bear(folder) / "0.jpg").write_bytes(b"")
+    report = check(str(folder))
+    assert "is empty" in the(report, "layout").message
+    assert [part.name for part in report.parts] == ["train"] and "empty" in found(report)
+
+
+def test_a_wrong_path_is_an_error_of_the_command(folder, tmp_path):
+    (folder / "train").rename(folder / "Training")
+    (folder / "val").rename(folder / "test")
+    for path, told in (
+        (tmp_path / "gone", "does not exist"),
+        (folder, "Is it Training/?"),
+        (tmp_path, "with a data root in it|one folder only"),
+    ):
+        with pytest.raises(DataError, match=told):
+            check(str(path))
+
+
+def test_quick_looks_at_names_and_sizes_only(folder, monkeypatch):
+    def files(*_, **__):
+        raise AssertionError("quick reads no file")
+
+    train = open_training(str(folder))
+    val = Folder(folder / "val")
+    digits = Digits(train=True), Digits(train=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "open", files)
+        (few,) = quick(train, val)
+        assert "9 images only" in few and quick(*digits) == []
+        (same,) = (text for text in quick(train, train) if "the same folder" in text)
+        assert "score will say nothing" in same
+        assert any("exchanged" in text for text in quick(val, train))
+    shutil.rmtree(folder / "val" / "cat")
+    (folder / "val" / "cat").symlink_to(folder / "train" / "cat")
+    assert "same folders of 1 class (cat)" in quick(train, Folder(folder / "val"))[-1]
+    (folder / "val" / "cat").unlink()
+    (folder / "val" / "cat").mkdir()
+    os.link(folder / "train" / "cat" / "0.jpg", folder / "val" / "cat" / "0.jpg")
+    assert "links to the files of train" in quick(train, Folder(folder / "val"))[-1]
+
+
+class Deadly(Digits):
+    """A source whose reading ends the process, as a fault in a decoder would."""
+
+    def read(self, index):
+        os._exit(1)
+
+
+def test_the_death_of_a_process_is_told():
+    with pytest.raises(CspnetError, match=r"died.*soon after digits/0.png"):
+        list(examine.looks([Deadly(train=True)], workers=2))
+
+
+@pytest.mark.parametrize("phrase", [phrase for _, phrase in (KINDS | SAME).values()])
+def test_docs_have_what_is_said_of_files(phrase):
+    assert phrase in (ROOT / "docs" / "data.md").read_text()
+
+
+def test_the_command_shows_examples_and_writes_everything(folder, command, tmp_path):
+    for i in range(8):
+        (bear(folder) / f"{i}.jpg").write_bytes(b"")
+    odd = os.fsencode(str(bear(folder))) + b"/\xff\x1b[31m.jpg"
+    with open(odd, "wb"):
+        pass
+    done = command("main", "check", "data", "--json", "all.json", "-j", 0, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "error: train: 9 files empty" in done.stdout and "\x1b" not in done.stdout
+    assert "data/train/bear/4.jpg" in done.stdout and "5.jpg" not in done.stdout
+    assert "    … and 4 more" in done.stdout
+    report = json.loads((tmp_path / "all.json").read_text())
+    (empty,) = (entry for entry in report["findings"] if entry["kind"] == "empty")
+    assert len(empty["files"]) == 9 and os.fsencode(empty["files"][-1]).endswith(
+        b"\xff\x1b[31m.jpg"
+    )
+    assert report["errors"] == 1 and report["parts"][1]["classes"]["cat"] == 3
+    piped = command("main", "check", "data", "--json", "-", "-j", 0, cwd=tmp_path)
+    assert json.loads(piped.stdout) == report and piped.returncode == 1
+
+
+def test_the_command_on_what_is_sound_and_on_what_is_wrong(folder, command, tmp_path):
+    done = command("main", "check", "digits", "--workers", 2)
+    assert done.returncode == 0, done.stdout
+    assert "train: 1,438 images, 10 classes" in done.stdout
+    for arguments, told in (
+        ([tmp_path / "gone"], "gone does not exist"),
+        ([folder, "--workers", "-1"], "--workers -1"),
+        ([folder, "--json", tmp_path / "no" / "x.json"], "--json"),
+    ):
+        done = command("main", "check", *arguments)
+        assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+
+
+def test_workers_do_not_outlive_a_kill(tmp_path):
+    """They wait on a pipe that they hold open themselves."""
+    script = (
+        "import time\n"
+        "from cspnet.data import examine\n"
+        "from cspnet.data.sources import Digits\n"
+        "if __name__ == '__main__':\n"
+        "    looks = examine.looks([Digits(train=True)], 2)\n"
+        "    print(next(looks)[1], flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    (tmp_path / "wait.py").write_text(script)
+    process = subprocess.Popen([sys.executable, tmp_path / "wait.py"], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) >= 2
+    process.kill()
+    process.wait()
+    for _ in range(100):
+        if not any(Path(f"/proc/{child}").exists() for child in children):
+            return
+        time.sleep(0.1)
+    raise AssertionError("orphans")

@@ -1,0 +1,201 @@
+"""Numbers going bad, and memory ending: what is skipped, what stops the run, what is told."""
+
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from cspnet.data import stream
+from cspnet.errors import NotFinite, OutOfMemory
+from cspnet.nets import create
+from cspnet.train import job, loop, runtime
+from cspnet.train.checkpoint import load
+from cspnet.train.health import first_not_finite
+from cspnet.train.optim import Average, learning_rate
+from tests.test_loop import last, metrics, numbers, run, same
+
+
+def spoil(monkeypatch, *steps, by=float("inf")):
+    """Makes the loss of some steps, counted from 0, infinite; resumed runs count on."""
+    original, now = loop.cross_entropy, []
+    to_device = loop.to_device
+
+    def watch(job, groups, step, part):
+        now[:] = [step]
+        return to_device(job, groups, step, part)
+
+    monkeypatch.setattr(loop, "to_device", watch)
+    monkeypatch.setattr(
+        loop,
+        "cross_entropy",
+        lambda logits, targets: original(logits, targets) * (by if now[0] in steps else 1.0),
+    )
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "fused"])
+def scaled(monkeypatch, request):
+    """Loss scaling on the CPU; with torch's fused kernel as CUDA has it, or without."""
+    monkeypatch.setattr(runtime.Precision, "scales_loss", True)
+    build = job.build_optimizer
+
+    def fused(net, optim):
+        optimizer = build(net, optim)
+        if request.param:
+            optimizer._step_supports_amp_scaling = True
+            for group in optimizer.param_groups:
+                group["fused"] = True
+        return optimizer
+
+    monkeypatch.setattr(job, "build_optimizer", fused)
+
+
+def test_a_skipped_step_advances_neither_schedule_nor_average(tiny, tmp_path, monkeypatch, scaled):
+    recipe = tiny("schedule.steps=6", "schedule.warmup_steps=2")
+    spoil(monkeypatch, 3)
+    states = []
+    save = loop.save
+
+    def watch(job, state, *rest):
+        states.append({**state.to_dict(), "state_dict_ema": {**clones(state.average.tensors)}})
+        states[-1]["state_dict"] = clones(state.net.state_dict())
+        save(job, state, *rest)
+
+    monkeypatch.setattr(loop, "save", watch)
+    run(recipe, tmp_path / "run")
+    by_step = {state["step"]: state for state in states}
+    weights = [name for name in by_step[3]["state_dict"] if "running" not in name]
+    for name in weights:
+        assert torch.equal(by_step[3]["state_dict"][name], by_step[4]["state_dict"][name]), name
+        assert not torch.equal(by_step[4]["state_dict"][name], by_step[5]["state_dict"][name])
+    assert same(by_step[3]["state_dict_ema"], by_step[4]["state_dict_ema"])
+    assert [by_step[step]["updates"] for step in range(1, 7)] == [1, 2, 3, 3, 4, 5]
+    lines = [line for line in metrics(tmp_path / "run") if line["split"] == "train"]
+    assert [line["skipped"] for line in lines] == [0, 0, 0, 1, 1, 1]
+    assert [line["loss"] is None for line in lines] == [step == 3 for step in range(6)]
+    scales = [line["loss_scale"] for line in lines]
+    assert scales[3:] == [scales[0] / 2] * 3
+    rates = [learning_rate(update, recipe) for update in (1, 2, 3, 4, 4, 5)]
+    assert [line["lr"] for line in lines] == pytest.approx(rates, rel=1e-6)
+
+
+def clones(tensors):
+    return {name: tensor.clone() for name, tensor in tensors.items() if "num_" not in name}
+
+
+def test_a_resume_after_a_skipped_step_is_exact(tiny, tmp_path, monkeypatch, scaled):
+    recipe = tiny("schedule.steps=6", "save_every=2", "log_every=2")
+    spoil(monkeypatch, 1, 4)
+    run(recipe, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "draw", lambda *a: 1 / 0 if a[1] == 5 else draw(*a))
+        draw = loop.augment.__globals__["draw"]
+        with pytest.raises(ZeroDivisionError):
+            run(recipe, tmp_path / "cut")
+    assert last(tmp_path / "cut")["step"] == 4
+    run(recipe, tmp_path / "cut", resume=True)
+    whole, cut = last(tmp_path / "whole"), last(tmp_path / "cut")
+    assert whole["updates"] == 4
+    for part in ("state_dict", "state_dict_ema", "optimizer", "scaler", "updates"):
+        assert same(whole[part], cut[part]), part
+    assert numbers(metrics(tmp_path / "cut")) == numbers(metrics(tmp_path / "whole"))
+
+
+def test_the_average_on_the_device_is_that_on_the_host():
+    torch.manual_seed(0)
+    net = create("darknet53", classes=3, width=0.125)
+    host, device = Average(net, 0.9), Average(net, 0.9)
+    for update in range(1, 30):
+        for weight in net.parameters():
+            weight.data += torch.randn_like(weight)
+        host.update(update)
+        device.update(torch.tensor(float(update), dtype=torch.float64), torch.tensor(1.0))
+    for name, tensor in host.tensors.items():
+        torch.testing.assert_close(device.tensors[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_too_many_bad_reads_end_a_scaled_run_with_its_batch(tiny, tmp_path, monkeypatch, scaled):
+    spoil(monkeypatch, 2, 3, 4)
+    with pytest.raises(NotFinite, match="the loss is not finite at step 5"):
+        run(tiny("save_every=100"), tmp_path / "run")
+
+
+def test_what_is_told_of_a_loss_that_is_not_finite(tiny, folder, tmp_path, monkeypatch):
+    recipe = tiny(f"data.root={folder}", "model.classes=3", "log_every=6", "save_every=2")
+    spoil(monkeypatch, 4, by=float("nan"))
+    with pytest.raises(NotFinite) as caught:
+        run(recipe, tmp_path / "run")
+    told = json.loads((tmp_path / "run" / "not-finite.json").read_text())
+    assert told["step"] == 5 and "at step 5" in str(caught.value)
+    assert told["first_not_finite"] == "stem.conv1.conv.weight"
+    assert told["first_not_finite_by_last_checkpoint"] == "nothing"
+    positions = [entry["position"] for entry in told["images"]]
+    assert positions == list(range(64, 80))
+    index = stream.index_at(recipe.seed, 64, 36)
+    assert told["images"][0]["index"] == index and told["images"][0]["file"].endswith(".jpg")
+    assert last(tmp_path / "run")["step"] == 4
+
+
+def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path, monkeypatch):
+    """The loss of the last step was fine, its update was not; a validation would follow."""
+    original, updates = loop.update, []
+
+    def overflow(optimizer, scaler):
+        applied = original(optimizer, scaler)
+        updates.append(1)
+        if len(updates) == 4:
+            optimizer.param_groups[0]["params"][5].data[0] = float("inf")
+        return applied
+
+    monkeypatch.setattr(loop, "update", overflow)
+    with pytest.raises(NotFinite, match="weights are not finite after the update at step 4"):
+        run(tiny("evaluate.every=2", "save_every=2"), tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    for path in folder.glob("*.pt"):
+        content = load(path)
+        assert content["step"] == 2
+        assert all(t.isfinite().all() for t in content["state_dict"].values())
+
+
+def test_the_first_layer_that_is_not_finite_is_named():
+    net = create("cspdarknet53", classes=3, width=0.125).eval()
+    images = torch.rand(2, 3, 64, 64)
+    assert first_not_finite(net, lambda: net(images)) is None
+    net.stages[3].blocks[1].conv2.bn.running_var[0] = float("nan")
+    net.head.fc.weight.data[0] = float("nan")
+    found = first_not_finite(net, lambda: net(images))
+    assert found == "stages.3.blocks.1.conv2.bn.running_var"
+    net.stages[1].conv_transition.bn.bias.data.fill_(1e3)
+    net.stages[2].conv_down.conv.weight.data.fill_(3e38)
+    found = first_not_finite(net, lambda: net(images))
+    assert found == "the output of stages.2.conv_down.conv"
+    images[0, 0, 0, 0] = float("nan")
+    assert first_not_finite(net, lambda: net(images)) == "the output of stem.conv1.conv"
+
+
+@pytest.mark.parametrize(
+    "passes, told", [(2, "--passes 1 (now 2 groups of 8"), (1, "data.size=32")]
+)
+def test_out_of_memory_says_what_to_change(tiny, tmp_path, monkeypatch, passes, told):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(loop, "forward", full)
+    with pytest.raises(OutOfMemory) as caught:
+        run(tiny("data.size=64"), tmp_path / "run", passes=passes)
+    assert told in str(caught.value) and "Tried to allocate 2.00 GiB" in str(caught.value)
+    assert caught.value.exit_code == 1
+
+
+def test_force_resumes_with_other_settings_and_is_remembered(tiny, tmp_path):
+    run(tiny("schedule.steps=3"), tmp_path / "run")
+    console = Console(record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
+    other = tiny("schedule.steps=4", "loss.smoothing=0.2")
+    place = runtime.Place(tmp_path / "run", resume=True, device="cpu", workers=0, force=True)
+    loop.train(other, place, console)
+    assert "by force: loss.smoothing was 0.1, is now 0.2" in console.export_text()
+    lines = [json.loads(x) for x in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["start", "done", "resume", "done"]
+    assert "by force: loss.smoothing was 0.1, is now 0.2" in lines[2]["remarks"]
+    assert [line["step"] for line in lines] == [0, 3, 3, 4]
+    assert last(tmp_path / "run")["step"] == 4

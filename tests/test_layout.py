@@ -1,0 +1,332 @@
+"""A fixture for each mistake with a data folder; its message is its own, and in docs/data.md."""
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cspnet.data import layout, sources
+from cspnet.errors import DataError
+from tests.conftest import ROOT
+
+CLASSES = ["apple", "bear", "cat"]
+ROOT_USER = hasattr(os, "geteuid") and os.geteuid() == 0
+
+
+def train(root):
+    return sources.open_training(str(root))
+
+
+def val(root, classes=CLASSES):
+    return sources.open_validation(str(root), classes)
+
+
+def gone(root):
+    shutil.rmtree(root)
+    return train
+
+
+def root_linked_to_nowhere(root):
+    gone(root)
+    root.symlink_to("gone")
+    return train
+
+
+def root_is_a_file(root):
+    gone(root)
+    root.write_text("x")
+    return val
+
+
+def zipped(root):
+    shutil.make_archive(str(root), "zip", root)
+    return lambda root: train(root.with_suffix(".zip"))
+
+
+def closed_above(root):
+    root.parent.chmod(0o600)
+    return train
+
+
+def closed(root):
+    (root / "train" / "bear").chmod(0o000)
+    return train
+
+
+def another_folder(root):
+    shutil.rmtree(root / "train")
+    shutil.rmtree(root / "val")
+    (root / "notes").mkdir()
+    return train
+
+
+def nested_twice(root):
+    return lambda root: train(root.parent)
+
+
+def nested_twice_for_eval(root):
+    return lambda root: val(root.parent)
+
+
+def train_given_to_training(root):
+    return lambda root: train(root / "train")
+
+
+def classes_in_the_root(root):
+    for name in CLASSES:
+        (root / "train" / name).rename(root / name)
+    shutil.rmtree(root / "train")
+    return train
+
+
+def train_given_to_eval(root):
+    return lambda root: val(root / "train")
+
+
+def train_named_otherwise(root):
+    (root / "train").rename(root / "training")
+    return train
+
+
+def train_linked_to_nowhere(root):
+    shutil.rmtree(root / "train")
+    (root / "train").symlink_to("gone")
+    return train
+
+
+def train_is_a_file(root):
+    shutil.rmtree(root / "train")
+    (root / "train").write_text("train/apple/0.jpg 0\n")
+    return train
+
+
+def train_packed(root):
+    shutil.rmtree(root / "train")
+    (root / "ILSVRC2012_img_train.tar").touch()
+    return train
+
+
+def classes_packed(root):
+    for name in CLASSES:
+        shutil.rmtree(root / "train" / name)
+        (root / "train" / f"{name}.tar").touch()
+    return train
+
+
+def move_down(root, part, name):
+    (root / part).rename(root / "moving")
+    (root / part).mkdir()
+    (root / "moving").rename(root / part / name)
+
+
+def train_in_train(root):
+    move_down(root, "train", "train")
+    return train
+
+
+def root_in_train(root):
+    move_down(root, "train", "train")
+    shutil.copytree(root / "val", root / "train" / "val")
+    return train
+
+
+def left_over(root):
+    (root / "train" / "__MACOSX" / "apple").mkdir(parents=True)
+    (root / "train" / "__MACOSX" / "apple" / "._0.jpg").touch()
+    return train
+
+
+def no_val(root):
+    shutil.rmtree(root / "val")
+    return val
+
+
+def val_named_otherwise(root):
+    (root / "val").rename(root / "Val")
+    return val
+
+
+def two_vals(root):
+    shutil.copytree(root / "val", root / "valid")
+    return val
+
+
+def flat(root):
+    for file in list((root / "val").rglob("*.jpg")):
+        file.rename(root / "val" / f"{file.parent.name}_{file.name}")
+    for name in CLASSES:
+        (root / "val" / name).rmdir()
+    return val
+
+
+def empty_val(root):
+    shutil.rmtree(root / "val")
+    (root / "val").mkdir()
+    return val
+
+
+def labels_in_a_table(root):
+    empty_val(root)
+    (root / "val" / "labels.csv").touch()
+    return val
+
+
+def between(root):
+    move_down(root, "val", "images")
+    return val
+
+
+def missing(root):
+    shutil.rmtree(root / "val" / "bear")
+    return val
+
+
+def extra(root):
+    shutil.copytree(root / "val" / "bear", root / "val" / "dog")
+    return val
+
+
+def empty_class(root):
+    for file in (root / "val" / "bear").iterdir():
+        file.unlink()
+    return val
+
+
+def other_files(root):
+    for file in list((root / "val" / "bear").iterdir()):
+        file.rename(file.with_suffix(".gif"))
+    return val
+
+
+def other_case(root):
+    (root / "val" / "bear").rename(root / "val" / "Bear")
+    return val
+
+
+def numbers(root):
+    for number, name in enumerate(CLASSES, 1):
+        (root / "val" / name).rename(root / "val" / str(number))
+    return val
+
+
+def numbers_from_one(root):
+    numbers(root)
+    return lambda root: val(root, ["0", "1", "2"])
+
+
+def another_data_set(root):
+    return lambda root: val(root, ["plane", "ship"])
+
+
+def another_number(root):
+    return lambda root: sources.open_validation(str(root), None, 5)
+
+
+# What each message has and no other one.
+MISTAKES = {
+    gone: "does not exist. Give one with --data DIR",
+    root_linked_to_nowhere: "is a link to gone, which is not there. Give one with --data DIR",
+    root_is_a_file: "is a file. Give one with --data DIR",
+    zipped: "is an archive. Unpack it, and give the folder that comes out.",
+    closed_above: "cannot be reached: Permission denied",
+    closed: "cannot be read: Permission denied. Give yourself the right to read it",
+    another_folder: "has no folder train/. A data root holds train/ and val/",
+    nested_twice: "has no folder train/. Its folder data/ has one: give",
+    nested_twice_for_eval: "has one folder only, with a data root in it: give",
+    train_given_to_training: "has no folder train/. It is a train folder itself: "
+    "give the one above",
+    classes_in_the_root: "has no folder train/. It has 3 class folders (apple, bear, cat) itself: "
+    "move them into",
+    train_given_to_eval: "holds the training images, on which a score means little",
+    train_named_otherwise: "has no folder train/. Is it training/? Then rename it to train/.",
+    train_linked_to_nowhere: "has no folder train/. train is a link to gone, which is not there.",
+    train_is_a_file: "has no folder train/. train is a file; it must be a folder with "
+    "one folder per class.",
+    train_packed: "has no folder train/. It holds 1 archive (ILSVRC2012_img_train.tar): unpack",
+    classes_packed: "has 3 archives (apple.tar, bear.tar, cat.tar) and no class folder. "
+    "Unpack each into a folder",
+    train_in_train: "has one folder only, train/, and 3 class folders (apple, bear, cat) in it: "
+    "a level too many.",
+    root_in_train: "holds train/ and val/, not class folders: it is a whole data root.",
+    left_over: "no image in 1 class folder (__MACOSX). __MACOSX is left over from an archive: "
+    "remove it.",
+    no_val: "has train/ but none of val/, valid/, validation/. A data root holds",
+    val_named_otherwise: "has train/ but none of val/, valid/, validation/. Is it Val/? "
+    "Then rename it to val/.",
+    two_vals: "has both val/ and valid/. Keep one",
+    flat: "is flat: 9 images",
+    empty_val: "is empty. Put one folder per class into it.",
+    labels_in_a_table: "has no class folder; found there: labels.csv",
+    between: "has one folder only, images/, and 3 class folders (apple, bear, cat) in it: "
+    "a level too many.",
+    missing: "it lacks 1 class (bear). Folder names must be the class names of the training set.",
+    extra: "it has 1 class (dog) that the network was not trained for. Folder names must be",
+    empty_class: "no image in 1 class folder (bear). Add images",
+    other_files: "no image in 1 class folder (bear), other files only (3 × .gif).",
+    other_case: "Only case, blanks or zeros differ: 'Bear' for 'bear'.",
+    numbers: "Numbers are not names, and ImageNet's do not follow the order of the synsets",
+    numbers_from_one: "One is counted from 0, one from 1: rename the folders.",
+    another_data_set: "No class is in both: are these two parts of one data set?",
+    another_number: "has 3 classes, the network 5",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
+def test_each_mistake_has_its_message_and_docs_data_has_it(folder, mistake):
+    if mistake in (closed, closed_above) and ROOT_USER:
+        pytest.skip("root may read everything")
+    told = MISTAKES[mistake]
+    assert f"`{told}" in (ROOT / "docs" / "data.md").read_text()
+    opens = mistake(folder)
+    try:
+        with pytest.raises(DataError) as caught:
+            opens(folder)
+    finally:
+        if mistake in (closed, closed_above):  # or the folder stays for ever
+            folder.parent.chmod(0o700)
+            (folder / "train" / "bear").chmod(0o700)
+    message = str(caught.value)
+    assert told in message and "\n" not in message
+    assert not [other for other in MISTAKES.values() if other != told and other in message]
+
+
+def test_a_folder_that_cannot_be_read_is_told_and_not_empty(folder, monkeypatch):
+    scan = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "bear":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError) as caught:
+        train(folder)
+    assert MISTAKES[closed] in str(caught.value) and str(folder / "train/bear") in str(caught.value)
+
+
+def test_links_upward_end(folder):
+    (folder / "train" / "apple" / "again").symlink_to("..")
+    (folder / "train" / "bear" / "all").symlink_to(folder)
+    (folder / "train" / "cat" / "more").symlink_to(folder / "val" / "cat")
+    assert len(train(folder)) == 36 + 3
+
+
+def test_names_that_a_person_may_take_for_the_same():
+    for one, other in (("Bear", "bear"), ("bear ", "bear"), ("01", "1"), ("é", "e\u0301")):
+        assert layout.alike(one) == layout.alike(other)
+    for one, other in (("c", "c++"), ("10", "1"), ("bear", "beer"), ("_", "-")):
+        assert layout.alike(one) != layout.alike(other)
+
+
+def test_names_of_any_bytes_can_be_shown():
+    assert layout.some(["é", "a\x1b[31m", "b\udcff"], "class").isprintable()
+
+
+def test_class_folders_deep_down_are_no_level_too_many(folder):
+    """A class folder may hold folders; only a lone one without images of its own is suspect."""
+    (folder / "train" / "apple").rename(folder / "moving")
+    (folder / "train" / "apple").mkdir()
+    (folder / "moving").rename(folder / "train" / "apple" / "red")
+    assert len(train(folder)) == 36

@@ -1,0 +1,137 @@
+"""Signals and time limits against the process itself: exit codes, and the state left behind."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cspnet import recipe as recipes
+from cspnet.train.checkpoint import load
+from tests.conftest import ROOT, TINY
+from tests.test_loop import CHILD, last, metrics, numbers, run, same
+
+TRAIN = "import sys; from cspnet.cli import main_train; sys.argv[0] = 'cspnet-train'; main_train()"
+
+
+def begin(output, *overrides, workers=0, **options):
+    """A training process of the command line, in a session of its own."""
+    arguments = ["--recipe", "digits", "--output", str(output), "--resume", "-j", str(workers)]
+    return subprocess.Popen(
+        [sys.executable, "-c", TRAIN, *arguments, *TINY, *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **options,
+    )
+
+
+def wait_for_lines(child, output, count):
+    record = output / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (record.exists() and record.read_text().count("\n") >= count):
+        assert time.monotonic() < deadline and child.poll() is None, child.stderr.read()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_in_training_saves_and_exits_75(tmp_path, number):
+    child = begin(tmp_path / "run", "schedule.steps=400", "save_every=1000", workers=1)
+    wait_for_lines(child, tmp_path / "run", 2)
+    os.killpg(child.pid, number)  # as a terminal and Slurm send it: to the workers too
+    output, errors = child.communicate(timeout=60)
+    assert child.returncode == 75 and f"{number.name}: saved at step" in errors
+    assert "Traceback" not in output + errors and "DataLoader" not in errors
+    assert last(tmp_path / "run")["step"] >= 2
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path):
+    """Without a save: the last checkpoint is as it was, and no worker is left."""
+    child = begin(tmp_path / "run", "schedule.steps=400", "save_every=2", "batch=64", workers=1)
+    wait_for_lines(child, tmp_path / "run", 3)
+    child.send_signal(signal.SIGSTOP)  # both are there before it can act on the first
+    time.sleep(0.1)
+    before = load(tmp_path / "run" / "checkpoints" / "last.pt")["step"]
+    child.send_signal(signal.SIGINT)
+    child.send_signal(signal.SIGCONT)
+    time.sleep(0.005)
+    child.send_signal(signal.SIGINT)
+    output, errors = child.communicate(timeout=60)
+    if child.returncode == 75:
+        pytest.skip("the step ended between the two signals")
+    assert child.returncode == 130, (output, errors)
+    assert last(tmp_path / "run")["step"] >= before
+    deadline = time.monotonic() + 20
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(child.pid, 0)
+            time.sleep(0.05)
+
+
+def test_sigterm_in_a_save_finishes_it(tiny, tmp_path):
+    script = CHILD.replace("original(self, content, best)\n", (
+        "os.kill(os.getpid(), signal.SIGTERM) if content['step'] == 3 else None\n"
+        "    original(self, content, best)\n"
+    ))  # fmt: skip
+    arguments = [recipes.to_text(tiny()), str(tmp_path / "cut"), "0", "-1"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True
+    )
+    assert "SIGTERM: saved at step" in done.stderr
+    assert last(tmp_path / "cut")["step"] == 4  # the wish is read after the next step
+    run(tiny(), tmp_path / "cut", resume=True)
+    run(tiny(), tmp_path / "whole")
+    assert same(last(tmp_path / "cut")["state_dict"], last(tmp_path / "whole")["state_dict"])
+    assert numbers(metrics(tmp_path / "cut")) == numbers(metrics(tmp_path / "whole"))
+
+
+def test_the_loop_of_the_documentation_ends_a_run_by_time_limits(tmp_path):
+    """Each round makes a step at least, exits with 75, and the next one goes on."""
+    text = (ROOT / "docs" / "resuming.md").read_text()
+    (script,) = re.findall(r"```sh\n(until cspnet-train .*?)```", text, re.DOTALL)
+    command = f'{sys.executable} -c "{TRAIN}" {" ".join(TINY)} schedule.steps=3 -j 0'
+    script = script.replace("cspnet-train --recipe cspdarknet53 --data data/imagenet", command)
+    script = script.replace("until", "until echo round &&").replace(
+        "--max-hours 8", "--max-hours 0.00001 --recipe digits"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        ["bash", "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("round\n") == 3
+    assert done.stderr.count("--max-hours 1e-05: saved at step") == 2
+    steps = [x["step"] for x in metrics(tmp_path / "runs" / "csp") if x["split"] == "train"]
+    assert steps == [1, 2, 3]
+
+
+def test_nothing_is_written_outside_the_run_folder(tmp_path):
+    """But for an empty folder among the temporary ones, which torch makes when imported."""
+    places = {name: tmp_path / name for name in ("home", "here", "temporary")}
+    for place in places.values():
+        place.mkdir()
+    environment = {
+        **{"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(places["home"])},
+        "TMPDIR": str(places["temporary"]),
+    }
+    arguments = ["--recipe", "digits", "--output", str(tmp_path / "run"), *TINY]
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN, *arguments, "schedule.steps=2", "-j", "1"],
+        cwd=places["here"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    left = {str(path.relative_to(tmp_path)) for p in places.values() for path in p.rglob("*")}
+    assert not {name for name in left if not name.startswith("temporary/torchinductor_")}
