@@ -18,6 +18,7 @@ HEIGHTS = [
     ["train.health"],
     ["trained"],
     ["train.job", "evaluate", "predict", "export"],
+    ["train.step", "train.fast"],
     ["report"],
     ["train.loop"],
     ["cli"],

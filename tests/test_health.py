@@ -6,10 +6,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from cspnet.data import stream
+from cspnet.data import augment, stream
 from cspnet.errors import NotFinite, OutOfMemory
 from cspnet.nets import create
-from cspnet.train import job, loop, runtime
+from cspnet.train import job, loop, runtime, step
 from cspnet.train.checkpoint import load
 from cspnet.train.health import first_not_finite
 from cspnet.train.optim import Average, learning_rate
@@ -88,8 +88,8 @@ def test_a_resume_after_a_skipped_step_is_exact(tiny, tmp_path, monkeypatch, sca
     spoil(monkeypatch, 1, 4)
     run(recipe, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "draw", lambda *a: 1 / 0 if a[1] == 5 else draw(*a))
-        draw = loop.augment.__globals__["draw"]
+        patch.setattr(step, "draw", lambda *a: 1 / 0 if a[1] == 5 else draw(*a))
+        draw = augment.draw
         with pytest.raises(ZeroDivisionError):
             run(recipe, tmp_path / "cut")
     assert last(tmp_path / "cut")["step"] == 4

@@ -16,6 +16,7 @@ from cspnet.data.sources import open_validation
 from cspnet.errors import CheckpointError, DataError, NotFinite, RecipeError, Stopped
 from cspnet.evaluate import Scores, evaluate
 from cspnet.train import job, loop
+from cspnet.train import step as train_step
 from cspnet.train.adversarial import attacked
 from cspnet.train.checkpoint import load
 from cspnet.train.optim import build_optimizer
@@ -309,10 +310,12 @@ def test_one_pass_of_four_groups_equals_four_passes_of_one(tiny, tmp_path, monke
     In float32 the last bits differ with the shape of a convolution, and a net over four pixels a
     group magnifies that: the next test.
     """
-    build, normalize = build_net, loop.normalize
+    build, normalize = build_net, train_step.normalize
     double = lambda recipe, classes: (build(recipe, len(classes)).double(), [])  # noqa: E731
     monkeypatch.setattr(job, "starting_net", double)
-    monkeypatch.setattr(loop, "normalize", lambda images, kind: normalize(images, kind).double())
+    monkeypatch.setattr(
+        train_step, "normalize", lambda images, kind: normalize(images, kind).double()
+    )
     monkeypatch.setattr(loop, "cross_entropy", lambda x, t: -(t.double() * x.log_softmax(1)).sum())
     monkeypatch.setattr(loop, "validate", lambda *_: Scores(0, 0, 0, 0, 0, 1))
     recipe = tiny("batch=32", "data.size=64", "schedule.steps=5")

@@ -25,11 +25,22 @@ def train(
     device: Device = "auto",
     workers: Workers = None,
     passes: Annotated[
-        int | None, typer.Option(help="Groups through the net at once.", show_default="1")
+        str | None,
+        typer.Option(
+            help="Groups through the net at once, or auto: as many as fit.",
+            show_default="auto on a GPU, else 1",
+        ),
     ] = None,
     compile: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="torch.compile the net.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile", help="torch.compile the net.", show_default="on a GPU"
+        ),
+    ] = None,
+    memory: Annotated[
+        str,
+        typer.Option(help="What a compiled net keeps for its gradient: fast, fit (half), tiny."),
+    ] = "fast",
     max_hours: Annotated[
         float | None,
         typer.Option(min=0, help="Save and exit with 75 after so long.", show_default="none"),
@@ -70,7 +81,8 @@ def train(
         resume=resume,
         device=device,
         workers=workers,
-        passes=passes,
+        passes=_passes(passes),
+        memory=memory,
         compile=compile,
         max_hours=max_hours,
         force=force,
@@ -79,6 +91,14 @@ def train(
     run(resolved, place, Console(soft_wrap=True, markup=False, highlight=False))
     best = place.output / "checkpoints" / "best.pt"
     print(f"done; evaluate: cspnet-eval --checkpoint {best} --data {resolved.data.root}")
+
+
+def _passes(text: str | None) -> int | str | None:
+    if text is None or text == "auto":
+        return text
+    if not text.isdecimal():
+        raise RecipeError(f"--passes {text}: must be auto or a number of groups")
+    return int(text)
 
 
 def preview(

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from rich.console import Console
 
 import cspnet
+from cspnet.data.augment import augment
 from cspnet.data.check import quick
 from cspnet.data.sources import Source, open_training, open_validation
 from cspnet.errors import CheckpointError, RecipeError
@@ -20,6 +22,7 @@ from cspnet.schema import TIMM, Recipe
 from cspnet.train.checkpoint import Checkpoints
 from cspnet.train.optim import Average, build_optimizer
 from cspnet.train.runtime import (
+    BUDGETS,
     Place,
     Precision,
     find_device,
@@ -40,11 +43,14 @@ class Job:
     precision: Precision
     workers: int
     passes: list[range]  # the groups of a step that go through the net at once
+    fit: bool  # as many of them as the device has memory for, to be found out
+    compile: bool
     training: Source
     validation: Source
     console: Console
     checkpoints: Checkpoints
     place: Place
+    augment: Callable = augment
 
 
 def prepare(recipe: Recipe, place: Place, console: Console) -> Job:
@@ -57,8 +63,17 @@ def prepare(recipe: Recipe, place: Place, console: Console) -> Job:
         torch.cuda.set_device(device)
     if precision.name == "fp32":  # not TF32, which torch lets cuDNN use
         torch.backends.cudnn.allow_tf32 = False
-    at_once = 1 if place.passes is None else place.passes
-    if at_once > 1 and recipe.model.name.startswith(TIMM):
+    on_gpu = device.type == "cuda"
+    foreign = recipe.model.name.startswith(TIMM)
+    compile = on_gpu if place.compile is None else place.compile
+    if place.memory not in BUDGETS:
+        raise RecipeError(f"--memory {place.memory}: must be {', '.join(BUDGETS)}")
+    if place.memory != "fast" and not compile:
+        raise RecipeError(
+            f"--memory {place.memory} has no effect: the net is not compiled. Add --compile"
+        )
+    at_once = 1 if place.passes in (None, "auto") else place.passes
+    if at_once > 1 and foreign:
         raise RecipeError(
             f"--passes {at_once}: BatchNorm of timm's nets takes in a whole pass; the recipe's "
             "groups need --passes 1"
@@ -82,10 +97,9 @@ def prepare(recipe: Recipe, place: Place, console: Console) -> Job:
         device=device,
         precision=precision,
         workers=find_workers(place.workers, device),
-        passes=[
-            range(first, min(first + at_once, recipe.groups))
-            for first in range(0, recipe.groups, at_once)
-        ],
+        passes=passes_of(recipe.groups, at_once),
+        fit=place.passes == "auto" or (place.passes is None and on_gpu and not foreign),
+        compile=compile,
         training=training,
         validation=validation,
         console=console,
@@ -94,6 +108,11 @@ def prepare(recipe: Recipe, place: Place, console: Console) -> Job:
         ),
         place=place,
     )
+
+
+def passes_of(groups: int, at_once: int) -> list[range]:
+    """The groups of a step in passes of `at_once`; the last one may have fewer."""
+    return [range(first, min(first + at_once, groups)) for first in range(0, groups, at_once)]
 
 
 def check_folder(place: Place) -> None:
@@ -173,7 +192,7 @@ def start(job: Job) -> TrainState:
         f"{len(job.training):,} training and {len(job.validation):,} validation images, "
         f"{len(classes):,} classes\n"
         f"device {job.device}, {job.precision.name} ({job.precision.reason}), "
-        f"{job.workers} workers, {len(job.passes)} passes per step; run folder {job.folder}"
+        f"{job.workers} workers, run folder {job.folder}"
     )
     return state
 

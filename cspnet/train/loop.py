@@ -2,12 +2,10 @@
 
 from contextlib import closing, suppress
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import nn
 
-from cspnet.data.augment import augment, draw, normalize
 from cspnet.data.loader import Groups, training_groups
 from cspnet.data.sources import display_names
 from cspnet.errors import CspnetError, NotFinite, SaveError, Stopped
@@ -15,13 +13,15 @@ from cspnet.evaluate import Scores, evaluate
 from cspnet.report.metrics import Report
 from cspnet.report.preview import sheet, write_png
 from cspnet.schema import Recipe
-from cspnet.train.adversarial import attack, attacked, strength
+from cspnet.train.adversarial import attack, strength
+from cspnet.train.fast import compile_tested, fit_passes
 from cspnet.train.health import is_finite, memory_told, not_finite, note_loss
 from cspnet.train.job import Job, check_folder, prepare, record, start
 from cspnet.train.optim import learning_rate
 from cspnet.train.optim import step as update
 from cspnet.train.runtime import Place, Stop
 from cspnet.train.state import TrainState
+from cspnet.train.step import at_most, attack_some, cross_entropy, forward, one_pass, to_device
 
 
 def train(recipe: Recipe, place: Place, console: Console) -> Scores | None:
@@ -47,9 +47,12 @@ def train(recipe: Recipe, place: Place, console: Console) -> Scores | None:
 def run(job: Job, state: TrainState, stop: Stop) -> Scores | None:
     """The steps that are left, one by one."""
     recipe = job.recipe
-    net = torch.compile(state.net) if job.place.compile else state.net
+    net, last = state.net, recipe.schedule.steps
+    if job.compile and state.step < last:
+        job, net = compile_tested(job, state, lambda job, net: one_pass(job, state, net))
+    if job.fit and state.step < last:
+        job = fit_passes(job, net, state, lambda job, net: at_most(job, state, net))
     scores = None
-    last = recipe.schedule.steps
     stream = training_groups(
         job.training, recipe, state.step, job.workers, job.device.type == "cuda"
     )
@@ -153,48 +156,6 @@ def stopped(asked: str, state: TrainState) -> Stopped:
         f"{asked}: saved at step {state.step:,} of {state.recipe.schedule.steps:,}; "
         "the same command with --resume goes on from there"
     )
-
-
-def to_device(job: Job, groups: list, step: int, part: range) -> tuple[torch.Tensor, torch.Tensor]:
-    """Augmented images in [0, 1] and soft targets of some groups of a step, on the device."""
-    images, labels = (
-        torch.cat([getattr(group, name).to(job.device, non_blocking=True) for group in groups])
-        for name in ("images", "labels")
-    )
-    draws = draw(job.recipe, step, part).to(job.device)
-    return augment(images, labels, draws, job.recipe, len(job.training.classes))
-
-
-def forward(job: Job, net: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Logits [B, K] of images in [0, 1], in the run's precision."""
-    with job.precision.autocast(job.device):
-        return net(normalize(images, job.recipe.data.normalize))
-
-
-def attack_some(
-    job: Job, state: TrainState, net: nn.Module, images, targets, part: range
-) -> torch.Tensor:
-    """The images of a pass, those of the attacked groups changed by the net against itself."""
-    recipe = job.recipe
-    chosen = attacked(recipe, state.step, part)
-    if not chosen.any():
-        return images
-    chosen = torch.from_numpy(np.flatnonzero(np.repeat(chosen, recipe.group)))
-    chosen = chosen.to(job.device, non_blocking=True)
-    changed = attack(
-        lambda seen: forward(job, net, seen),
-        state.net,
-        images[chosen],
-        targets[chosen] if recipe.adversarial.target == "label" else None,
-        strength(state.step, recipe),
-        state.scaler.scale(torch.ones((), device=job.device)),
-    )
-    return images.index_copy(0, chosen, changed)
-
-
-def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Sum over the images of the cross-entropy with soft targets [B, K], in float32."""
-    return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 def validate(job: Job, state: TrainState, stop: Stop) -> Scores:

@@ -10,11 +10,15 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from cspnet.errors import RecipeError
 
+# Share of the activations that a compiled net may keep for the backward pass; the rest is computed
+# again, but for `tiny` no convolution is (benchmarks/memory.py).
+BUDGETS = {"fast": 1.0, "fit": 0.6, "tiny": 0.3}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -26,8 +30,10 @@ class Place:
     resume: bool = False
     device: str = "auto"
     workers: int | None = None
-    passes: int | None = None  # groups through the net at once; None: one
-    compile: bool | None = None
+    # Groups through the net at once; "auto": as many as fit; None: auto on a GPU, else one.
+    passes: int | Literal["auto"] | None = None
+    compile: bool | None = None  # None: on a GPU
+    memory: str = "fast"  # a key of BUDGETS, for a compiled net
     max_hours: float | None = None
     force: bool = False  # resume with other settings
     stop_when_full: bool = False  # a full disk ends the run, and does not only pause its saving

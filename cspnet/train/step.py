@@ -1,0 +1,83 @@
+"""What a step is made of: images onto the device, the attack, the forward pass, the loss."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from cspnet.data.augment import draw, normalize
+from cspnet.data.loader import Groups
+from cspnet.train.adversarial import attack, attacked, strength
+from cspnet.train.job import Job
+from cspnet.train.state import TrainState
+
+
+def to_device(job: Job, groups: list, step: int, part: range) -> tuple[torch.Tensor, torch.Tensor]:
+    """Augmented images in [0, 1] and soft targets of some groups of a step, on the device."""
+    images, labels = (
+        torch.cat([getattr(group, name).to(job.device, non_blocking=True) for group in groups])
+        for name in ("images", "labels")
+    )
+    draws = draw(job.recipe, step, part).to(job.device)
+    return job.augment(images, labels, draws, job.recipe, len(job.training.classes))
+
+
+def forward(job: Job, net: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Logits [B, K] of images in [0, 1], in the run's precision."""
+    with job.precision.autocast(job.device):
+        return net(normalize(images, job.recipe.data.normalize))
+
+
+def attack_some(
+    job: Job, state: TrainState, net: nn.Module, images, targets, part: range
+) -> torch.Tensor:
+    """The images of a pass, those of the attacked groups changed by the net against itself."""
+    recipe = job.recipe
+    chosen = attacked(recipe, state.step, part)
+    if not chosen.any():
+        return images
+    chosen = torch.from_numpy(np.flatnonzero(np.repeat(chosen, recipe.group)))
+    chosen = chosen.to(job.device, non_blocking=True)
+    changed = attack_all(job, state, net, images[chosen], targets[chosen])
+    return images.index_copy(0, chosen, changed)
+
+
+def attack_all(job: Job, state: TrainState, net: nn.Module, images, targets) -> torch.Tensor:
+    """The images, changed by the net against itself with the strength of the step."""
+    return attack(
+        lambda seen: forward(job, net, seen),
+        state.net,
+        images,
+        targets if job.recipe.adversarial.target == "label" else None,
+        strength(state.step, job.recipe),
+        state.scaler.scale(torch.ones((), device=job.device)),
+    )
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum over the images of the cross-entropy with soft targets [B, K], in float32."""
+    return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def one_pass(job: Job, state: TrainState, net: nn.Module, attacked: bool = False) -> torch.Tensor:
+    """Loss of the first pass of the coming step, with its backward pass, for a trial."""
+    groups, part = Groups(job.training, job.recipe), job.passes[0]
+    step = min(state.step, job.recipe.schedule.steps - 1)
+    images, targets = to_device(job, [groups[step, group] for group in part], step, part)
+    if attacked:
+        images = attack_all(job, state, net, images, targets)
+    loss = cross_entropy(forward(job, net, images), targets) / job.recipe.batch
+    state.scaler.scale(loss).backward()
+    return loss.detach()
+
+
+def at_most(job: Job, state: TrainState, net: nn.Module) -> torch.Tensor:
+    """What takes the most memory: a pass with the attack, and a batch of a validation."""
+    loss = one_pass(job, state, net, attacked=job.recipe.adversarial.strength > 0)
+    size = job.recipe.data.size
+    batch = torch.rand(job.recipe.batch, 3, size, size, device=job.device)
+    weights = state.average.tensors if state.average else {}
+    state.net.eval()
+    with torch.no_grad(), job.precision.autocast(job.device):
+        torch.func.functional_call(state.net, weights, (batch,))
+    state.net.train()
+    return loss

@@ -1,0 +1,121 @@
+"""Compiled kernels are tested before they are trusted; passes are tried before the first step."""
+
+import functools
+
+import pytest
+import torch
+from rich.console import Console
+
+from cspnet.errors import OutOfMemory, RecipeError
+from cspnet.train import fast, job, loop
+from cspnet.train.runtime import Place
+from tests.test_loop import last, metrics, run, same
+
+
+@pytest.fixture
+def console():
+    return Console(record=True, file=open("/dev/null", "w"), width=500)
+
+
+@pytest.fixture
+def aot(monkeypatch):
+    """The compiler without its code generation: traced, partitioned, and run by eager kernels."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+
+
+def trained(recipe, folder, console, **place):
+    place = Place(folder, device="cpu", workers=0, **place)
+    return loop.train(recipe, place, console)
+
+
+def test_a_compiled_run_has_the_losses_of_the_eager_one(tiny, tmp_path, console, aot):
+    # At a low rate: a high one magnifies the last bits within a few steps.
+    attacked = ["adversarial.strength=5", "schedule.warmup_steps=1", "optim.learning_rate=0.001"]
+    recipe = tiny("schedule.steps=4", "data.size=64", "model.width=0.25", *attacked)
+    run(recipe, tmp_path / "eager")
+    trained(recipe, tmp_path / "fast", console, compile=True, memory="fit")
+    assert "compiled, tested: gradient within" in console.export_text()
+    assert torch._functorch.config.activation_memory_budget == 0.6
+    losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("eager", "fast")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("fault", ["wrong", "raises"])
+def test_a_faulty_compiler_is_told_and_not_used(tiny, tmp_path, console, monkeypatch, fault):
+    def compile(function, **_):
+        def faulty(*arguments):
+            if fault == "raises":
+                raise RuntimeError("no C compiler found\nand so on")
+            result = function(*arguments)
+            return result * 1.5 if isinstance(function, torch.nn.Module) else result
+
+        return faulty
+
+    monkeypatch.setattr(torch, "compile", compile)
+    recipe = tiny("schedule.steps=3")
+    trained(recipe, tmp_path / "fast", console, compile=True)
+    told = console.export_text()
+    assert "NOT COMPILED" in told
+    assert ("no C compiler found" if fault == "raises" else "is not the eager one") in told
+    monkeypatch.undo()
+    run(recipe, tmp_path / "eager")
+    assert same(last(tmp_path / "fast")["state_dict"], last(tmp_path / "eager")["state_dict"])
+
+
+def prepared(recipe, folder, console, **place):
+    work = job.prepare(recipe, Place(folder, device="cpu", workers=0, **place), console)
+    return work, job.start(work)
+
+
+@pytest.mark.parametrize("room, passes", [(9, [4]), (3, [2, 2]), (1, [1, 1, 1, 1])])
+def test_the_fewest_passes_that_fit_are_found_and_leave_no_trace(
+    tiny, tmp_path, console, room, passes
+):
+    work, state = prepared(tiny("batch=32"), tmp_path / "run", console, passes="auto")
+    assert work.fit
+    before = {name: tensor.clone() for name, tensor in state.net.state_dict().items()}
+    tried = []
+
+    def trial(work, net):
+        tried.append(len(work.passes[0]))
+        loss = loop.at_most(work, state, net)  # moves the running statistics, leaves gradients
+        if tried[-1] > room:
+            raise torch.OutOfMemoryError("too much")
+        return loss
+
+    found = fast.fit_passes(work, state.net, state, trial)
+    assert [len(part) for part in found.passes] == passes
+    assert [group for part in found.passes for group in part] == [0, 1, 2, 3]
+    assert tried[-2:] == [passes[0]] * 2, "the one that fits was tried twice"
+    assert same(dict(state.net.state_dict()), before) and state.net.training
+    assert all(weight.grad is None for weight in state.net.parameters())
+
+
+def test_a_group_that_does_not_fit_says_what_to_change(tiny, tmp_path, console):
+    work, state = prepared(tiny("batch=32", "data.size=64"), tmp_path / "run", console)
+
+    def trial(work, net):
+        raise torch.OutOfMemoryError("too much")
+
+    with pytest.raises(OutOfMemory, match=r"single group of 8 images of 64×64.*data\.size=32"):
+        fast.fit_passes(work, state.net, state, trial)
+
+
+def test_a_run_that_finds_its_passes_equals_one_that_is_told(tiny, tmp_path, console):
+    recipe = tiny("batch=32", "adversarial.strength=5", "schedule.warmup_steps=1")
+    run(recipe, tmp_path / "told", passes=4)
+    trained(recipe, tmp_path / "found", console, passes="auto")
+    assert "4 groups of 8 images at once, 1 passes per step" in console.export_text()
+    for part in ("state_dict", "state_dict_ema", "optimizer"):
+        assert same(last(tmp_path / "found")[part], last(tmp_path / "told")[part])
+
+
+def test_presets_without_effect_or_unknown_are_refused(tiny, tmp_path, console):
+    for place, told in (
+        ({"memory": "fit"}, "has no effect: the net is not compiled"),
+        ({"memory": "huge", "compile": True}, "must be fast, fit, tiny"),
+        ({"passes": 9}, "so give 1 to 2"),
+    ):
+        with pytest.raises(RecipeError, match=told):
+            prepared(tiny(), tmp_path / "run", console, **place)
