@@ -210,6 +210,12 @@ def _contradictions(recipe: Recipe) -> list[str]:
     if recipe.data.size % 32:
         size = max(32, round(recipe.data.size / 32) * 32)
         problems.append(f"data.size ({recipe.data.size}) must be a multiple of 32: try {size}")
+    first = recipe.data.start_size
+    if first is not None and (first % 32 or first >= recipe.data.size):
+        problems.append(
+            f"data.start_size ({first}) must be a multiple of 32 below data.size "
+            f"({recipe.data.size})"
+        )
     if mix.probability > 0:
         if not (mix.cutmix or mix.mosaic):
             problems.append(

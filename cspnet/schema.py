@@ -44,10 +44,17 @@ class Data:
     root: str = "data/imagenet"
     # Side of the square that the net sees, pixels.
     size: int = within(256, 32, 1024)
+    # Side at the start of the run, which grows by 32 pixels at a time, for equal numbers of steps,
+    # until it is `size` from this share of the schedule on.
+    start_size: int | None = within(None, 32, 1024)
+    full_size_from: float = within(0.8, 0, 1)
     # "none" leaves RGB in [0, 1]; "imagenet" subtracts the mean, divides by the standard deviation.
     normalize: Literal["none", "imagenet"] = "none"
     # The run stops where more than this share of the training images has turned out unreadable.
     max_unreadable: float = within(0.01, 0, 1)
+    # Decode a JPEG at half or a quarter of its size where its view is so much smaller anyway: less
+    # work for large photos; pixels differ a little, the geometry does not.
+    scaled_decode: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +172,15 @@ class Recipe:
         """Groups in an optimizer step."""
         return self.batch // self.group
 
+    def size_at(self, step: int) -> int:
+        """Side of the training images in a step, pixels."""
+        first, last = self.data.start_size, self.data.size
+        if first is None:
+            return last
+        stages = (last - first) // 32  # before the last one
+        done = step / (self.data.full_size_from * self.schedule.steps or 1)
+        return first + 32 * min(stages, int(done * stages))
+
 
 def _foreign(recipe: Recipe) -> str:
     return "model.name is one of timm's" if recipe.model.name.startswith(TIMM) else ""
@@ -181,6 +197,7 @@ def _unattacked(recipe: Recipe) -> str:
 # Why a field has no effect in a recipe; empty where it has one.
 IDLE = {
     "archive_keep": lambda r: "" if r.archive_every else "archive_every is 0",
+    "data.full_size_from": lambda r: "data.start_size is not given" * (r.data.start_size is None),
     "model.activation": _foreign,
     "model.leaky_slope": lambda r: (
         _foreign(r) or ("" if r.model.activation == "leaky" else "model.activation is mish")
@@ -197,4 +214,11 @@ IDLE = {
     "adversarial.target": _unattacked,
 }
 # Fields that ask for nothing at this value: a recipe need not give them.
-OFF = {"archive_every": 0, "model.weights": None, "model.freeze": 0, "optim.backbone_lr": None}
+OFF = {
+    "archive_every": 0,
+    "data.start_size": None,
+    "data.scaled_decode": False,
+    "model.weights": None,
+    "model.freeze": 0,
+    "optim.backbone_lr": None,
+}

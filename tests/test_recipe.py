@@ -46,6 +46,9 @@ def test_overrides_win_over_the_file(tmp_path):
         ("model.name=resnet", "must be one of cspdarknet53, darknet53"),
         ("model.name=cspdarknet35", "Did you mean 'cspdarknet53'"),
         ("model.freeze=2", "give model.weights"),
+        ("data.start_size=100", "data.start_size (100) must be a multiple of 32 below data.size"),
+        ("data.start_size=256", "data.start_size (256) must be a multiple of 32 below data.size"),
+        ("data.full_size_from=0.5", "has no effect, since data.start_size is not given"),
         ("batch=big", "batch: Value 'big'"),
         ("batch=2.5", "batch: Value '2.5'"),
         ("batch", "not of the form section.key=value"),
@@ -70,6 +73,15 @@ def test_overrides_win_over_the_file(tmp_path):
 )
 def test_wrong_override_is_told_with_its_key(override, told):
     assert told in problems(None, override)
+
+
+def test_images_grow_to_their_full_size():
+    recipe = recipes.load(recipes.find("cspdarknet53-budget"), [])
+    sizes = [recipe.size_at(step) for step in range(0, 400_000, 1000)]
+    assert [sizes.count(size) for size in (128, 160, 192, 224, 256)] == [80] * 5
+    assert sizes == sorted(sizes) and recipe.size_at(399_999) == recipe.size_at(320_000) == 256
+    assert recipe.size_at(319_999) == 224
+    assert {recipes.load(None, []).size_at(step) for step in (0, 10**6)} == {256}
 
 
 def test_every_problem_is_in_one_message(tmp_path):
@@ -150,7 +162,8 @@ def rows_of_sources():
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_field_of_every_recipe_has_a_source(path):
-    everything = [p.stem for p in SHIPPED if p.stem not in ("digits", "cifar10", "finetune")]
+    others = ("digits", "cifar10", "finetune", "cspdarknet53-budget")
+    everything = [p.stem for p in SHIPPED if p.stem not in others]
     sources, said = {}, {}
     for field, value, names, source in rows_of_sources():
         listed = everything if names == "all for ImageNet" else names.split(", ")

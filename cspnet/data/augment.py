@@ -53,7 +53,7 @@ def draw(recipe: Recipe, step: int, groups: range) -> Draws:
     for place, group in enumerate(groups):
         rng = stream.random(recipe.seed, stream.GROUP, step, group)
         colours = _draw_colours(rng, recipe.group, recipe.augment)
-        partners, boxes = _draw_mix(rng, recipe.group, recipe.data.size, recipe.mix)
+        partners, boxes = _draw_mix(rng, recipe.group, recipe.size_at(step), recipe.mix)
         drawn.append((*colours, partners + place * recipe.group, boxes))
     hue, saturation, value, partners, boxes = (
         torch.from_numpy(np.concatenate(part)) for part in zip(*drawn, strict=True)
@@ -182,7 +182,7 @@ def augment(
     pixels = colour(pixels, draws)
     if recipe.mix.probability > 0:
         pixels = mix_images(pixels, draws)
-    targets = soft_targets(labels, draws, recipe.data.size, classes, recipe.loss.smoothing)
+    targets = soft_targets(labels, draws, images.shape[1], classes, recipe.loss.smoothing)
     return pixels.contiguous(memory_format=torch.channels_last), targets
 
 

@@ -7,38 +7,22 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-from torch.utils.tensorboard import SummaryWriter
 
 from cspnet.data.loader import Batch
 from cspnet.data.sources import Source
 from cspnet.errors import DataError, SaveError
 from cspnet.evaluate import Scores
+from cspnet.report.board import Board
 from cspnet.train.state import TrainState
 
-TAGS = {
-    "loss": "train/loss",
-    "lr": "train/lr",
-    "images_per_second": "perf/images_per_second",
-    "data_wait": "perf/data_wait",
-    "loss_scale": "amp/loss_scale",
-    "skipped": "amp/skipped",
-}
 BAD_SHARE = 0.5  # of a group: beyond it the data set is at fault, not an image
-
-
-class _NoBoard:
-    """In the place of a SummaryWriter that cannot write."""
-
-    def __getattr__(self, _: str) -> Callable:
-        return lambda *arguments, **options: None
 
 
 class Report:
@@ -60,13 +44,12 @@ class Report:
         # Events of the last step are purged too where its validation is still to come, and those of
         # training are written again from the record.
         pending = state.validated < state.step
-        self._board = _NoBoard()
-        with self._view():
-            purge = state.step + (not pending)
-            self._board = SummaryWriter(str(folder / "tb"), purge_step=purge)
+        self._board = Board(
+            folder / "tb", state.step + (not pending), lambda text: console.print(text, style="red")
+        )
         line = last_line(folder / "metrics.jsonl")
         if pending and line and line["step"] == state.step:
-            self._show(line)
+            self._board.train(line)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -86,8 +69,7 @@ class Report:
 
     def __exit__(self, *_) -> None:
         self._bar.stop()
-        with suppress(OSError):
-            self._board.close()
+        self._board.close()
         with suppress(SaveError):
             self.flush()
         self._file.close()
@@ -144,7 +126,7 @@ class Report:
             "unreadable": len(self.unreadable),
         }
         self._write("train", metrics)
-        self._show({"step": state.step, **metrics})
+        self._board.train({"step": state.step, **metrics})
         numbers = (
             f"step {state.step:,}  epoch {state.epoch:.2f}  loss {loss:.4f}  lr {float(rate):.2e}  "
             f"{speed:,.0f} images/s  {_spell(left)} left"
@@ -156,13 +138,6 @@ class Report:
             self.console.print(f"the loss at step {state.step:,} is {loss}", style="red")
         self.restart_clock()
         return True
-
-    def _show(self, metrics: dict) -> None:
-        """A line of training as TensorBoard's scalars."""
-        with self._view():
-            for key, tag in TAGS.items():
-                if metrics.get(key) is not None:
-                    self._board.add_scalar(tag, metrics[key], metrics["step"])
 
     def unsaved(self, error: SaveError) -> None:
         """After a save that failed, and that the run goes on without."""
@@ -190,10 +165,7 @@ class Report:
             "images": scores.images,
         }
         self._write("val", metrics)
-        with self._view():
-            for key in ("top1", "top5", "loss"):
-                self._board.add_scalar(f"val/{key}", metrics[key], state.step)
-            self._board.flush()
+        self._board.validation(metrics, state.step)
         averaged = " (averaged weights)" if state.average else ""
         self.console.print(
             f"validation at step {state.step:,}: top-1 {scores.top1:.2f} %  "
@@ -209,8 +181,7 @@ class Report:
 
     def picture(self, name: str, page: np.ndarray) -> None:
         """A picture, uint8 RGB [H, W, 3], for TensorBoard."""
-        with self._view():
-            self._board.add_image(name, page, self.state.step, dataformats="HWC")
+        self._board.picture(name, page, self.state.step)
 
     def _write(self, split: str, metrics: dict) -> None:
         state = self.state
@@ -233,19 +204,6 @@ class Report:
             raise SaveError(
                 f"{self.folder / 'metrics.jsonl'} could not be written ({error.strerror})"
             ) from None
-
-    @contextmanager
-    def _view(self) -> Iterator[None]:
-        """TensorBoard may fail, on a full disk; the record has what it would have shown."""
-        try:
-            yield
-        except OSError as error:
-            self._board = _NoBoard()
-            self.console.print(
-                f"TensorBoard's events cannot be written ({error.strerror}): none until the next "
-                "start",
-                style="red",
-            )
 
     def _tell_unreadable(self, group: Batch) -> None:
         for index in group.unreadable:

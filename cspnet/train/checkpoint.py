@@ -50,6 +50,11 @@ class Checkpoints:
         there = len({path.stat().st_ino for path in self._all()})
         return (wanted - there) * self.size - shutil.disk_usage(_existing(self.folder)).free
 
+    def clean(self) -> None:
+        """Removes what a save that was killed has left half-written."""
+        with contextlib.suppress(OSError):
+            (self.folder / ".last.pt.tmp").unlink(missing_ok=True)
+
     def save(self, content: dict, best: bool = False) -> None:
         """Writes last.pt, and keeps the one before; with `best`, the same file is best.pt too.
 
@@ -76,15 +81,11 @@ class Checkpoints:
             os.replace(temporary, self.last)
             self._last_is_good = True
             _sync_folder(self.folder)
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:  # torch's writer has a RuntimeError for a full disk
+        except OSError as error:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
-            reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
             raise SaveError(
-                f"{self.last} could not be written ({reason}); the earlier one is untouched"
+                f"{self.last} could not be written ({error.strerror}); the earlier one is untouched"
             ) from None
         for surplus in self.archives()[: -self.archive_keep] if self.archive_every else []:
             with contextlib.suppress(OSError):
@@ -125,9 +126,13 @@ class Checkpoints:
 
 
 def write(content: dict, path: Path) -> None:
-    """A sealed checkpoint that has reached the disk. OSError or RuntimeError; half a file then."""
+    """A sealed checkpoint that has reached the disk. OSError, and half a file then."""
     with open(path, "w+b") as file:
-        torch.save(content, file)
+        told = _Told(file)
+        try:
+            torch.save(content, told)
+        except RuntimeError:
+            raise told.error or OSError(0, "torch could not write it") from None
         file.seek(-2, os.SEEK_END)
         file.write(struct.pack("<H", SEAL_SIZE))  # the length of the archive's comment
         file.seek(0)
@@ -135,6 +140,23 @@ def write(content: dict, path: Path) -> None:
         file.write(SEAL + digest)
         file.flush()
         os.fsync(file.fileno())
+
+
+class _Told:
+    """A file that remembers why it could not be written; torch's writer has words of its own."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.error = file, None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def is_sealed(path: Path) -> bool:

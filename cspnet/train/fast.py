@@ -41,6 +41,8 @@ def compile_tested(job: Job, state: TrainState, trial: Trial) -> tuple[Job, nn.M
         state.net.load_state_dict(kept)
         return loss, gradients
 
+    # A graph for each size, number of groups and mode: more than torch expects of one function.
+    torch._dynamo.config.recompile_limit = 64
     try:
         fast = replace(alone, augment=torch.compile(job.augment, dynamic=False))
         net = torch.compile(state.net, dynamic=False)

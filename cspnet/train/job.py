@@ -5,6 +5,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -174,6 +175,7 @@ def start(job: Job) -> TrainState:
             f"{job.folder} is at step {state.step:,}, past schedule.steps={recipe.schedule.steps:,}"
         )
     job.checkpoints.size = state.size
+    job.checkpoints.clean()
     _require_room(job)
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
@@ -204,7 +206,10 @@ def _parameters(net: torch.nn.Module) -> str:
 
 
 def record(job: Job, state: TrainState, event: str, remarks: list[str] | None = None) -> None:
-    """One line more in history.jsonl, which is never cut back: when the run started and stopped."""
+    """One line more in history.jsonl, which is never cut back: when the run started and stopped.
+
+    On a full disk there is none.
+    """
     line = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "event": event,
@@ -212,7 +217,7 @@ def record(job: Job, state: TrainState, event: str, remarks: list[str] | None = 
         "device": str(job.device),
         "remarks": remarks or [],
     }
-    with open(job.folder / "history.jsonl", "a") as file:
+    with suppress(OSError), open(job.folder / "history.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
 
 

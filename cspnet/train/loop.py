@@ -1,6 +1,6 @@
 """The training loop, in the order of time."""
 
-from contextlib import closing, suppress
+from contextlib import closing
 
 import torch
 from rich.console import Console
@@ -37,8 +37,7 @@ def train(recipe: Recipe, place: Place, console: Console) -> Scores | None:
     try:
         scores = run(job, state, stop)
     except CspnetError as error:
-        with suppress(OSError):
-            record(job, state, "stop", [str(error).partition("\n")[0]])
+        record(job, state, "stop", [str(error).partition("\n")[0]])
         raise
     record(job, state, "done")
     return scores

@@ -59,9 +59,9 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def one_pass(job: Job, state: TrainState, net: nn.Module, attacked: bool = False) -> torch.Tensor:
-    """Loss of the first pass of the coming step, with its backward pass, for a trial."""
+    """Loss of the first pass of the last step, with its backward pass, for a trial."""
     groups, part = Groups(job.training, job.recipe), job.passes[0]
-    step = min(state.step, job.recipe.schedule.steps - 1)
+    step = job.recipe.schedule.steps - 1  # at the full size
     images, targets = to_device(job, [groups[step, group] for group in part], step, part)
     if attacked:
         images = attack_all(job, state, net, images, targets)
