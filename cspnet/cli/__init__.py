@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from cspnet.cli.datasets import check
+from cspnet.cli.datasets import check, index, pack
 from cspnet.cli.results import evaluate, export, predict
 from cspnet.cli.training import preview, train
 from cspnet.errors import CspnetError, Stopped
@@ -49,6 +49,8 @@ def main() -> None:
             ("eval", evaluate),
             ("predict", predict),
             ("check", check),
+            ("index", index),
+            ("pack", pack),
             ("preview", preview),
             ("export", export),
         )

@@ -1,8 +1,10 @@
-"""The commands of a data set: `check`."""
+"""The commands of a data set: `check`, `index`, `pack`."""
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -32,30 +34,124 @@ def check(
     Counts the classes, compares those of train/ and val/, reads every file, and looks for pictures
     that lie there twice. The exit code is 1 where something is wrong, 2 where the path is.
     """
+    from cspnet.data.check import check as look_through
+
+    require_folder("--json", json_file)
+    with _progress("files") as progress:
+        report = look_through(data, _processes(workers), progress)
+    if json_file:
+        write_text(json_file, json.dumps(report.to_dict(), indent=2) + "\n")
+    if str(json_file) != "-":
+        _print(report.lines())
+    if report.count("error"):
+        raise typer.Exit(1)
+
+
+def index(
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA",
+            help="Data root with tar files for parts, or a single folder of tar files.",
+            show_default=False,
+        ),
+    ],
+) -> None:
+    """Reads the headers of tar files, and saves where their images lie. cspnet index data/packed
+
+    Training makes the same index where it is missing or old. This one is always made anew, and
+    names all that is wrong. The exit code is 1 where something in a tar file is wrong, 2 where the
+    path is.
+    """
+    from cspnet.data.members import Unfit
+    from cspnet.data.shards import Shards, Tars
+    from cspnet.data.sources import places, require_classes
+    from cspnet.errors import DataError
+
+    lines, sources, wrong = [], [], False
+    for name, place in places(data).items():
+        if not isinstance(place, Tars):
+            lines.append(("", f"{name}: class folders, which need no index"))
+            continue
+        try:
+            with _progress("tar files") as progress:
+                source = Shards(place, again=True, progress=progress)
+        except Unfit as error:
+            wrong = True
+            lines += [("error", f"error: {name}: {problem}") for problem in error.problems]
+            continue
+        sources.append(source)
+        counts = f"images {len(source):,}, classes {len(source.classes):,}"
+        lines.append(("", f"{name}: tar files {len(place.files):,}, {counts}; {place.index}"))
+    if len(sources) == 2:
+        try:
+            require_classes(sources[1], sources[0].classes, data)
+        except DataError as error:
+            wrong = True
+            lines.append(("error", f"error: {error}"))
+    _print(lines)
+    if wrong:
+        raise typer.Exit(1)
+
+
+def pack(
+    data: Annotated[
+        str,
+        typer.Argument(metavar="DATA", help="Data root; it stays as it is.", show_default=False),
+    ],
+    to: Annotated[Path, typer.Option(help="New folder for the packed set.", show_default=False)],
+    short: Annotated[int, typer.Option(min=32, help="Pixels of the shorter side.")] = 320,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="Quality of the JPEGs.")] = 92,
+    shard_mb: Annotated[int, typer.Option(min=1, help="MB of a tar file.")] = 256,
+    labels: Annotated[
+        str, typer.Option(metavar="index|name", help="What a .cls holds: class index, or name.")
+    ] = "index",
+    workers: Workers = None,
+) -> None:
+    """Scales a data set down once, into tar files. cspnet pack data/imagenet --to data/packed
+
+    They keep their order, so that training sees the same stream. Smaller images are copied byte for
+    byte; the others lose detail for good. Interrupted, it goes on with the same command. The exit
+    code is 1 where images could not be read: they are named and left out.
+    """
+    from cspnet.data.pack import Settings, summary
+    from cspnet.data.pack import pack as pack_parts
+
+    if labels not in ("name", "index"):
+        raise RecipeError(f"--labels {labels}: must be name or index")
+    settings = Settings(short, quality, shard_mb, labels)
+    with _progress("images") as progress:
+        parts = pack_parts(data, to, settings, _processes(workers), progress)
+    _print(summary(parts, settings))
+    if any(shard.unreadable for shards in parts.values() for shard in shards):
+        raise typer.Exit(1)
+
+
+def _processes(workers: int | None) -> int:
+    """How many are asked for, or as many as there are cores."""
+    if workers is not None and workers < 0:
+        raise RecipeError(f"--workers {workers}: must be 0 (none) or more")
+    return min(16, len(os.sched_getaffinity(0))) if workers is None else workers
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal; what it yields is told how many are done, and of how many."""
     from rich.console import Console
     from rich.progress import Progress
 
-    from cspnet.data.check import check as look_through
-
-    if workers is not None and workers < 0:
-        raise RecipeError(f"--workers {workers}: must be 0 (none) or more")
-    require_folder("--json", json_file)
-    to_stdout = str(json_file) == "-"
     notes = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False)
     with Progress(console=notes, transient=True, disable=not notes.is_terminal) as bar:
-        task = bar.add_task("files", total=None)
-        report = look_through(
-            data,
-            min(16, len(os.sched_getaffinity(0))) if workers is None else workers,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    if json_file:
-        write_text(json_file, json.dumps(report.to_dict(), indent=2) + "\n")
-    if not to_stdout:
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path may be any bytes
-        console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
-        styles = {"error": "red", "warning": "yellow"}
-        for severity, line in report.lines():
-            console.print(line, style=styles.get(severity))
-    if report.count("error"):
-        raise typer.Exit(1)
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _print(lines: Iterable[tuple[str, str]]) -> None:
+    """Prints lines, each with the severity of what it is about."""
+    from rich.console import Console
+
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path may be any bytes
+    console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
+    styles = {"error": "red", "warning": "yellow"}
+    for severity, line in lines:
+        console.print(line, style=styles.get(severity))

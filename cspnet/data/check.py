@@ -11,16 +11,19 @@ from pathlib import Path
 from statistics import median
 
 from cspnet.data import findings as find
-from cspnet.data import layout
+from cspnet.data import layout, shards
 from cspnet.data.contents import of_contents
 from cspnet.data.findings import Finding
+from cspnet.data.shards import Shards
 from cspnet.data.sources import (
     Digits,
     Folder,
     Source,
     existing,
-    training_folder,
-    validation_folder,
+    has_parts,
+    open_place,
+    training_place,
+    validation_place,
 )
 from cspnet.errors import DataError
 from cspnet.schema import DIGITS
@@ -125,16 +128,16 @@ def _open(data: str) -> tuple[dict[str, Source], list[Finding]]:
     if data == DIGITS:
         return {"train": Digits(train=True), "val": Digits(train=False)}, []
     folder = existing(data)
-    if not any(os.path.lexists(folder / name) for name in ("train", *layout.VALIDATION)):
-        single = Folder(folder, empty=True)
-        if not layout.class_folders(folder):  # but folders of folders: a root, in disguise
+    if not has_parts(folder):
+        single = open_place(shards.inside(folder) or folder, empty=True)
+        if isinstance(single, Folder) and not layout.class_folders(folder):  # a root, in disguise
             raise DataError(layout.no_training(folder))
         return {Path(os.path.abspath(folder)).name: single}, []
     sources: dict[str, Source] = {}
     findings = []
-    for name, locate in (("train", training_folder), ("val", validation_folder)):
+    for name, locate in (("train", training_place), ("val", validation_place)):
         try:
-            sources[name] = Folder(locate(data), empty=True)
+            sources[name] = open_place(locate(data), empty=True)
         except DataError as error:
             findings.append(Finding("layout", "error", str(error)))
     return sources, findings
@@ -142,5 +145,7 @@ def _open(data: str) -> tuple[dict[str, Source], list[Finding]]:
 
 def _part(name: str, source: Source) -> Part:
     folder = str(source.root) if isinstance(source, Folder) else DIGITS
+    if isinstance(source, Shards):
+        folder = source.tars.where
     counts = find.image_counts(source).tolist()
     return Part(name, folder, dict(zip(source.classes, counts, strict=True)))

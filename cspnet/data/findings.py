@@ -44,8 +44,10 @@ def of_classes(name: str, source: Source) -> Iterator[Finding]:
     counts = image_counts(source)
     middle = float(np.median(counts))
     without = [source.classes[k] for k in np.flatnonzero(counts == 0)]
-    if without and isinstance(source, Folder):
-        told = layout.empty(source.root, without)
+    if without:
+        told = f"{name}: no image of {layout.some(without, 'class')}, which classes.txt lists"
+        if isinstance(source, Folder):
+            told = layout.empty(source.root, without)
         yield Finding("empty class", "error", told, classes=without)
     if len(counts) == 1:
         told = f"{name}: one class only ({source.classes[0]}); training needs two"

@@ -12,8 +12,9 @@ from typing import Protocol
 
 import numpy as np
 
-from cspnet.data import layout
+from cspnet.data import layout, shards
 from cspnet.data.layout import SUFFIXES, VALIDATION
+from cspnet.data.shards import Shards, Tars
 from cspnet.errors import DataError
 from cspnet.schema import DIGITS
 
@@ -148,18 +149,21 @@ def find_images(paths: list[str]) -> list[str]:
     return list(found.values())
 
 
-def open_training(root: str) -> Source:
-    """The training images below a data root."""
-    return Digits(train=True) if root == DIGITS else Folder(training_folder(root))
+def open_training(root: str, save: bool = True) -> Source:
+    """The training images below a data root; an index that has to be made is saved if `save`."""
+    return Digits(train=True) if root == DIGITS else open_place(training_place(root), save=save)
 
 
-def open_validation(root: str, classes: list[str] | None, count: int | None = None) -> Source:
+def open_validation(
+    root: str, classes: list[str] | None, count: int | None = None, save: bool = True
+) -> Source:
     """The validation images below a data root, or in a val folder itself, with `classes` as labels.
 
     Raises DataError where the folder's classes are not exactly `classes`, by name; where the net
     has no names (None), unless there are `count` of them.
     """
-    source = Digits(train=False) if root == DIGITS else Folder(validation_folder(root))
+    digits = root == DIGITS
+    source = Digits(train=False) if digits else open_place(validation_place(root), save=save)
     if classes is not None:
         require_classes(source, classes, root)
     elif len(source.classes) != count:
@@ -167,11 +171,46 @@ def open_validation(root: str, classes: list[str] | None, count: int | None = No
     return source
 
 
+def open_place(place: Path | Tars, empty: bool = False, save: bool = True) -> Source:
+    """The images in class folders or in tar files; `empty` and `save` as theirs."""
+    return Shards(place, empty, save) if isinstance(place, Tars) else Folder(place, empty)
+
+
+def training_place(root: str) -> Path | Tars:
+    """The tar files or the folder with the training images of a data root. Raises DataError."""
+    if tars := shards.beside(existing(root), ("train",)):
+        return tars
+    folder = training_folder(root)
+    return shards.inside(folder) or folder
+
+
+def validation_place(root: str) -> Path | Tars:
+    """The same for validation; `root` itself where it is such a folder. Raises DataError."""
+    if tars := shards.beside(existing(root), VALIDATION):
+        return tars
+    folder = validation_folder(root)
+    return shards.inside(folder) or folder
+
+
+def places(root: str) -> dict[str, Path | Tars]:
+    """The parts of a data root, or the folder itself where it is a single one. Raises DataError."""
+    folder = existing(root)
+    if has_parts(folder):
+        return {"train": training_place(root), "val": validation_place(root)}
+    return {Path(os.path.abspath(folder)).name: shards.inside(folder) or folder}
+
+
+def has_parts(folder: Path) -> bool:
+    """Whether something in a folder has the name of a part of a data set. Raises DataError."""
+    names = ("train", *VALIDATION)
+    return any(os.path.lexists(folder / name) or shards.beside(folder, (name,)) for name in names)
+
+
 def training_folder(root: str) -> Path:
     """The folder train/ of a data root. Raises DataError where there is none."""
     folder = existing(root)
     if not os.path.isdir(folder / "train"):
-        raise DataError(layout.no_training(folder))
+        raise DataError(shards.is_part(folder) or layout.no_training(folder))
     return folder / "train"
 
 
@@ -185,7 +224,7 @@ def validation_folder(root: str) -> Path:
         return folder / named[0]
     if os.path.isdir(folder / "train"):
         raise DataError(layout.no_validation(folder))
-    if mistake := layout.training_as_validation(folder):
+    if mistake := shards.no_validation(folder) or layout.training_as_validation(folder):
         raise DataError(mistake)
     return folder
 

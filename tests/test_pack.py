@@ -1,0 +1,311 @@
+"""A data set scaled down into tar files: the same order, all or nothing, the source untouched."""
+
+import errno
+import io
+import json
+import os
+import re
+import shutil
+import tarfile
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from cspnet.data import pack as packing
+from cspnet.data import sources
+from cspnet.data.decode import Unreadable, decode
+from cspnet.data.loader import Groups
+from cspnet.data.pack import Settings, pack, shrink
+from cspnet.errors import CspnetError, DataError
+from cspnet.recipe import load
+from tests.conftest import ROOT, picture
+
+# Pictures of 80×60 are scaled; of one MB or so a tar file, which nothing here reaches.
+SMALL = Settings(short=40, quality=90, shard_mb=1, labels="name")
+
+
+def encoded(kind, image=None, **options):
+    file = io.BytesIO()
+    (image or Image.fromarray(picture(1))).save(file, kind, **options)
+    return file.getvalue()
+
+
+def small_shards(monkeypatch, most=20_000):
+    """Tar files of some bytes, not megabytes: several a part."""
+    add = packing._Tar.size.fget
+    monkeypatch.setattr(packing._Tar, "size", property(lambda tar: add(tar) + 10**6 - most))
+
+
+def snapshot(root):
+    """Every file below a folder: its bytes; and time of change, where that may not differ."""
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(Path(root).rglob("*"))
+        if path.is_file() and path.name != "index.cspnet"
+    }
+
+
+def times(root):
+    return {str(path): path.stat().st_mtime_ns for path in sorted(Path(root).rglob("*"))}
+
+
+def samples(file):
+    """The samples of a tar file as webdataset groups them (tariterators.base_plus_ext)."""
+    groups: dict[str, dict[str, bytes]] = {}
+    with tarfile.open(file) as tar:
+        for member in tar:
+            key, field = re.fullmatch(r"((?:.*/|)[^.]+)[.]([^/]*)", member.name).groups()
+            assert member.isreg() and field not in groups.get(key, {})
+            groups.setdefault(key, {})[field] = tar.extractfile(member).read()
+    return groups
+
+
+def test_an_image_is_scaled_to_its_shorter_side_or_left_as_it_is():
+    data = encoded("JPEG")
+    assert shrink(data, 60, 90) is data and shrink(data, 61, 90) is data
+    for short in (59, 40, 32):
+        small = decode(shrink(data, short, 90))
+        assert small.shape == (short, round(80 * short / 60), 3)
+        want = cv2.resize(decode(data), small.shape[1::-1], interpolation=cv2.INTER_AREA)
+        assert np.abs(want.astype(int) - small).mean() < 5  # colours at half size
+    assert len(shrink(data, 40, 95)) > len(shrink(data, 40, 50))
+    ribbon = encoded("PNG", Image.new("RGB", (5000, 50)))
+    assert decode(shrink(ribbon, 40, 90)).shape == (40, 4000, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = shrink(encoded("JPEG", exif=exif), 40, 90)
+    assert decode(turned).shape == (53, 40, 3) and not Image.open(io.BytesIO(turned)).getexif()
+    for bad in (b"", data[:50], encoded("PNG", Image.new("L", (40_000, 1)))):
+        with pytest.raises(Unreadable):
+            shrink(bad, 40, 90)
+
+
+def test_any_reader_opens_the_samples(folder, tmp_path):
+    (folder / "train" / "bear" / "a.b.JPEG").write_bytes(encoded("JPEG"))
+    (folder / "train" / "bear" / "ü.png").write_bytes(encoded("PNG", Image.new("RGB", (30, 20))))
+    report = pack(str(folder), tmp_path / "out", SMALL)
+    plain = sources.open_training(str(folder))
+    found = samples(tmp_path / "out" / "train" / "000000.tar")
+    assert len(found) == 38 and list(found) == sorted(found)
+    for index, (key, sample) in enumerate(found.items()):
+        assert re.fullmatch(f"{index:08d}-[A-Za-z0-9_-]*", key)
+        label = plain.classes[plain.labels[index]]
+        assert sample.pop("cls") == label.encode()
+        ((kind, data),) = sample.items()
+        assert kind == ("png" if plain.name(index).endswith("png") else "jpg")
+        original = decode(plain.read(index)[0])
+        assert Image.open(io.BytesIO(data)).size[::-1] == (
+            (40, 53) if min(original.shape[:2]) > 40 else original.shape[:2]
+        )
+    assert (tmp_path / "out/train/classes.txt").read_text() == "apple\nbear\ncat\n"
+    (shard,) = report["train"]
+    assert (shard.encoded, shard.copied, shard.unreadable) == (37, 1, [])
+    assert shard.before == sum(len(plain.read(index)[0]) for index in range(38))
+
+
+def test_the_stream_is_that_of_the_folder(folder, tmp_path, monkeypatch):
+    small_shards(monkeypatch)
+    before, then = snapshot(folder), times(folder)
+    for name, short in (("copied", 60), ("scaled", 59)):
+        pack(str(folder), tmp_path / name, Settings(short, 95, 1, "name"))
+    assert snapshot(folder) == before and times(folder) == then
+    assert len(list((tmp_path / "copied" / "train").glob("*.tar"))) > 2
+    recipe = load(None, ["data.size=32", "batch=8", "group=4", "mix.share=2"])
+    plain, copied, scaled = (
+        Groups(sources.open_training(str(root)), recipe)
+        for root in (folder, tmp_path / "copied", tmp_path / "scaled")
+    )
+    for step in range(9):
+        one, same, other = plain[step, 0], copied[step, 0], scaled[step, 0]
+        assert one.images.equal(same.images) and one.labels.equal(same.labels)
+        assert one.labels.equal(other.labels)
+        difference = (one.images.int() - other.images.int()).abs().float().mean()
+        assert 0 < difference < 4, "the same pictures, in nearly the same pixels"
+    assert len(sources.open_validation(str(tmp_path / "scaled"), ["apple", "bear", "cat"])) == 9
+
+
+def test_the_number_of_threads_changes_nothing(folder, tmp_path, monkeypatch):
+    small_shards(monkeypatch)
+    steps = []
+    pack(str(folder), tmp_path / "a", SMALL, 0, lambda *step: steps.append(step))
+    pack(str(folder), tmp_path / "b", SMALL, 3)
+    assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
+    assert steps == sorted(steps) and steps[0] == (0, 45) and steps[-1] == (45, 45)
+
+
+def test_tar_files_are_packed_again_and_not_written_to(folder, tmp_path):
+    pack(str(folder), tmp_path / "a", Settings(50, 95, 1, "name"))
+    for file in (tmp_path / "a").rglob("index.cspnet"):
+        file.unlink()
+    before = times(tmp_path / "a")
+    pack(str(tmp_path / "a"), tmp_path / "b", SMALL)
+    assert times(tmp_path / "a") == before
+    plain, packed = (sources.open_training(str(root)) for root in (folder, tmp_path / "b"))
+    assert packed.labels.tolist() == plain.labels.tolist()
+    assert packed.name(35).endswith(":00000035-00000035-9.jpg")
+
+
+def test_classes_that_are_numbers_are_written_as_indices(folder, tmp_path):
+    for part in ("train", "val"):
+        for old, new in (("apple", "10"), ("bear", "2"), ("cat", "0")):
+            (folder / part / old).rename(folder / part / new)
+    pack(str(folder), tmp_path / "a", SMALL)
+    source = sources.open_training(str(tmp_path / "a"))
+    assert source.classes == ["0", "10", "2"]
+    assert source.labels.tolist() == sources.open_training(str(folder)).labels.tolist()
+    labels = [sample["cls"] for sample in samples(tmp_path / "a/val/000000.tar").values()]
+    assert labels == [b"0"] * 3 + [b"1"] * 3 + [b"2"] * 3
+
+
+def test_labels_by_index_for_readers_that_want_them(folder, tmp_path):
+    pack(str(folder), tmp_path / "a", Settings(40, 90, 1, "index"))
+    labels = [sample["cls"] for sample in samples(tmp_path / "a/val/000000.tar").values()]
+    assert labels == [b"0"] * 3 + [b"1"] * 3 + [b"2"] * 3
+    assert len(sources.open_validation(str(tmp_path / "a"), ["apple", "bear", "cat"])) == 9
+
+
+def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(folder, tmp_path, monkeypatch):
+    """The interruption comes before each rename, and after each."""
+    small_shards(monkeypatch)
+    (folder / "train" / "bear" / "1.jpg").write_bytes(b"")
+    report = pack(str(folder), tmp_path / "whole", SMALL)
+    whole = snapshot(tmp_path / "whole")
+    replace, out, calls = os.replace, tmp_path / "out", []
+
+    def count(*names, crash=(0, "")):
+        calls.append(names)
+        if crash == (len(calls), "before"):
+            raise KeyboardInterrupt
+        replace(*names)
+        if crash == (len(calls), "after"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", count)
+    pack(str(folder), out, SMALL)
+    crashes = [(n, when) for n in range(1, len(calls) + 1) for when in ("before", "after")]
+    assert len(crashes) > 20
+    for crash in crashes[:-1]:  # after the last one, all is done
+        shutil.rmtree(out)
+        calls.clear()
+        monkeypatch.setattr(os, "replace", partial(count, crash=crash))
+        with pytest.raises(KeyboardInterrupt):
+            pack(str(folder), out, SMALL)
+        monkeypatch.setattr(os, "replace", replace)
+        if "train" not in os.listdir(out):
+            with pytest.raises(DataError, match="has no folder train/"):
+                sources.open_training(str(out))
+        assert pack(str(folder), out, SMALL) == report
+        assert snapshot(out) == whole
+
+
+def test_what_is_packed_is_not_packed_again(folder, tmp_path, monkeypatch):
+    small_shards(monkeypatch)
+    done, out = [], tmp_path / "out"
+
+    def count(data, *how, full=10**6):
+        done.append(data)
+        if len(done) == full:
+            raise KeyboardInterrupt
+        return shrink(data, *how)
+
+    monkeypatch.setattr(packing, "shrink", lambda *how: count(*how, full=30))
+    with pytest.raises(KeyboardInterrupt):
+        pack(str(folder), out, SMALL)
+    kept = json.loads((out / "pack.json").read_text())["parts"]["train"][-1]["end"]
+    assert kept > 5
+    (out / ".train" / "000001.tar").write_bytes(b"x")  # and what was kept is looked at
+    done.clear()
+    monkeypatch.setattr(packing, "shrink", count)
+    second = json.loads((out / "pack.json").read_text())["parts"]["train"][1]["start"]
+    pack(str(folder), out, SMALL)
+    assert len(done) == 45 - second
+    assert len(sources.open_training(str(out))) == 36
+
+
+def interrupted(folder, out):
+    (out / ".train").mkdir(parents=True)
+    sized = {"train": sources.open_training(str(folder))}
+    sized["val"] = sources.open_validation(str(folder), sized["train"].classes)
+    packing._Journal(shutil.rmtree(out) or out, SMALL, sized)
+
+
+def refusals(folder, out):
+    """Folders that are refused, each with what the message says."""
+    out.mkdir()
+    (out / "x").touch()
+    yield out, SMALL, "is not empty, and no interrupted pack"
+    yield out / "x", SMALL, "is a file. Give a folder"
+    yield folder, SMALL, "may not lie in each other"
+    yield folder / "train" / "packed", SMALL, "may not lie in each other"
+    yield folder.parent, SMALL, "may not lie in each other"
+    (folder.parent / "link").symlink_to(folder / "val")
+    yield folder.parent / "link" / "packed", SMALL, "may not lie in each other"
+    interrupted(folder, out)
+    yield out, Settings(48, 90, 1, "index"), "with --short 40, --labels name. Give the same"
+    (folder / "train" / "apple" / "new.jpg").write_bytes(encoded("JPEG"))
+    yield out, SMALL, "an interrupted pack of other images"
+    (out / "pack.json").write_text('{"plan": 3}')
+    yield out, SMALL, "pack.json is damaged"
+    shutil.rmtree(out)
+    pack(str(folder), out, SMALL)
+    yield out, SMALL, "holds a finished pack"
+    for part in ("train", "val"):
+        (folder / part / "bear").rename(folder / part / "be\nar")
+    yield folder.parent / "new", SMALL, "a name that is no line"
+
+
+def test_folders_that_are_refused(folder, tmp_path):
+    for out, settings, told in refusals(folder, tmp_path / "out"):
+        before = times(tmp_path)
+        with pytest.raises(DataError) as caught:
+            pack(str(folder), out, settings)
+        assert told in str(caught.value) and "\n" not in str(caught.value)
+        assert times(tmp_path) == before
+
+
+def test_a_full_disk_is_told_and_survived(folder, tmp_path, monkeypatch):
+    small_shards(monkeypatch)
+    calls, fsync = [], os.fsync
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        CspnetError, match=r"No space left.*What is packed stays: make room"
+    ) as told:
+        pack(str(folder), tmp_path / "out", SMALL, workers=2)
+    assert told.value.exit_code == 1
+    pack(str(folder), tmp_path / "out", SMALL)
+    assert len(sources.open_training(str(tmp_path / "out"))) == 36
+
+
+def test_the_command_says_what_it_did_and_names_what_it_left_out(folder, command, tmp_path):
+    bear = folder / "train" / "bear"
+    (bear / "3.jpg").write_bytes(b"\xff\xd8 torn")
+    (bear / "4\x1b.jpg").write_bytes(b"")
+    (bear / "5.jpg").unlink()
+    (bear / "5.jpg").symlink_to("gone")
+    arguments = ("pack", "data", "--to", "out", "--short", 40, "-j", 2)
+    done = command("main", *arguments, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "train: tar files 1, images 34, " in done.stdout and "\x1b" not in done.stdout
+    assert "34 scaled to a shorter side of 40 pixels as JPEG of quality 92, 0 copied" in done.stdout
+    assert "has other pixels than before" in done.stdout
+    for told in ("3.jpg: not a readable image", "5.jpg: No such file or directory"):
+        assert f"error: train: left out: data/train/bear/{told}" in done.stdout
+    assert done.stdout.count("left out") == 3
+    assert len(sources.open_training(str(tmp_path / "out"))) == 34
+    again = command("main", *arguments, cwd=tmp_path)
+    assert again.returncode == 2 and "holds a finished pack" in again.stderr
+    for wrong in (("--short", 0), ("--quality", 101), ("--labels", "x"), ("-j", -1)):
+        done = command("main", "pack", "data", "--to", "new", *wrong, cwd=tmp_path)
+        assert done.returncode == 2 and not (tmp_path / "new").exists()
+    assert "What is lost" in (ROOT / "docs" / "data.md").read_text()
