@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo demo-clean test test-slow test-gpu lint
+.PHONY: help demo demo-clean test test-slow test-gpu lint bench bench-gpu
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -29,3 +29,12 @@ test-slow: .venv/ready  ## the tests that take minutes
 
 test-gpu: .venv/ready  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+bench: .venv/ready  ## the benchmarks that a CPU can run, as JSON in results/ (minutes)
+	mkdir -p results
+	$(BIN)/python benchmarks/memory.py --json results/memory.json
+	$(BIN)/python benchmarks/step.py --json results/step.json
+	$(BIN)/python benchmarks/infer.py --json results/infer.json
+
+bench-gpu: .venv/ready  ## every figure that wants a GPU, in nine minutes, as JSON in results/
+	$(BIN)/python benchmarks/gpu.py --out results
