@@ -53,7 +53,7 @@ class Data:
     # The run stops where more than this share of the training images has turned out unreadable.
     max_unreadable: float = within(0.01, 0, 1)
     # Decode a JPEG at half or a quarter of its size where its view is so much smaller anyway: less
-    # work for large photos; pixels differ a little, the geometry does not.
+    # work for large photos, the same geometry, averages of pixels where the plain warp skips some.
     scaled_decode: bool = False
 
 

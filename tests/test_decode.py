@@ -1,3 +1,4 @@
+import io
 import math
 import subprocess
 import sys
@@ -6,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
@@ -129,6 +131,137 @@ def test_share_of_views_with_a_black_border():
         inside = (corners >= -1) & (corners <= np.array([500, 375]))
         bordered += not inside.all()
     assert abs(bordered / 20_000 - 0.40) <= 0.02
+
+
+def jpeg(image, **options):
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", **{"quality": 95} | options)
+    return file.getvalue()
+
+
+def turned(orientation):
+    exif = Image.Exif()
+    exif[decode.ORIENTATION] = orientation
+    return exif
+
+
+def test_the_size_of_a_jpeg_is_known_before_it_is_decoded():
+    image = picture(9, 51, 77)
+    described = Image.Exif()
+    described[0x010E] = "a picture that nobody turned"
+    upright = [{}, {"progressive": True}, {"exif": described}, {"exif": turned(1)}, {"xmp": b"<x>"}]
+    for options in upright:
+        assert decode.jpeg_size(jpeg(image, **options)) == (77, 51), options
+    assert decode.jpeg_size(jpeg(image[:, :, 0])) == (77, 51)
+    for orientation in (0, 2, 3, 6, 8, 77):
+        assert decode.jpeg_size(jpeg(image, exif=turned(orientation))) is None
+    broken = jpeg(image, exif=described).replace(b"\x01\x0e\x00\x02", b"\x01\x0e\x00\xff")
+    assert decode.jpeg_size(broken) in (None, (77, 51))
+    assert decode.jpeg_size(cv2.imencode(".png", image)[1].tobytes()) is None
+
+
+def test_the_size_of_a_damaged_jpeg_is_unknown_or_a_pair():
+    whole = jpeg(picture(10, 51, 77), exif=turned(1))
+    frame = whole.index(b"\xff\xc0")
+    for end in range(frame + 9):
+        assert decode.jpeg_size(whole[:end]) is None
+    rng = np.random.default_rng(0)
+    for _ in range(2000):
+        damaged = bytearray(whole[: frame + 20])
+        damaged[rng.integers(len(damaged))] = rng.integers(256)
+        size = decode.jpeg_size(bytes(damaged))
+        assert size is None or min(size) > 0
+
+
+@pytest.mark.parametrize("shape", [(300, 400), (301, 401), (403, 299)])
+@pytest.mark.parametrize("resize, factor", [((0.9, 1.0), 2), ((0.5, 0.6), 4)])
+def test_a_reduced_decode_moves_nothing(monkeypatch, shape, resize, factor):
+    """A bright spot lies in the view where the matrix takes it, to a tenth of a pixel."""
+    size, augment = 128, Augment(resize=resize, aspect=1.0)
+    if factor == 4:
+        size = 120  # 300 / (0.6 * 120) is above 4
+    decoded = []
+    original = decode.decode
+    monkeypatch.setattr(
+        decode, "decode", lambda data, reduce=1: (decoded.append(reduce), original(data, reduce))[1]
+    )
+    rows, columns = np.mgrid[: shape[0], : shape[1]]
+    yy, xx = np.mgrid[:size, :size]
+    for seed in range(8):
+        x, y = (np.random.default_rng(seed).uniform(0.3, 0.7, 2) * shape[::-1]).tolist()
+        spot = 255 * np.exp(-((columns - x) ** 2 + (rows - y) ** 2) / (2 * 12**2))
+        image = np.repeat(spot.astype(np.uint8)[:, :, None], 3, 2)
+        matrix = decode.train_matrix(stream.random(0, 1, seed), *shape[::-1], size, augment)
+        expected = np.linalg.solve(matrix[:, :2], np.array([x, y]) - matrix[:, 2])
+        data = jpeg(image, quality=100)
+        view = decode.scaled_train_view(data, stream.random(0, 1, seed), size, augment)
+        weights = view[:, :, 0] / view[:, :, 0].sum()
+        found = np.array([(weights * xx).sum(), (weights * yy).sum()])
+        assert np.abs(found - expected).max() < 0.1
+    assert decoded == [factor] * 8
+
+
+def test_reduced_views_differ_little_and_only_where_they_shrink_by_two():
+    augment, size, reduced = Augment(), 64, 0
+    for position in range(60):
+        image = picture(position, 201, 267)
+        data = jpeg(image)
+        matrix = decode.train_matrix(stream.random(0, 1, position), 267, 201, size, augment)
+        shrinks = min(np.linalg.svd(matrix[:, :2], compute_uv=False))
+        view = decode.scaled_train_view(data, stream.random(0, 1, position), size, augment)
+        whole = decode.decode(data)
+        plain = decode.train_view(whole, stream.random(0, 1, position), size, augment)
+        if shrinks < 2:
+            assert (view == plain).all()
+        else:
+            reduced += 1
+            # But for the rim, where bilinear sampling fades into the black of a pixel outside.
+            inside = cv2.erode(plain.any(2).astype(np.uint8), np.ones((5, 5)), borderValue=0) > 0
+            assert np.abs(view.astype(int) - plain)[inside].mean() < 1
+    assert 20 < reduced < 60
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_header_that_tells_something_else_than_the_decoder(monkeypatch, orientation):
+    """Then, and for what EXIF turns, the image is decoded whole, with the same random numbers."""
+    data, augment = jpeg(picture(11, 300, 401), exif=turned(orientation)), Augment()
+    plain = decode.train_view(decode.decode(data), stream.random(0, 1, 2), 64, augment)
+    if orientation == 1:
+        monkeypatch.setattr(decode, "jpeg_size", lambda data: (300, 401))
+    view = decode.scaled_train_view(data, stream.random(0, 1, 2), 64, augment)
+    assert (view == plain).all()
+
+
+def test_views_are_written_where_they_are_wanted():
+    image, augment = picture(12, 100, 130), Augment()
+    data = jpeg(image, quality=100)
+    makes = [
+        lambda out: decode.train_view(image, stream.random(0, 1, 0), 64, augment, out),
+        lambda out: decode.scaled_train_view(data, stream.random(0, 1, 0), 64, augment, out),
+        lambda out: decode.evaluation_view(image, 64, Evaluate(), out),
+        lambda out: decode.evaluation_view(image, 64, Evaluate(resize="antialias"), out),
+        lambda out: decode.evaluation_view(image[:64, :64], 64, Evaluate(), out),
+    ]
+    for make in makes:
+        batch = np.full((3, 64, 64, 3), 7, np.uint8)
+        assert np.shares_memory(make(batch[1]), batch)
+        assert (batch[1] == make(None)).all() and batch[1].flags.c_contiguous
+        assert (batch[0] == 7).all() and (batch[2] == 7).all()
+
+
+@pytest.mark.parametrize("shape", [(375, 500), (500, 333), (64, 64), (8, 8), (100, 1), (2, 300)])
+@pytest.mark.parametrize("crop", [1.0, 0.8])
+def test_corner_aligned_evaluation_is_torchs(shape, crop):
+    """Of noise, where any shift would show: at most one level apart, and that hardly ever."""
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    short = math.floor(64 / crop)
+    new = [max(short, side * short // min(shape)) for side in shape]
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    whole = F.interpolate(pixels, new, mode="bilinear", align_corners=True)
+    top, left = (int((side - 64) / 2) for side in new)
+    expected = whole[0, :, top : top + 64, left : left + 64].permute(1, 2, 0).round().numpy()
+    difference = np.abs(decode.evaluation_view(image, 64, Evaluate(crop=crop)) - expected)
+    assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
 
 
 @pytest.mark.parametrize("shape", [(375, 500), (500, 375), (333, 333), (90, 64), (300, 301)])

@@ -1,19 +1,35 @@
 """Groups of decoded images, from any step on, and the batches of an evaluation.
 
-A worker makes a whole group at once and hands it over through shared memory. Nothing depends on the
-number of workers: a group is a function of the seed and of its address in the stream.
+A worker makes a whole group at once. Nothing depends on the number of workers: a group is a
+function of the seed and of its address in the stream.
+
+The images are written where they stay, into slots of memory that the processes share: the main
+process hands out a free slot with each address and gets back the slot's number and the labels. A
+slot is free again when nobody holds its images any more. Fresh memory for each group would cost as
+much as a tenth of the decoding, for the pages alone.
 """
 
+import atexit
+import contextlib
+import itertools
+import math
 import signal
-from collections.abc import Generator, Iterator
-from typing import NamedTuple
+import weakref
+from collections.abc import Collection, Generator, Iterator
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from cspnet.data import stream
-from cspnet.data.decode import Unreadable, decode, evaluation_view, train_view
+from cspnet.data.decode import (
+    Unreadable,
+    decode,
+    evaluation_view,
+    scaled_train_view,
+    train_view,
+)
 from cspnet.data.sources import Source
 from cspnet.schema import Evaluate, Recipe
 
@@ -30,31 +46,110 @@ class Batch(NamedTuple):
     unreadable: list[int]  # indices of the files that could not be read
 
 
-class Groups(Dataset):
+class Slots:
+    """Memory for a number of batches of images, `size` bytes each, which all processes share."""
+
+    numbers = itertools.count()
+    # Those of this process by number: where a batch looks for its images when it arrives.
+    here: ClassVar = weakref.WeakValueDictionary()
+
+    def __init__(self, count: int, size: int):
+        self.number = next(self.numbers)
+        self.memory = torch.empty(count, size, dtype=torch.uint8).share_memory_()
+        self._free = list(range(count))
+        self.here[self.number] = self
+
+    def take(self) -> int | None:
+        """A free slot; None where there is none."""
+        return self._free.pop() if self._free else None
+
+    def images(self, slot: int, shape: tuple[int, ...]) -> torch.Tensor:
+        """The images in a slot, uint8 of that shape."""
+        return self.memory[slot, : math.prod(shape)].view(shape)
+
+    def lend(self, slot: int, shape: tuple[int, ...]) -> torch.Tensor:
+        """The same, of a slot that was taken: when the last tensor on them goes, it is free."""
+        images = self.images(slot, shape).numpy()
+        weakref.finalize(images, self._free.append, slot).atexit = False
+        return torch.from_numpy(images)  # holds on to that very array, as do all views of it
+
+
+class Place(NamedTuple):
+    """What to make, and where: the slot is None where memory has to be found for it."""
+
+    address: Any
+    slot: int | None
+
+
+class Parcel:
+    """A batch whose images lie in a slot. Unpickled in the main process, it is a Batch."""
+
+    def __init__(self, slots: Slots, slot: int, batch: Batch):
+        images, labels, mask, *rest = batch
+        self._content = (slots.number, slot, images.shape, labels.numpy(), mask.numpy(), *rest)
+
+    def __reduce__(self):
+        return _unpack, self._content
+
+
+def _unpack(
+    number: int, slot: int, shape: torch.Size, labels: np.ndarray, mask: np.ndarray, *rest
+) -> Batch:
+    images = Slots.here[number].lend(slot, shape)
+    return Batch(images, torch.from_numpy(labels), torch.from_numpy(mask), *rest)
+
+
+class Made(Dataset):
+    """Batches by address. With slots, an address comes as a Place, and the batch as a Parcel."""
+
+    slots: Slots | None = None
+
+    def __init__(self, source: Source, count: int, size: int):
+        self.source, self.count, self.size = source, count, size
+
+    def __getitem__(self, address: Any) -> Batch | Parcel:
+        address, slot = address if isinstance(address, Place) else (address, None)
+        size = self.size_at(address)
+        shape = (self.count, size, size, 3)
+        if slot is None:
+            return self.make(address, torch.empty(shape, dtype=torch.uint8))
+        return Parcel(self.slots, slot, self.make(address, self.slots.images(slot, shape)))
+
+    def size_at(self, address: Any) -> int:
+        """Side of the images at an address, at most `size`."""
+        return self.size
+
+    def make(self, address: Any, images: torch.Tensor) -> Batch:
+        """The batch at an address, its images written into the given ones, uint8 [B, S, S, 3]."""
+        raise NotImplementedError
+
+
+class Groups(Made):
     """Training groups by address: `groups[step, group]`."""
 
     def __init__(self, source: Source, recipe: Recipe):
-        self.source = source
+        super().__init__(source, recipe.group, recipe.data.size)
         self.recipe = recipe
 
-    def __getitem__(self, address: tuple[int, int]) -> Batch:
-        recipe, size = self.recipe, self.recipe.data.size
-        images = torch.empty(recipe.group, size, size, 3, dtype=torch.uint8)
+    def size_at(self, address: tuple[int, int]) -> int:
+        return self.recipe.size_at(address[0])
+
+    def make(self, address: tuple[int, int], images: torch.Tensor) -> Batch:
+        recipe, views = self.recipe, images.numpy()
         labels = torch.empty(recipe.group, dtype=torch.int64)
         mask = torch.ones(recipe.group, dtype=torch.bool)
         replaced, unreadable = 0, set()
-        for slot, position in enumerate(stream.positions(*address, recipe.batch, recipe.group)):
+        for row, position in enumerate(stream.positions(*address, recipe.batch, recipe.group)):
             index = stream.index_at(recipe.seed, position, len(self.source))
-            view, labels[slot], failed = self._readable(index, position)
-            images[slot] = torch.from_numpy(view)
+            labels[row], failed = self._view_readable(index, position, views[row])
             replaced += bool(failed)
             unreadable.update(failed)
         return Batch(images, labels, mask, replaced, sorted(unreadable))
 
-    def _readable(self, index: int, position: int) -> tuple[np.ndarray, int, list[int]]:
-        """View and label of the image at `index`, or of the next one that can be read.
+    def _view_readable(self, index: int, position: int, view: np.ndarray) -> tuple[int, list[int]]:
+        """Writes the view of the image at `index`, or of the next one that can be read.
 
-        Nothing in that is random. With the indices of those that could not be read.
+        Nothing in that is random. Its label, and the indices of those that could not be read.
         """
         recipe, failed = self.recipe, []
         for offset in range(TRIES):
@@ -62,13 +157,15 @@ class Groups(Dataset):
             rng = stream.random(recipe.seed, stream.VIEW, position)
             try:
                 data, label = self.source.read(candidate)
-                view = train_view(decode(data), rng, recipe.data.size, recipe.augment)
-                return view, label, failed
+                if recipe.data.scaled_decode:
+                    scaled_train_view(data, rng, len(view), recipe.augment, view)
+                else:
+                    train_view(decode(data), rng, len(view), recipe.augment, view)
+                return label, failed
             except (OSError, Unreadable):
                 failed.append(candidate)
-        # So many in a row: black, with the right label.
-        black = np.zeros((recipe.data.size, recipe.data.size, 3), np.uint8)
-        return black, int(self.source.labels[index]), failed
+        view[:] = 0  # so many in a row: black, with the right label
+        return int(self.source.labels[index]), failed
 
 
 class Addresses:
@@ -77,36 +174,56 @@ class Addresses:
     def __init__(self, start: int, stop: int, groups: int):
         self.start, self.stop, self.groups = start, stop, groups
 
+    def __len__(self) -> int:
+        return max(0, self.stop - self.start) * self.groups
+
     def __iter__(self) -> Iterator[tuple[int, int]]:
         for step in range(self.start, self.stop):
             for group in range(self.groups):
                 yield step, group
 
 
-class Batches(Dataset):
-    """Evaluation batches of one fixed shape; under the mask, each image exactly once."""
+class Places:
+    """Addresses, each with a slot that is free when its turn comes."""
 
-    def __init__(self, source: Source, batch: int, size: int, how: Evaluate):
-        self.source, self.batch, self.size, self.how = source, batch, size, how
+    def __init__(self, addresses: Collection, slots: Slots):
+        self.addresses, self.slots = addresses, slots
 
     def __len__(self) -> int:
-        return -(-len(self.source) // self.batch)
+        return len(self.addresses)
 
-    def __getitem__(self, number: int) -> Batch:
-        images = torch.zeros(self.batch, self.size, self.size, 3, dtype=torch.uint8)
-        labels = torch.zeros(self.batch, dtype=torch.int64)
-        mask = torch.zeros(self.batch, dtype=torch.bool)
+    def __iter__(self) -> Iterator[Place]:
+        for address in self.addresses:
+            yield Place(address, self.slots.take())
+
+
+class Batches(Made):
+    """Evaluation batches of one fixed shape, by number; under the mask, each image exactly once."""
+
+    def __init__(self, source: Source, batch: int, size: int, how: Evaluate):
+        super().__init__(source, batch, size)
+        self.how = how
+
+    def __len__(self) -> int:
+        return -(-len(self.source) // self.count)
+
+    def make(self, address: int, images: torch.Tensor) -> Batch:
+        views = images.numpy()
+        labels = torch.zeros(self.count, dtype=torch.int64)
+        mask = torch.zeros(self.count, dtype=torch.bool)
         unreadable: list[int] = []
-        first = number * self.batch
-        for slot, index in enumerate(range(first, min(first + self.batch, len(self.source)))):
-            labels[slot] = int(self.source.labels[index])
-            mask[slot] = True
+        first = address * self.count
+        indices = range(first, min(first + self.count, len(self.source)))
+        views[len(indices) :] = 0
+        for row, index in enumerate(indices):
+            labels[row] = int(self.source.labels[index])
+            mask[row] = True
             try:
                 image = decode(self.source.read(index)[0])
-                view = evaluation_view(image, self.size, self.how)
-                images[slot] = torch.from_numpy(view)
+                evaluation_view(image, self.size, self.how, views[row])
             except (OSError, Unreadable):
-                unreadable.append(index)  # stays black and counts: a val set is never thinned
+                views[row] = 0  # black, and counts: a val set is never thinned
+                unreadable.append(index)
         return Batch(images, labels, mask, len(unreadable), unreadable)
 
 
@@ -116,7 +233,8 @@ def training_groups(
     """Groups in the order of the stream from step `start` to the end of the schedule."""
     addresses = Addresses(start, recipe.schedule.steps, recipe.groups)
     ahead = max(2, -(-2 * recipe.groups // max(1, workers)))  # two steps' worth in all
-    return _load(Groups(source, recipe), addresses, workers, pin, ahead)
+    # A pass may hold all groups of a step while those of the next one are fetched.
+    return _load(Groups(source, recipe), addresses, workers, pin, ahead, held=2 * recipe.groups)
 
 
 def evaluation_batches(
@@ -124,29 +242,53 @@ def evaluation_batches(
 ) -> Generator[Batch, None, None]:
     """Every image of the source once, in its order, in the view that `how` asks for."""
     batches = Batches(source, batch, size, how)
-    return _load(batches, range(len(batches)), workers, pin, ahead=2)
+    return _load(batches, range(len(batches)), workers, pin, ahead=2, held=2)
 
 
 def _load(
-    dataset: Dataset, sampler, workers: int, pin: bool, ahead: int
+    made: Made, addresses: Collection, workers: int, pin: bool, ahead: int, held: int
 ) -> Generator[Batch, None, None]:
-    """The items of the sampler in its order. Closing the generator ends the workers."""
+    """The batches at the addresses, in their order. Closing the generator ends the workers.
+
+    Each worker is `ahead` batches ahead, at most; of `held` at a time the memory is used again.
+    """
+    order = addresses
+    if workers:
+        count = min(len(addresses), workers * ahead + held)
+        # Without room for that in shared memory (a container's /dev/shm), batches are copied into
+        # it as they come.
+        with contextlib.suppress(RuntimeError):
+            made.slots = Slots(count, made.count * made.size**2 * 3)
+            order = Places(addresses, made.slots)
     loader = DataLoader(
-        dataset,
-        batch_size=None,  # an item is a group already
-        sampler=sampler,
+        made,
+        batch_size=None,  # an item is a batch already
+        sampler=order,
         num_workers=workers,
         pin_memory=pin,
         prefetch_factor=ahead if workers else None,
         worker_init_fn=_start_worker,
     )
     iterator = iter(loader)
+    _open.append(iterator)
     try:
         yield from iterator
     finally:
         # Its destructor tells the workers to end; left to the interpreter's exit, they would be
         # sent SIGTERM, which they ignore.
+        _open[:] = [other for other in _open if other is not iterator]
         del iterator, loader
+
+
+_open: list[Iterator] = []
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Ends the workers of what was never closed: at exit they would be waited for, for ever."""
+    for iterator in _open:
+        if hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()
 
 
 def _start_worker(_: int) -> None:

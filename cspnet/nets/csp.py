@@ -15,7 +15,7 @@ from math import lcm, sqrt
 import torch
 from torch import Tensor, nn
 
-from cspnet.nets.layers import ConvNormAct, GroupBatchNorm2d, Mish
+from cspnet.nets.layers import ConvNormAct, GroupBatchNorm2d, Mish, is_eager
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,8 @@ class CrossStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         cross, main = self.conv_exp(self.conv_down(x)).chunk(2, dim=1)  # [N, half, H, W] each
+        if is_eager(main):
+            main = main.clone()  # of what autograd keeps a view of, it keeps the whole
         main = self.conv_transition_b(self.blocks(main))
         return self.conv_transition(torch.cat([cross, main], dim=1))  # [N, outputs, H, W]
 

@@ -1,0 +1,186 @@
+"""The memory that batches are made in: shared, used again, and never while somebody looks at it."""
+
+import contextlib
+import gc
+import multiprocessing
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cspnet.data import decode, loader, sources
+from cspnet.data.loader import Batches, Groups, Place, Slots, evaluation_batches, training_groups
+from cspnet.recipe import load
+from cspnet.schema import Evaluate
+
+
+@pytest.fixture
+def source(folder):
+    return sources.open_training(str(folder))
+
+
+def small(*overrides):
+    return load(None, ["data.size=64", "batch=8", "group=4", "schedule.steps=20", *overrides])
+
+
+def content(batch):
+    return batch.images.numpy().tobytes(), batch.labels.tolist(), batch.mask.tolist(), *batch[3:]
+
+
+def both(source, recipe, workers):
+    """Training and evaluation."""
+    yield from training_groups(source, recipe, 0, workers, False)
+    yield from evaluation_batches(source, 8, 64, Evaluate(), workers, False)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["data.start_size=32", "data.full_size_from=0.5"],
+        ["data.scaled_decode=true", "data.size=32"],
+    ],
+)
+def test_batches_that_are_held_stay_as_they_are(source, overrides):
+    """More of them than there are slots, from one worker and from two; the sides may change."""
+    with open(source.name(3), "wb"):
+        pass  # unreadable
+    recipe = small(*overrides)
+    expected = [content(batch) for batch in both(source, recipe, 0)]
+    assert any(unreadable for *_, unreadable in expected)
+    for workers in (1, 2):
+        held = list(both(source, recipe, workers))
+        assert len({batch.images.data_ptr() for batch in held}) == len(held)
+        assert [content(batch) for batch in held] == expected
+
+
+def test_groups_are_of_the_size_of_their_step(source):
+    recipe = small("data.start_size=32", "data.full_size_from=0.5")
+    sides = [group.images.shape[1] for group in training_groups(source, recipe, 0, 1, False)]
+    assert sides == [32] * 20 + [64] * 20
+
+
+def test_a_part_of_a_batch_is_enough_to_keep_it(source):
+    groups = training_groups(source, small(), 0, 1, False)
+    rows = [next(groups).images[3, :, 5].numpy() for _ in range(40)]
+    plain = training_groups(source, small(), 0, 0, False)
+    assert all((row == next(plain).images[3, :, 5].numpy()).all() for row in rows)
+
+
+def test_memory_is_used_again_and_given_back(source):
+    places = [group.images.data_ptr() for group in training_groups(source, small(), 0, 2, False)]
+    assert len(places) == 40 and len(set(places)) <= 8  # two steps' worth, and what may be held
+    groups = training_groups(source, small(), 0, 1, False)
+    kept = next(groups)
+    before = content(kept)
+    assert len(Slots.here) == 1
+    groups.close()
+    del groups
+    gc.collect()
+    assert not Slots.here and content(kept) == before
+    assert not multiprocessing.active_children()
+
+
+def test_pictures_are_not_pickled(source):
+    groups = Groups(source, small())
+    groups.slots = Slots(2, 4 * 64 * 64 * 3)
+    data = pickle.dumps(groups[Place((0, 0), groups.slots.take())])
+    assert len(data) < 2000
+    assert content(pickle.loads(data)) == content(groups[0, 0])
+
+
+def test_what_a_slot_held_before_does_not_show(source):
+    """Rows that no image fills, and an unreadable one, are black."""
+    with open(source.name(33), "wb"):
+        pass
+    batches = Batches(source, 16, 64, Evaluate())
+    batches.slots = Slots(1, 16 * 64 * 64 * 3)
+    batches.slots.memory.fill_(255)
+    batch = pickle.loads(pickle.dumps(batches[Place(2, batches.slots.take())]))
+    assert batch.mask.tolist() == [True] * 4 + [False] * 12 and batch.unreadable == [33]
+    black = [not image.any() for image in batch.images]
+    assert black == [False, True, False, False] + [True] * 12
+
+
+def test_without_room_in_shared_memory_batches_come_all_the_same(source, monkeypatch):
+    class NoRoom:
+        def __init__(self, *_):
+            raise RuntimeError("unable to allocate shared memory(shm)")
+
+    expected = [content(batch) for batch in both(source, small(), 0)]
+    monkeypatch.setattr(loader, "Slots", NoRoom)
+    assert [content(batch) for batch in both(source, small(), 2)] == expected
+
+
+def test_an_evaluation_of_nothing():
+    assert list(evaluation_batches(sources.Files([]), 8, 64, Evaluate(), 2, False)) == []
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_one_decode_per_sample(source, monkeypatch, scaled):
+    """In training, mixing included, whether or not the image is decoded smaller."""
+    recipe = small(f"data.scaled_decode={scaled}", "mix.probability=1", "data.size=32")
+    decoded = []
+    original = decode.cv2.imdecode
+    monkeypatch.setattr(
+        decode.cv2, "imdecode", lambda *given: (decoded.append(given[1]), original(*given))[1]
+    )
+    groups = Groups(source, recipe)
+    for step in range(6):
+        groups[step, 0]
+    assert len(decoded) == 6 * 4 and (len(set(decoded)) > 1) is scaled
+    list(evaluation_batches(source, 8, 64, Evaluate(), 0, False))
+    assert len(decoded) == 6 * 4 + 36
+
+
+def held_by_a_worker():
+    """Bytes that the only worker holds, its share of shared pages included."""
+    (worker,) = multiprocessing.active_children()
+    rollup = Path(f"/proc/{worker.pid}/smaps_rollup").read_text()
+    return 1024 * next(int(line.split()[1]) for line in rollup.splitlines() if line[:4] == "Pss:")
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux tells it")
+def test_a_worker_does_not_grow(source):
+    """Of 560 images the decoded ones would be 8 MB, their views 7 MB, their files 1 MB."""
+    recipe = small("schedule.steps=100")
+    with contextlib.closing(training_groups(source, recipe, 0, 1, False)) as groups:
+        for _ in range(36):
+            next(groups)
+        before = held_by_a_worker()
+        for _ in range(140):
+            next(groups)
+        assert held_by_a_worker() - before < 2 * 2**20
+
+
+def test_labels_and_masks_are_tensors(source):
+    batch = next(training_groups(source, small(), 0, 1, False))
+    assert (batch.labels.dtype, batch.mask.dtype) == (torch.int64, torch.bool)
+    assert batch.images.shape == (4, 64, 64, 3) and batch.images.dtype == torch.uint8
+
+
+@pytest.mark.gpu
+def test_pinned_batches_are_the_same(source):
+    expected = [content(batch) for batch in training_groups(source, small(), 0, 0, False)]
+    pinned = list(training_groups(source, small(), 0, 2, True))
+    assert all(batch.images.is_pinned() and batch.labels.is_pinned() for batch in pinned)
+    assert [content(batch) for batch in pinned] == expected
+
+
+def test_a_process_ends_although_nobody_closed_its_groups(tmp_path):
+    """Its workers ignore SIGTERM, by which the interpreter would end them and wait for them."""
+    script = """
+import builtins, pathlib
+from cspnet import recipe
+from cspnet.data.loader import training_groups
+from cspnet.data.sources import open_training
+resolved = recipe.load(recipe.find("digits"), ["batch=8", "group=4"])
+groups = training_groups(open_training("digits"), resolved, 0, 1, False)
+next(groups)
+builtins.kept = groups
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
