@@ -179,8 +179,8 @@ def start(job: Job) -> TrainState:
     _require_room(job)
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
-        (job.folder / "recipe.yaml").write_text(to_text(recipe))
-        (job.folder / "env.json").write_text(json.dumps(environment(job), indent=2) + "\n")
+        replace_text(job.folder / "recipe.yaml", to_text(recipe))
+        replace_text(job.folder / "env.json", json.dumps(environment(job), indent=2) + "\n")
         record(job, state, "resume" if saved else "start", remarks)
     except OSError as error:
         raise RecipeError(
@@ -203,6 +203,13 @@ def _parameters(net: torch.nn.Module) -> str:
     count = sum(p.numel() for p in net.parameters())
     frozen = sum(p.numel() for p in net.parameters() if not p.requires_grad)
     return f"{count:,} parameters" + (f", {frozen:,} of them frozen" if frozen else "")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file so that a kill leaves the old one or the new one. OSError."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def record(job: Job, state: TrainState, event: str, remarks: list[str] | None = None) -> None:
@@ -244,7 +251,7 @@ def _require_own(job: Job) -> None:
                 "name another folder"
             )
         job.console.print(f"{job.folder} has no checkpoint yet: the run starts anew")
-    elif job.folder.is_dir() and any(job.folder.iterdir()):
+    elif job.folder.is_dir() and any(path.suffix != ".tmp" for path in job.folder.iterdir()):
         raise CheckpointError(f"{job.folder} is not a run folder: it has no recipe.yaml")
 
 
