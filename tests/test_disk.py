@@ -4,6 +4,7 @@ import os
 import re
 import resource
 import subprocess
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -230,34 +231,35 @@ def test_what_a_kill_left_does_not_count_against_the_resume(tiny, disk, train, w
     assert_same_end(disk / "run", whole(tiny()))
 
 
-@pytest.fixture
-def limit():
-    """Sets the size that a file may have, as `ulimit -f` does and some file systems do."""
+@contextmanager
+def limit(size):
+    """A size that no file may pass, as `ulimit -f` sets it; pytest's own output is one of them."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("options, code", [((), 1), (("--stop-when-full",), 75)])
-def test_a_limit_on_the_size_of_a_file(tiny, train, limit, whole, tmp_path, options, code):
+def test_a_limit_on_the_size_of_a_file(tiny, train, whole, tmp_path, options, code):
     output = tmp_path / "disk" / "run"
-    limit(2 * MB)
-    ended, told, errors = train(tiny(), *options)
+    with limit(2 * MB):
+        ended, told, errors = train(tiny(), *options)
     assert ended == code
     assert re.search(r"last\.pt could not be written \(File too large\)", errors)
     assert len(re.findall("NOT SAVED at step", told)) == (0 if options else 6)
     assert os.listdir(output / "checkpoints") == []
-    limit(20 * MB)
     assert train(tiny(), "--resume")[0] == 0
     assert_same_end(output, whole(tiny()))
 
 
-def test_a_limit_that_is_met_leaves_the_earlier_files(tmp_path, limit):
+def test_a_limit_that_is_met_leaves_the_earlier_files(tmp_path):
     files = Checkpoints(tmp_path)
     content = {"format": 2, "recipe": "", "classes": [], "state_dict": {}}
     files.save({**content, "step": 1})
-    limit(3000)
-    with pytest.raises(loop.SaveError, match="File too large"):
+    with limit(3000), pytest.raises(loop.SaveError, match="File too large"):
         files.save({**content, "step": 2, "filling": "-" * 5000})
     assert load(files.last)["step"] == 1 and os.listdir(tmp_path) == ["last.pt"]
     write({**content, "step": 2}, files.last)
