@@ -109,7 +109,14 @@ def assert_same_end(cut, whole):
 
 
 # The half of a checkpoint is refused before it is written; almost a whole one only in the course.
-@pytest.mark.parametrize("free", [0, CHECKPOINT // 2, CHECKPOINT - MB // 4])
+@pytest.mark.parametrize(
+    "free",
+    [
+        pytest.param(0, marks=pytest.mark.slow),
+        CHECKPOINT // 2,
+        pytest.param(CHECKPOINT - MB // 4, marks=pytest.mark.slow),
+    ],
+)
 def test_a_disk_that_is_full_for_a_while_changes_nothing(tiny, disk, train, whole, free):
     recipe = tiny("evaluate.every=2", "schedule.steps=9", "seed=2")  # its best is the first
     seen = []
@@ -127,6 +134,7 @@ def test_a_disk_that_is_full_for_a_while_changes_nothing(tiny, disk, train, whol
     assert_same_end(disk / "run", whole(recipe))
 
 
+@pytest.mark.slow
 def test_a_best_that_found_the_disk_full_is_not_the_best(tiny, disk, whole, monkeypatch):
     """Its weights are gone: best.pt, and what the later ones are measured by, is the best saved."""
     recipe = tiny("evaluate.every=2", "schedule.steps=9")
@@ -217,6 +225,7 @@ def test_a_disk_that_fills_up_after_the_last_save(tiny, disk, train, monkeypatch
     assert last(disk / "run")["validated"] == 7
 
 
+@pytest.mark.slow
 def test_what_a_kill_left_does_not_count_against_the_resume(tiny, disk, train, whole):
     """On a disk with room for the four files of a run, and for not much more."""
     code, _, _ = train(tiny(), "--stop-when-full", changes={4: 0})
