@@ -12,6 +12,17 @@ from cspnet.train.runtime import Place
 from tests.test_loop import last, metrics, run, same
 
 
+@pytest.fixture(autouse=True)
+def compiler_as_it_was():
+    """What compiling sets is torch's own, for the whole process."""
+    budget = torch._functorch.config.activation_memory_budget
+    limit = torch._dynamo.config.recompile_limit
+    yield
+    torch._functorch.config.activation_memory_budget = budget
+    torch._dynamo.config.recompile_limit = limit
+    torch._dynamo.reset()
+
+
 @pytest.fixture
 def console():
     return Console(record=True, file=open("/dev/null", "w"), width=500)
