@@ -22,7 +22,7 @@ lint: .venv/ready  ## ruff: style and imports
 	$(BIN)/ruff check .
 
 test: lint  ## lint and the whole suite without a GPU
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: .venv/ready  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

@@ -59,9 +59,9 @@ def index(
 ) -> None:
     """Reads the headers of tar files, and saves where their images lie. cspnet index data/packed
 
-    Training makes the same index where it is missing or old. This one is always made anew, and
-    names all that is wrong. The exit code is 1 where something in a tar file is wrong, 2 where the
-    path is.
+    Training, which writes nothing beside its data, makes the same index in memory at each start
+    where it is missing or old. This one is always made anew, and names all that is wrong. The exit
+    code is 1 where something in a tar file is wrong, 2 where the path is.
     """
     from cspnet.data.members import Unfit
     from cspnet.data.shards import Shards, Tars
@@ -75,7 +75,7 @@ def index(
             continue
         try:
             with _progress("tar files") as progress:
-                source = Shards(place, again=True, progress=progress)
+                source = Shards(place, save=True, again=True, progress=progress)
         except Unfit as error:
             wrong = True
             lines += [("error", f"error: {name}: {problem}") for problem in error.problems]

@@ -98,8 +98,8 @@ def pack(
     done, and of how many. Raises DataError where the data or the folder is wrong, CspnetError where
     the folder cannot be written.
     """
-    training = open_training(data, save=False)
-    sources = {"train": training, "val": open_validation(data, training.classes, save=False)}
+    training = open_training(data)
+    sources = {"train": training, "val": open_validation(data, training.classes)}
     _require_names(training.classes)
     _require_apart(data, to)
     try:
@@ -259,7 +259,8 @@ def _pack_part(journal: _Journal, name: str, source: Source, workers: int) -> It
         done.append(tar.shard)
         journal.write()
     _write(folder / LIST, "".join(f"{name}\n" for name in source.classes).encode())
-    packed = Shards(shards.inside(folder), empty=True, again=True)  # reads all headers once
+    # reads all headers once
+    packed = Shards(shards.inside(folder), empty=True, save=True, again=True)
     if len(packed) != sum(shard.copied + shard.encoded for shard in done):
         raise CspnetError(f"{folder} does not hold what was written: is the disk well?")
     os.replace(folder, journal.to / name)

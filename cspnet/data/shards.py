@@ -139,7 +139,7 @@ class Index(NamedTuple):
 class Shards:
     """The images in tar files, as a source.
 
-    Opens its index, or makes one, which is saved beside the tar files if `save`. Raises DataError
+    Opens its index, or makes one in memory; `save` puts that beside the tar files. Raises DataError
     where a tar file is damaged or its images have no classes; where a class has no image, if not
     `empty`. A file is opened by the process that reads from it first, and read by position.
     """
@@ -148,7 +148,7 @@ class Shards:
         self,
         tars: Tars,
         empty: bool = False,
-        save: bool = True,
+        save: bool = False,
         again: bool = False,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ):
@@ -220,7 +220,10 @@ def _open_index(tars: Tars, save: bool, again: bool, progress: Callable[[int, in
             if saved := _load(tars.index, stamp):
                 return saved
             _say(f"{tars.index} is not of these tar files as they are now: made anew")
-        _say(f"{tars.where}: reading the headers of its tar files ({len(tars.files):,})")
+        _say(
+            f"{tars.where}: reading the headers of its tar files ({len(tars.files):,}); "
+            f"`cspnet index {tars.index.parent}` does it once for all starts"
+        )
     index = _make(tars, stamp, progress)
     if save:
         try:

@@ -149,21 +149,19 @@ def find_images(paths: list[str]) -> list[str]:
     return list(found.values())
 
 
-def open_training(root: str, save: bool = True) -> Source:
-    """The training images below a data root; an index that has to be made is saved if `save`."""
-    return Digits(train=True) if root == DIGITS else open_place(training_place(root), save=save)
+def open_training(root: str) -> Source:
+    """The training images below a data root. Writes nothing."""
+    return Digits(train=True) if root == DIGITS else open_place(training_place(root))
 
 
-def open_validation(
-    root: str, classes: list[str] | None, count: int | None = None, save: bool = True
-) -> Source:
+def open_validation(root: str, classes: list[str] | None, count: int | None = None) -> Source:
     """The validation images below a data root, or in a val folder itself, with `classes` as labels.
 
     Raises DataError where the folder's classes are not exactly `classes`, by name; where the net
     has no names (None), unless there are `count` of them.
     """
     digits = root == DIGITS
-    source = Digits(train=False) if digits else open_place(validation_place(root), save=save)
+    source = Digits(train=False) if digits else open_place(validation_place(root))
     if classes is not None:
         require_classes(source, classes, root)
     elif len(source.classes) != count:
@@ -171,9 +169,9 @@ def open_validation(
     return source
 
 
-def open_place(place: Path | Tars, empty: bool = False, save: bool = True) -> Source:
-    """The images in class folders or in tar files; `empty` and `save` as theirs."""
-    return Shards(place, empty, save) if isinstance(place, Tars) else Folder(place, empty)
+def open_place(place: Path | Tars, empty: bool = False) -> Source:
+    """The images in class folders or in tar files; `empty` as theirs."""
+    return Shards(place, empty) if isinstance(place, Tars) else Folder(place, empty)
 
 
 def training_place(root: str) -> Path | Tars:
