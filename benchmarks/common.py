@@ -1,0 +1,45 @@
+"""What the benchmarks share: where and when it was, and the file that says so."""
+
+import contextlib
+import json
+import os
+import platform
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("cspnet", "torch", "torchvision", "timm", "pillow", "opencv-python-headless", "numpy")
+
+
+def machine() -> str:
+    """The GPU's name, or the processor's with the number of its cores."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def about(arguments) -> dict:
+    """Date, machine, versions and arguments of a benchmark."""
+    return {
+        "date": date.today().isoformat(),
+        "machine": machine(),
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+        "arguments": {key: str(value) for key, value in vars(arguments).items()},
+    }
+
+
+def write(file: Path | None, record: dict) -> None:
+    """Writes the record as JSON, if there is a file to write it to."""
+    if file:
+        file.write_text(json.dumps(record, indent=2) + "\n")

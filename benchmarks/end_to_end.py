@@ -1,0 +1,88 @@
+"""Images/s of a run with its loader over those of the same run fed from memory, interleaved.
+
+    python benchmarks/end_to_end.py --data data/imagenet [--recipe cspdarknet53-omega --json FILE]
+
+One run of the real loop. Its stream of images alternates: a window of steps from the loader, a
+window of steps that all take the same decoded group, which costs nothing. The record of the run
+has a line for each window; the first of each kind is dropped. The ratio tells what reading,
+decoding and handing over cost the run; 1 is nothing.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from unittest import mock
+
+from common import about, write
+from rich.console import Console
+
+from cspnet import recipe as recipes
+from cspnet.data.loader import Batch, Groups, training_groups
+from cspnet.train import loop
+from cspnet.train.runtime import Place, find_device
+
+
+def alternating(window: int) -> object:
+    """`training_groups` of which every other window of steps is one group again and again."""
+
+    def groups(source, recipe, start: int, *how, **options) -> Iterator[Batch]:
+        kept = Groups(source, recipe)[0, 0]
+        with closing(training_groups(source, recipe, start, *how, **options)) as real:
+            while True:
+                for _ in range(window * recipe.groups):
+                    yield next(real)
+                for _ in range(window * recipe.groups):
+                    yield kept
+
+    return groups
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--recipe", default="cspdarknet53-omega")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--workers", type=int)
+    parser.add_argument("--window", type=int, help="steps; on a GPU 50, else 2")
+    parser.add_argument("--windows", type=int, default=4, help="of each kind, beside the first")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("overrides", nargs="*", help="of the recipe")
+    options = parser.parse_args()
+    small = find_device(options.device).type == "cpu"
+    window = options.window or (2 if small else 50)
+    size = ["batch=16", "group=8"] if small else []
+    steps = 2 * window * (options.windows + 1)
+    given = [f"log_every={window}", f"schedule.steps={steps}", "save_every=1000000"]
+    recipe = recipes.load(
+        recipes.find(options.recipe), [*size, *given, *options.overrides], options.data
+    )
+    record = about(options)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Place(Path(folder) / "run", device=options.device, workers=options.workers)
+        with (
+            mock.patch.object(loop, "training_groups", alternating(window)),
+            mock.patch.object(loop, "is_validation_due", lambda state: False),
+        ):
+            loop.train(recipe, place, Console(soft_wrap=True, quiet=not small))
+        text = (place.output / "metrics.jsonl").read_text()
+    lines = [line for line in map(json.loads, text.splitlines()) if line["split"] == "train"]
+    kinds = {"loader": lines[2::2], "memory": lines[3::2]}
+    speeds = {k: [line["images_per_second"] for line in of_it] for k, of_it in kinds.items()}
+    ratios = [a / b for a, b in zip(speeds["loader"], speeds["memory"], strict=True)]
+    wait = statistics.median(line["data_wait"] for line in kinds["loader"])
+    for kind, windows in speeds.items():
+        low, high = min(windows), max(windows)
+        print(f"from the {kind}: {statistics.median(windows):.2f} images/s ({low:.2f}–{high:.2f})")
+    print(
+        f"ratio of neighbouring windows {statistics.median(ratios):.3f} "
+        f"({min(ratios):.3f}–{max(ratios):.3f}); {100 * wait:.1f} % of the time waiting for data"
+    )
+    write(options.json, {**record, "images_per_second": speeds, "ratios": ratios, "wait": wait})
+
+
+if __name__ == "__main__":
+    main()
