@@ -4,8 +4,10 @@ import contextlib
 import gc
 import multiprocessing
 import pickle
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -184,3 +186,32 @@ builtins.kept = groups
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_worker_ends_although_its_parent_died_in_the_fork(tmp_path):
+    """torch's own watch then takes the process that inherits it for its parent."""
+    script = """
+import os, pathlib, signal, sys, time
+from cspnet import recipe
+from cspnet.data.loader import training_groups
+from cspnet.data.sources import open_training
+resolved = recipe.load(recipe.find("digits"), ["batch=8", "group=4"])
+source = open_training("digits")
+def in_the_child():
+    pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))
+    time.sleep(0.5)
+os.register_at_fork(
+    after_in_child=in_the_child,
+    after_in_parent=lambda: (time.sleep(0.2), os.kill(os.getpid(), signal.SIGKILL)),
+)
+next(training_groups(source, resolved, 0, 1, False))
+"""
+    note = tmp_path / "pid"
+    done = subprocess.run([sys.executable, "-c", script, note], timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    worker = Path(f"/proc/{note.read_text()}")
+    for _ in range(200):
+        if not worker.exists():
+            return
+        time.sleep(0.1)
+    raise AssertionError("an orphan")

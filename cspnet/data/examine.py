@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import signal
 import stat
-import threading
 import warnings
 from collections import deque
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from cspnet.data import MAX_PIXELS
+from cspnet.data import MAX_PIXELS, worker
 from cspnet.data.decode import FORMATS, MAX_SIDE, TooLarge, Unreadable, decode
 from cspnet.data.sources import Folder, Source
 from cspnet.errors import CspnetError
@@ -185,11 +184,8 @@ _sources: list[Source] = []  # of a worker: sent once, not with each chunk
 def _start(sources: list[Source]) -> None:
     """Makes a new process a worker."""
     _sources[:] = sources
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the main process decides what it means
+    worker.begin(signal.SIGINT)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libpng's and libjpeg's lines name no file
-    parent = multiprocessing.parent_process()
-    # A worker waits for work on a pipe that it holds open itself: it would outlive a kill for ever.
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _look_at_chunk(number: int, first: int, last: int) -> list[Look]:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from cspnet.data import stream
+from cspnet.data import stream, worker
 from cspnet.data.decode import (
     Unreadable,
     decode,
@@ -293,7 +293,6 @@ def _end_workers() -> None:
 
 def _start_worker(_: int) -> None:
     # A terminal sends Ctrl-C to every process, a batch system SIGTERM; only the main one decides
-    # what they mean. Workers end when it tells them to, or when they see that it is gone.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    # what they mean.
+    worker.begin(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     torch.set_num_threads(1)
