@@ -30,11 +30,17 @@ test-slow: .venv/ready  ## the tests that take minutes
 test-gpu: .venv/ready  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
-bench: .venv/ready  ## the benchmarks that a CPU can run, as JSON in results/ (minutes)
+bench: .venv/ready  ## the benchmarks that a CPU can run, as JSON in results/ (minutes); DATA=ROOT for more
 	mkdir -p results
 	$(BIN)/python benchmarks/memory.py --json results/memory.json
 	$(BIN)/python benchmarks/step.py --json results/step.json
 	$(BIN)/python benchmarks/infer.py --json results/infer.json
+ifdef DATA
+	$(BIN)/python benchmarks/loader.py --data $(DATA) --json results/loader.json
+	$(BIN)/python benchmarks/validate.py --data $(DATA) --json results/validate.json
+	$(BIN)/python benchmarks/end_to_end.py --data $(DATA) --json results/end_to_end.json
+	$(BIN)/python benchmarks/parity.py --data $(DATA) --json results/parity.json
+endif
 
-bench-gpu: .venv/ready  ## every figure that wants a GPU, in nine minutes, as JSON in results/
-	$(BIN)/python benchmarks/gpu.py --out results
+bench-gpu: .venv/ready  ## every figure that wants a GPU, in nine minutes, as JSON in results/; DATA=ROOT
+	$(BIN)/python benchmarks/gpu.py --out results $(if $(DATA),--data $(DATA))

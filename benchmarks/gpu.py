@@ -1,9 +1,10 @@
 """Every figure that wants a GPU, in one go of less than nine minutes, as one JSON file.
 
-    python benchmarks/gpu.py --out results [--minutes 9]
+    python benchmarks/gpu.py --out results --data data/imagenet [--minutes 9]
 
-Each part is a process of its own with a limit: one that fails leaves the others their time. On a
-machine without a GPU the same parts run at a small size, which shows that they run.
+`--data` names photos for what needs files: a data root, some hundred images will do. Each part is a
+process of its own with a limit: one that fails leaves the others their time. On a machine without a
+GPU the same parts run at a small size, which shows that they run.
 """
 
 import argparse
@@ -21,17 +22,29 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 
 
-def parts(gpu: bool) -> list[tuple[str, list[str], int]]:
+def parts(gpu: bool, data: str | None) -> list[tuple[str, list[str], int]]:
     """Name, arguments and limit in seconds of each part; the most important ones first."""
     tiny = [] if gpu else ["--size", "64", "--batch", "8", "--group", "4", "--steps", "1"]
     tiny += [] if gpu else ["--warmup", "1", "--windows", "2"]
     step = [str(HERE / "step.py"), *tiny]
     compiled = ["--variants", "ours-compiled"]
     capped = ["--precision", "fp16", "--memory", "fit", "--cap-gb", "7.4"] if gpu else []
+    small = [] if gpu else ["data.size=32", "model.width=0.25"]
+    with_files = [
+        ("parity", [str(HERE / "parity.py"), "--data", str(data), *small], 120),
+        ("end-to-end", [str(HERE / "end_to_end.py"), "--data", str(data), *small], 90),
+        (
+            "validate",
+            [str(HERE / "validate.py"), "--data", str(data)]
+            + ([] if gpu else ["--size", "64", "--images", "32", "--rounds", "1"]),
+            60,
+        ),
+    ]
     return [
         ("step-eager", [*step, "--variants", "ours", "timm"], 80),
-        ("step-compiled", [*step, *compiled, "timm-compiled"], 260),
-        ("step-8gb", [*step, *(compiled if gpu else ["--variants", "ours"]), *capped], 150),
+        ("step-compiled", [*step, *compiled, "timm-compiled"], 200),
+        ("step-8gb", [*step, *(compiled if gpu else ["--variants", "ours"]), *capped], 120),
+        *(with_files if data else []),
         ("infer", [str(HERE / "infer.py")], 60),
         ("memory", [str(HERE / "memory.py")], 180),
     ]
@@ -41,6 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("results"))
     parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--data", help="data root with some hundred photos")
     parser.add_argument("--only", nargs="+", help="names of parts")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -54,7 +68,7 @@ def main() -> None:
         "python": platform.python_version(),
         "parts": {},
     }
-    for name, arguments, limit in parts(gpu):
+    for name, arguments, limit in parts(gpu, options.data):
         if options.only and name not in options.only:
             continue
         file = options.out / f"{name}.json"

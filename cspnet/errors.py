@@ -37,6 +37,10 @@ class OutOfMemory(CspnetError):
     """The device has too little memory for what was asked."""
 
 
+class Lost(CspnetError):
+    """Another process of the run has ended, or hangs."""
+
+
 class Incomplete(CspnetError):
     """Some images could not be read; the results of the others are out."""
 

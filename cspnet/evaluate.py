@@ -17,6 +17,7 @@ from cspnet.data.loader import evaluation_batches
 from cspnet.data.sources import Source
 from cspnet.schema import Recipe
 from cspnet.train.runtime import Precision
+from cspnet.train.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -46,22 +47,25 @@ def evaluate(
     batch: int | None = None,
     weights: dict[str, torch.Tensor] | None = None,
     progress: Callable[[int], None] = lambda images: None,
+    world: World = ALONE,
 ) -> Scores:
     """Scores of the net, or of other weights (a state dict) in it, on all images of the source.
 
     `batch` is the number of images at once, the recipe's by default; `progress` is told how many
-    are done. The net is left in the mode in which it was.
+    are done, as often in each process of the world, which share the batches. The net is left in the
+    mode in which it was.
     """
     was_training = net.training
     net.eval()
     device = next(net.parameters()).device
-    totals = torch.zeros(4, dtype=torch.float64, device=device)  # top-1, top-5, loss, images
-    unreadable = 0
+    # Top-1, top-5, loss, images, and unreadable ones among these.
+    totals = torch.zeros(5, dtype=torch.float64, device=device)
     batch = batch or recipe.batch
     start = time.perf_counter()
     with contextlib.closing(
         evaluation_batches(
-            source, batch, recipe.data.size, recipe.evaluate, workers, device.type == "cuda"
+            *(source, batch, recipe.data.size, recipe.evaluate, workers),
+            *(device.type == "cuda", world.rank, world.size),
         )
     ) as batches:
         for number, loaded in enumerate(batches):
@@ -69,10 +73,10 @@ def evaluate(
             pixels = normalize(images.permute(0, 3, 1, 2).float() / 255, recipe.data.normalize)
             with precision.autocast(device):
                 logits = torch.func.functional_call(net, weights or {}, (pixels,))
-            totals += _count(logits.float(), labels, mask)
-            unreadable += len(loaded.unreadable)
-            progress(min((number + 1) * batch, len(source)))
-    top1, top5, loss, images = totals.tolist()
+            totals[:4] += _count(logits.float(), labels, mask)
+            totals[4] += len(loaded.unreadable)
+            progress(min((number + 1) * batch * world.size, len(source)))
+    top1, top5, loss, images, unreadable = world.sum_(totals).tolist()
     net.train(was_training)
     assert images == len(source), "the mask must let every image through once"
     return Scores(
@@ -80,7 +84,7 @@ def evaluate(
         top5=100 * top5 / images,
         loss=loss / images,
         images=int(images),
-        unreadable=unreadable,
+        unreadable=int(unreadable),
         seconds=time.perf_counter() - start,
     )
 

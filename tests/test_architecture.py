@@ -12,6 +12,7 @@ HEIGHTS = [
     ["schema"],
     ["recipe"],
     ["nets", "data"],
+    ["train.world"],
     ["train.runtime", "train.optim", "train.adversarial"],
     ["train.checkpoint"],
     ["train.state"],

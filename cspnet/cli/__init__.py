@@ -9,6 +9,7 @@ import sys
 import typer
 
 from cspnet.cli.datasets import check, index, pack
+from cspnet.cli.options import is_first
 from cspnet.cli.results import evaluate, export, predict
 from cspnet.cli.training import preview, train
 from cspnet.errors import CspnetError, Stopped
@@ -27,14 +28,21 @@ def _app(*commands: tuple[str, object]) -> typer.Typer:
 
 
 def _run(app: typer.Typer) -> None:
-    """Runs the command line; a CspnetError becomes one message on stderr and its exit code."""
+    """Runs the command line; a CspnetError becomes one message on stderr and its exit code.
+
+    Of several processes the first one tells what all of them find; what befalls another one alone
+    is told with its number.
+    """
     try:
         app()
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        if is_first():
+            print(stopped, file=sys.stderr)
         sys.exit(stopped.exit_code)
     except CspnetError as error:
-        print(f"error: {error}", file=sys.stderr)
+        who = "" if is_first() else f"process {os.environ['RANK']}: "
+        if is_first() or error.exit_code != 2 or os.environ.get("LOCAL_RANK") == "0":
+            print(f"error: {who}{error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:  # `cspnet … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

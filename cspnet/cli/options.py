@@ -1,5 +1,6 @@
 """What several commands share: options, and how results are told and written."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,6 +37,11 @@ Workers = Annotated[
 Batch = Annotated[
     int | None, typer.Option(min=1, help="Images at once.", show_default="the recipe's")
 ]
+
+
+def is_first() -> bool:
+    """Whether this process is the only one, or the first of those that torchrun has started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def facts(trained: "Trained", precision: "Precision") -> list[str]:

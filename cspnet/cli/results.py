@@ -30,28 +30,34 @@ def evaluate(
     from cspnet.data.sources import open_validation
     from cspnet.evaluate import evaluate as score
     from cspnet.train.runtime import find_device, find_precision, find_workers
+    from cspnet.train.world import find_world, joined
     from cspnet.trained import open_trained, require_order
 
-    where = find_device(device)
+    world = find_world()
+    where = find_device(device, world)
     require_folder("--json", json_file)
     trained = open_trained(checkpoint)
     recipe = trained.recipe
     require_order(trained, checkpoint)
     source = open_validation(data, trained.classes, trained.net.classes)
     precision = find_precision(recipe.precision, where)
-    console = Console(soft_wrap=True, markup=False, highlight=False)
+    console = Console(soft_wrap=True, markup=False, highlight=False, quiet=not world.first)
     for line in facts(trained, precision):
         console.print(f"{checkpoint}: {line}")
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with (
+        joined(world, where),
+        Progress(console=console, transient=True, disable=not console.is_terminal) as bar,
+    ):
         task = bar.add_task("images", total=len(source))
         scores = score(
             trained.net.to(where),
             source,
             recipe,
             precision,
-            find_workers(workers, where),
+            find_workers(workers, where, world),
             batch,
             progress=lambda images: bar.update(task, completed=images),
+            world=world,
         )
     console.print(
         f"top-1 {scores.top1:.2f} %  top-5 {scores.top5:.2f} %  loss {scores.loss:.4f}  "
@@ -59,7 +65,7 @@ def evaluate(
     )
     if scores.unreadable:
         console.print(f"{scores.unreadable} images are unreadable, count as black", style="red")
-    if json_file:
+    if json_file and world.first:
         content = {"checkpoint": str(checkpoint), "data": data, **scores.to_dict()}
         write_text(json_file, json.dumps(content, indent=2) + "\n")
 

@@ -1,11 +1,12 @@
 """The commands of training: `train` and, before it, `preview`."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cspnet.cli.options import DataRoot, Device, Overrides, Workers
+from cspnet.cli.options import DataRoot, Device, Overrides, Workers, is_first
 from cspnet.errors import RecipeError
 
 
@@ -58,6 +59,8 @@ def train(
     """Train by a recipe: cspnet-train --recipe cspdarknet53 --data DIR [schedule.steps=1000 …]"""
     from cspnet import recipe as recipes
 
+    # A restart by torchrun, after one of its processes died.
+    resume = resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if recipe is not None:
         path = recipes.find(recipe)
     elif resume and output and (output / "recipe.yaml").is_file():
@@ -67,7 +70,8 @@ def train(
             "no recipe: give --recipe NAME (or --resume with the --output of an earlier run)"
         )
     resolved = recipes.load(path, overrides or [], data)
-    print(f"# resolved recipe, from {path}\n{recipes.to_text(resolved)}", flush=True)
+    if is_first():
+        print(f"# resolved recipe, from {path}\n{recipes.to_text(resolved)}", flush=True)
     if check:
         return
 
@@ -90,7 +94,8 @@ def train(
     )
     run(resolved, place, Console(soft_wrap=True, markup=False, highlight=False))
     best = place.output / "checkpoints" / "best.pt"
-    print(f"done; evaluate: cspnet-eval --checkpoint {best} --data {resolved.data.root}")
+    if is_first():
+        print(f"done; evaluate: cspnet-eval --checkpoint {best} --data {resolved.data.root}")
 
 
 def _passes(text: str | None) -> int | str | None:

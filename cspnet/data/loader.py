@@ -169,17 +169,17 @@ class Groups(Made):
 
 
 class Addresses:
-    """Addresses (step, group) of the training stream, from one step to another."""
+    """Addresses (step, group) of some groups of each step, from one step to another."""
 
-    def __init__(self, start: int, stop: int, groups: int):
+    def __init__(self, start: int, stop: int, groups: range):
         self.start, self.stop, self.groups = start, stop, groups
 
     def __len__(self) -> int:
-        return max(0, self.stop - self.start) * self.groups
+        return max(0, self.stop - self.start) * len(self.groups)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         for step in range(self.start, self.stop):
-            for group in range(self.groups):
+            for group in self.groups:
                 yield step, group
 
 
@@ -228,21 +228,41 @@ class Batches(Made):
 
 
 def training_groups(
-    source: Source, recipe: Recipe, start: int, workers: int, pin: bool
+    source: Source,
+    recipe: Recipe,
+    start: int,
+    workers: int,
+    pin: bool,
+    groups: range | None = None,
 ) -> Generator[Batch, None, None]:
-    """Groups in the order of the stream from step `start` to the end of the schedule."""
-    addresses = Addresses(start, recipe.schedule.steps, recipe.groups)
-    ahead = max(2, -(-2 * recipe.groups // max(1, workers)))  # two steps' worth in all
+    """Groups in the order of the stream from step `start` to the end of the schedule.
+
+    All of each step, or those of them that are asked for.
+    """
+    groups = range(recipe.groups) if groups is None else groups
+    addresses = Addresses(start, recipe.schedule.steps, groups)
+    ahead = max(2, -(-2 * len(groups) // max(1, workers)))  # two steps' worth in all
     # A pass may hold all groups of a step while those of the next one are fetched.
-    return _load(Groups(source, recipe), addresses, workers, pin, ahead, held=2 * recipe.groups)
+    return _load(Groups(source, recipe), addresses, workers, pin, ahead, held=2 * len(groups))
 
 
 def evaluation_batches(
-    source: Source, batch: int, size: int, how: Evaluate, workers: int, pin: bool
+    source: Source,
+    batch: int,
+    size: int,
+    how: Evaluate,
+    workers: int,
+    pin: bool,
+    first: int = 0,
+    each: int = 1,
 ) -> Generator[Batch, None, None]:
-    """Every image of the source once, in its order, in the view that `how` asks for."""
+    """Every image of the source once, in its order, in the view that `how` asks for.
+
+    Or batch `first` of every `each` batches, equally many for each `first`: the last may be empty.
+    """
     batches = Batches(source, batch, size, how)
-    return _load(batches, range(len(batches)), workers, pin, ahead=2, held=2)
+    rounds = -(-len(batches) // each)
+    return _load(batches, range(first, rounds * each, each), workers, pin, ahead=2, held=2)
 
 
 def _load(

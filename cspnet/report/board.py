@@ -19,15 +19,19 @@ TAGS = {
 
 
 class Board:
-    """Events in a folder, older ones from `purge_step` on hidden; `tell` gets why they end."""
+    """Events in a folder, older ones from `purge_step` on hidden; `tell` gets why they end.
 
-    def __init__(self, folder: Path, purge_step: int, tell: Callable[[str], None]):
+    Without a folder, there are none.
+    """
+
+    def __init__(self, folder: Path | None, purge_step: int, tell: Callable[[str], None]):
         self._tell = tell
         self._writer: SummaryWriter | None = None
         # The writer's thread would print a traceback when the disk is full.
         self._hook, threading.excepthook = threading.excepthook, self._hear
         with self._guarded():
-            self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+            if folder is not None:
+                self._writer = SummaryWriter(str(folder), purge_step=purge_step)
 
     def train(self, metrics: dict) -> None:
         """A line of training as scalars."""

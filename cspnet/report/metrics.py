@@ -1,11 +1,9 @@
-"""The record of a run (metrics.jsonl) and its views: progress on the terminal, TensorBoard.
+"""What a run tells while it runs: the record, and its views on the terminal and TensorBoard.
 
 The device is asked for numbers here only, every `log_every` steps.
 """
 
-import json
 import math
-import os
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -20,34 +18,44 @@ from cspnet.data.sources import Source
 from cspnet.errors import DataError, SaveError
 from cspnet.evaluate import Scores
 from cspnet.report.board import Board
+from cspnet.report.record import Record, last_line
 from cspnet.train.state import TrainState
+from cspnet.train.world import ALONE, World
 
 BAD_SHARE = 0.5  # of a group: beyond it the data set is at fault, not an image
 
 
 class Report:
-    """Writes a run's metrics as they come; cuts back what lies after the step it starts from."""
+    """Tells a run's metrics as they come; cuts back what lies after the step it starts from.
 
-    def __init__(self, folder: Path, state: TrainState, source: Source, console: Console):
+    Of several processes the first one writes and speaks; the others give it what they alone know.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        state: TrainState,
+        source: Source,
+        console: Console,
+        world: World = ALONE,
+    ):
         self.folder, self.state, self.source, self.console = folder, state, source, console
+        self._world = world
         self._list = folder / "unreadable.txt"
         self.unreadable = set(self._list.read_text().splitlines()) if self._list.exists() else set()
+        self._news: list[str] = []  # unreadable images that only this process knows of
         self._bad_windows = 0
-        try:
-            _cut_back(folder / "metrics.jsonl", state.step, state.validated)
-            self._file = open(folder / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
-        except OSError as error:
-            raise SaveError(
-                f"{folder / 'metrics.jsonl'} cannot be written: {error.strerror}"
-            ) from None
-        self._pending = b""  # of the record: what the disk would not take
+        path = folder / "metrics.jsonl"
+        self._record = Record(path if world.first else None, state.step, state.validated)
         # Events of the last step are purged too where its validation is still to come, and those of
         # training are written again from the record.
         pending = state.validated < state.step
         self._board = Board(
-            folder / "tb", state.step + (not pending), lambda text: console.print(text, style="red")
+            folder / "tb" if world.first else None,
+            state.step + (not pending),
+            lambda text: console.print(text, style="red"),
         )
-        line = last_line(folder / "metrics.jsonl")
+        line = last_line(path)
         if pending and line and line["step"] == state.step:
             self._board.train(line)
         self._bar = Progress(
@@ -70,9 +78,7 @@ class Report:
     def __exit__(self, *_) -> None:
         self._bar.stop()
         self._board.close()
-        with suppress(SaveError):
-            self.flush()
-        self._file.close()
+        self._record.close()
         if self.unreadable:
             self.console.print(
                 f"{len(self.unreadable):,} unreadable images so far, listed in {self._list}",
@@ -112,6 +118,7 @@ class Report:
             state.bad_step.fill_(-1)
         state.loss_sum.zero_()
         state.loss_steps = 0
+        self._hear_of_unreadable()
         seconds = time.perf_counter() - self._since
         speed = self._steps * state.recipe.batch / seconds
         left = (state.recipe.schedule.steps - state.step) * state.recipe.batch / speed
@@ -185,38 +192,45 @@ class Report:
 
     def _write(self, split: str, metrics: dict) -> None:
         state = self.state
-        line = {"step": state.step, "epoch": state.epoch, "split": split, **metrics}
-        self._pending += json.dumps(line).encode() + b"\n"
-        with suppress(OSError):  # a full disk: later, with the next line or before the next save
-            self._push()
-
-    def _push(self) -> None:
-        while self._pending:
-            written = self._file.write(self._pending)
-            self._pending = self._pending[written:]
+        self._record.write({"step": state.step, "epoch": state.epoch, "split": split, **metrics})
 
     def flush(self) -> None:
         """Brings the record to the disk: it is never behind a checkpoint. Raises SaveError."""
-        try:
-            self._push()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise SaveError(
-                f"{self.folder / 'metrics.jsonl'} could not be written ({error.strerror})"
-            ) from None
+        self._record.flush()
 
     def _tell_unreadable(self, group: Batch) -> None:
         for index in group.unreadable:
-            name = self.source.name(index)
-            if name in self.unreadable:
-                continue
-            self.unreadable.add(name)
+            self._note_unreadable(self.source.name(index))
+        if group.replaced > BAD_SHARE * len(group.labels):
+            raise DataError(
+                f"{group.replaced} unreadable images in one group of {len(group.labels)}, "
+                f"such as {self.source.name(group.unreadable[0])}. They are listed in "
+                f"{self._list}; repair the data set, then --resume."
+            )
+        self._require_readable()
+
+    def _hear_of_unreadable(self) -> None:
+        """Takes over what the other processes have met since the last line."""
+        for names in self._world.gather(self._news):
+            for name in names:
+                self._note_unreadable(name)
+        self._news.clear()
+        self._require_readable()
+
+    def _note_unreadable(self, name: str) -> None:
+        if name in self.unreadable:
+            return
+        self.unreadable.add(name)
+        self._news.append(name)
+        if self._world.first:
             with suppress(OSError), open(self._list, "a") as file:
                 file.write(f"{name}\n")
-            if len(self.unreadable) <= 3:
-                self.console.print(
-                    f"unreadable image, the next one stands in for it: {name}", style="yellow"
-                )
+        if len(self.unreadable) <= 3:
+            self.console.print(
+                f"unreadable image, the next one stands in for it: {name}", style="yellow"
+            )
+
+    def _require_readable(self) -> None:
         most = self.state.recipe.data.max_unreadable
         if len(self.unreadable) > most * len(self.source):
             raise DataError(
@@ -224,36 +238,6 @@ class Report:
                 f"so far, more than data.max_unreadable={most:g} of them. They are listed in "
                 f"{self._list}; repair the data set or allow more, then --resume."
             )
-        if group.replaced > BAD_SHARE * len(group.labels):
-            raise DataError(
-                f"{group.replaced} unreadable images in one group of {len(group.labels)}, "
-                f"such as {self.source.name(group.unreadable[0])}. They are listed in "
-                f"{self._list}; repair the data set, then --resume."
-            )
-
-
-def _cut_back(path: Path, step: int, validated: int) -> None:
-    """Drops the lines of training after `step`, of validation after `validated`, and a torn one."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            content = json.loads(line)
-            limit = validated if content["split"] == "val" else step
-            if content["step"] <= limit:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
-
-
-def last_line(path: Path) -> dict | None:
-    """The last line of a record; None where there is none."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return json.loads(lines[-1]) if lines else None
 
 
 def _memory_gb() -> float:

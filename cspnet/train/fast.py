@@ -30,7 +30,7 @@ def compile_tested(job: Job, state: TrainState, trial: Trial) -> tuple[Job, nn.M
     One group goes through both: loss and gradients must agree. On a machine without a compiler, or
     with a faulty one, training goes on in eager mode.
     """
-    alone = replace(job, passes=passes_of(job.recipe.groups, 1))
+    alone = replace(job, passes=passes_of(job.groups, 1))
     kept = {name: tensor.clone() for name, tensor in state.net.state_dict().items()}
     torch._functorch.config.activation_memory_budget = BUDGETS[job.place.memory]
 
@@ -90,10 +90,10 @@ def fit_passes(job: Job, net: nn.Module, state: TrainState, trial: Trial) -> Job
     The trial runs twice, since the first step allocates what the second finds in its way. Raises
     OutOfMemory where a single group does not fit.
     """
-    recipe, groups = job.recipe, job.recipe.groups
+    recipe, groups = job.recipe, len(job.groups)
     # So many groups at once that a step has 1, 2, 3 … passes: of 4 groups 4, 2 or 1.
     for at_once in sorted({-(-groups // passes) for passes in range(1, groups + 1)}, reverse=True):
-        tried = replace(job, passes=passes_of(groups, at_once))
+        tried = replace(job, passes=passes_of(job.groups, at_once))
         kept = copy.deepcopy(state.net.state_dict())
         try:
             for _ in range(2):

@@ -119,8 +119,11 @@ def not_finite(
 
 
 @contextlib.contextmanager
-def memory_told(passes: int, state: TrainState) -> Iterator[None]:
-    """Turns the device's running out of memory into one message with numbers and a cure."""
+def memory_told(at_once: int, state: TrainState) -> Iterator[None]:
+    """Turns the device's running out of memory into one message with numbers and a cure.
+
+    `at_once` groups go through the net at once.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -133,7 +136,6 @@ def memory_told(passes: int, state: TrainState) -> Iterator[None]:
                 f" The device has {total / 1e9:.1f} GB, {free / 1e9:.1f} GB of them free now; this "
                 f"process held {peak / 1e9:.1f} GB at most."
             )
-        at_once = -(-recipe.groups // passes)
         cure = (
             f"--passes {at_once - 1} (now {at_once} groups of {recipe.group} images at once) "
             "changes no number but the memory"

@@ -31,6 +31,7 @@ from cspnet.train.runtime import (
     find_workers,
 )
 from cspnet.train.state import TrainState
+from cspnet.train.world import ALONE, World
 from cspnet.trained import build_net, starting_net
 
 
@@ -43,7 +44,9 @@ class Job:
     device: torch.device
     precision: Precision
     workers: int
-    passes: list[range]  # the groups of a step that go through the net at once
+    world: World
+    groups: range  # of a step, that this process takes
+    passes: list[range]  # those of them that go through the net at once
     fit: bool  # as many of them as the device has memory for, to be found out
     compile: bool
     training: Source
@@ -54,12 +57,17 @@ class Job:
     augment: Callable = augment
 
 
-def prepare(recipe: Recipe, place: Place, console: Console) -> Job:
+def prepare(recipe: Recipe, place: Place, console: Console, world: World = ALONE) -> Job:
     """Everything that can be found wrong before the first step is found here. Writes nothing."""
-    device = find_device(place.device)
+    device = find_device(place.device, world)
     precision = find_precision(recipe.precision, device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise RecipeError("several processes (WORLD_SIZE > 1) are not supported yet: start one")
+    if recipe.groups % world.size:
+        worlds = [str(n) for n in range(1, recipe.groups + 1) if recipe.groups % n == 0]
+        raise RecipeError(
+            f"{world.size} processes cannot share the {recipe.groups} groups of a step evenly "
+            f"(batch={recipe.batch}, group={recipe.group}): start {' or '.join(worlds)}"
+        )
+    groups = world.share_of(recipe.groups)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if precision.name == "fp32":  # not TF32, which torch lets cuDNN use
@@ -79,9 +87,11 @@ def prepare(recipe: Recipe, place: Place, console: Console) -> Job:
             f"--passes {at_once}: BatchNorm of timm's nets takes in a whole pass; the recipe's "
             "groups need --passes 1"
         )
-    if not 1 <= at_once <= recipe.groups:
+    if not 1 <= at_once <= len(groups):
+        of_it = "" if world.size == 1 else f" for each of {world.size} processes"
         raise RecipeError(
-            f"--passes {at_once}: a step has {recipe.groups} groups, so give 1 to {recipe.groups}"
+            f"--passes {at_once}: a step has {len(groups)} groups{of_it}, "
+            f"so give 1 to {len(groups)}"
         )
     training = open_training(recipe.data.root)
     validation = open_validation(recipe.data.root, training.classes)
@@ -97,8 +107,10 @@ def prepare(recipe: Recipe, place: Place, console: Console) -> Job:
         folder=place.output,
         device=device,
         precision=precision,
-        workers=find_workers(place.workers, device),
-        passes=passes_of(recipe.groups, at_once),
+        workers=find_workers(place.workers, device, world),
+        world=world,
+        groups=groups,
+        passes=passes_of(groups, at_once),
         fit=place.passes == "auto" or (place.passes is None and on_gpu and not foreign),
         compile=compile,
         training=training,
@@ -111,9 +123,9 @@ def prepare(recipe: Recipe, place: Place, console: Console) -> Job:
     )
 
 
-def passes_of(groups: int, at_once: int) -> list[range]:
-    """The groups of a step in passes of `at_once`; the last one may have fewer."""
-    return [range(first, min(first + at_once, groups)) for first in range(0, groups, at_once)]
+def passes_of(groups: range, at_once: int) -> list[range]:
+    """The groups in passes of `at_once`; the last one may have fewer."""
+    return [groups[first : first + at_once] for first in range(0, len(groups), at_once)]
 
 
 def check_folder(place: Place) -> None:
@@ -131,7 +143,50 @@ def check_folder(place: Place) -> None:
 
 
 def start(job: Job) -> TrainState:
-    """A fresh state, or the one in the run folder; the first files of the run are written."""
+    """A fresh state, or the one in the run folder; the first files of the run are written.
+
+    By the first process of the world, whose state is then that of all. Raises RecipeError where the
+    processes do not see the same data.
+    """
+    _require_same(job)
+    state: TrainState | None = None
+
+    def begin() -> None:
+        nonlocal state
+        state = _begin(job)
+
+    job.world.by_first(begin)
+    if job.world.size > 1:
+        if state is None:
+            state = _blank(job, build_net(job.recipe, len(job.training.classes)))
+            state.take(job.world.share(None))
+        else:
+            job.world.share(state.to_dict())
+    return state
+
+
+def _require_same(job: Job) -> None:
+    seen = {
+        "classes": len(job.training.classes),
+        "names of classes": job.training.classes,
+        "training images": len(job.training),
+        "validation images": len(job.validation),
+        "precision": job.precision.name,
+    }
+    told = job.world.gather((platform.node(), seen))
+    for rank, (host, other) in enumerate(told):
+        for what, value in other.items():
+            if value != told[0][1][what]:
+                one, one_host = told[0][1][what], told[0][0]
+                if isinstance(value, list):  # the first that differs
+                    one, value = next(pair for pair in zip(one, value) if pair[0] != pair[1])  # noqa: B905
+                raise RecipeError(
+                    f"the processes do not see the same: {what} {one} in the first (on "
+                    f"{one_host}), {value} in process {rank} (on {host})"
+                )
+
+
+def _begin(job: Job) -> TrainState:
     recipe, console = job.recipe, job.console
     saved, remarks = job.checkpoints.newest()
     for remark in remarks:
@@ -143,24 +198,7 @@ def start(job: Job) -> TrainState:
         net, told = starting_net(recipe, classes)
         for remark in told:
             console.print(remark)
-    if recipe.model.freeze:
-        net.freeze(recipe.model.freeze)
-    net = net.to(job.device)
-    state = TrainState(
-        net=net,
-        optimizer=build_optimizer(net, recipe.optim),
-        scaler=torch.amp.GradScaler(job.device.type, enabled=job.precision.scales_loss),
-        average=Average(net, recipe.average.decay) if recipe.average.decay else None,
-        recipe=recipe,
-        classes=classes,
-        images=len(job.training),
-        precision=job.precision.name,
-        precision_reason=job.precision.reason,
-        loss_sum=torch.zeros((), device=job.device),
-        bad_step=torch.tensor(-1, device=job.device),
-    )
-    if job.precision.scales_loss:
-        state.updates = torch.zeros((), dtype=torch.float64, device=job.device)
+    state = _blank(job, net)
     if saved:
         told = state.restore(saved, job.place.force)
         for remark in told:
@@ -196,6 +234,35 @@ def start(job: Job) -> TrainState:
         f"device {job.device}, {job.precision.name} ({job.precision.reason}), "
         f"{job.workers} workers, run folder {job.folder}"
     )
+    if job.world.size > 1:
+        console.print(
+            f"{job.world.size} processes, {job.world.local_size} on this machine, "
+            f"{len(job.groups)} of the {recipe.groups} groups of a step each"
+        )
+    return state
+
+
+def _blank(job: Job, net: torch.nn.Module) -> TrainState:
+    """The state of a run before its first step, on the device."""
+    recipe = job.recipe
+    if recipe.model.freeze:
+        net.freeze(recipe.model.freeze)
+    net = net.to(job.device)
+    state = TrainState(
+        net=net,
+        optimizer=build_optimizer(net, recipe.optim),
+        scaler=torch.amp.GradScaler(job.device.type, enabled=job.precision.scales_loss),
+        average=Average(net, recipe.average.decay) if recipe.average.decay else None,
+        recipe=recipe,
+        classes=job.training.classes,
+        images=len(job.training),
+        precision=job.precision.name,
+        precision_reason=job.precision.reason,
+        loss_sum=torch.zeros((), device=job.device),
+        bad_step=torch.tensor(-1, device=job.device),
+    )
+    if job.precision.scales_loss:
+        state.updates = torch.zeros((), dtype=torch.float64, device=job.device)
     return state
 
 
@@ -217,11 +284,14 @@ def record(job: Job, state: TrainState, event: str, remarks: list[str] | None = 
 
     On a full disk there is none.
     """
+    if not job.world.first:
+        return
     line = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "event": event,
         "step": state.step,
         "device": str(job.device),
+        "processes": job.world.size,
         "remarks": remarks or [],
     }
     with suppress(OSError), open(job.folder / "history.jsonl", "a") as file:
@@ -269,5 +339,6 @@ def environment(job: Job) -> dict:
         "precision": job.precision.name,
         "precision_reason": job.precision.reason,
         "workers": job.workers,
+        "processes": job.world.size,
         "threads": torch.get_num_threads(),
     }

@@ -19,9 +19,10 @@ from cspnet.train.health import is_finite, memory_told, not_finite, note_loss
 from cspnet.train.job import Job, check_folder, prepare, record, start
 from cspnet.train.optim import learning_rate
 from cspnet.train.optim import step as update
-from cspnet.train.runtime import Place, Stop
+from cspnet.train.runtime import Place, Stop, find_device
 from cspnet.train.state import TrainState
 from cspnet.train.step import at_most, attack_some, cross_entropy, forward, one_pass, to_device
+from cspnet.train.world import Statistics, alone_until, find_world, joined
 
 
 def train(recipe: Recipe, place: Place, console: Console) -> Scores | None:
@@ -31,21 +32,23 @@ def train(recipe: Recipe, place: Place, console: Console) -> Scores | None:
     the state saved.
     """
     stop = Stop(place.max_hours)
-    check_folder(place)
-    job = prepare(recipe, place, console)
-    state = start(job)
-    try:
-        scores = run(job, state, stop)
-    except CspnetError as error:
-        record(job, state, "stop", [str(error).partition("\n")[0]])
-        raise
-    record(job, state, "done")
-    return scores
+    world = find_world()
+    with joined(world, find_device(place.device, world)):
+        world.by_first(lambda: check_folder(place))
+        job = prepare(recipe, place, console if world.first else Console(quiet=True), world)
+        state = start(job)
+        try:
+            scores = run(job, state, stop)
+        except CspnetError as error:
+            record(job, state, "stop", [str(error).partition("\n")[0]])
+            raise
+        record(job, state, "done")
+        return scores
 
 
 def run(job: Job, state: TrainState, stop: Stop) -> Scores | None:
     """The steps that are left, one by one."""
-    recipe = job.recipe
+    recipe, world = job.recipe, job.world
     net, last = state.net, recipe.schedule.steps
     if job.compile and state.step < last:
         job, net = compile_tested(job, state, lambda job, net: one_pass(job, state, net))
@@ -53,15 +56,16 @@ def run(job: Job, state: TrainState, stop: Stop) -> Scores | None:
         job = fit_passes(job, net, state, lambda job, net: at_most(job, state, net))
     scores = None
     stream = training_groups(
-        job.training, recipe, state.step, job.workers, job.device.type == "cuda"
+        job.training, recipe, state.step, job.workers, job.device.type == "cuda", job.groups
     )
+    together, statistics = world.together(net, job.device), Statistics(world, net, len(job.groups))
     with (
         stop,
-        Report(job.folder, state, job.training, job.console) as report,
+        Report(job.folder, state, job.training, job.console, world) as report,
         closing(stream) as groups,
-        memory_told(len(job.passes), state),
+        memory_told(len(job.passes[0]), state),
     ):
-        if state.step == 0:
+        if state.step == 0 and world.first:
             show_samples(job, state.net, report)
         while True:
             if is_validation_due(state) and state.validated < state.step:
@@ -69,7 +73,8 @@ def run(job: Job, state: TrainState, stop: Stop) -> Scores | None:
                 state.validated = state.step
                 best = scores.top1 > state.best_top1
                 report.validation(scores, best)
-                save(job, state, report, stop, scores.top1 if best else None)
+                asked = world.agree(stop.requested)
+                save(job, state, report, asked, scores.top1 if best else None)
             if state.step == last:
                 return scores
 
@@ -81,10 +86,11 @@ def run(job: Job, state: TrainState, stop: Stop) -> Scores | None:
                 loaded = [report.fetch(groups) for _ in part]
                 images, targets = to_device(job, loaded, state.step, part)
                 images = attack_some(job, state, net, images, targets, part)
-                loss = cross_entropy(forward(job, net, images), targets) / recipe.batch
-                state.scaler.scale(loss).backward()
+                with alone_until(part is job.passes[-1], together):
+                    loss = cross_entropy(forward(job, together, images), targets) / recipe.batch
+                    state.scaler.scale(loss).backward()
                 losses.append(loss.detach())
-            note_loss(state, sum(losses))
+            note_loss(state, statistics.settle(sum(losses)))
             applied = update(state.optimizer, state.scaler)
             state.step += 1
             state.updates += 1 if applied is None else applied
@@ -93,32 +99,37 @@ def run(job: Job, state: TrainState, stop: Stop) -> Scores | None:
             if not report.step(rate):
                 raise broken(job, state)
 
-            asked = stop.requested  # read once: a signal may come at any time
+            asked = world.agree(stop.requested)  # read once: a signal may come at any time
             if asked or is_save_due(state) or is_validation_due(state):
-                save(job, state, report, stop)
+                save(job, state, report, asked)
                 report.restart_clock()
             if asked and state.step < last:
                 raise stopped(asked, state)
 
 
 def save(
-    job: Job, state: TrainState, report: Report, stop: Stop, best_top1: float | None = None
+    job: Job, state: TrainState, report: Report, asked: str | None, best_top1: float | None = None
 ) -> None:
     """Saves the state, as the best one too where it is; never one with a number that is none.
 
-    A disk that is full pauses the saving, unless the run ends here, or was told to end then.
+    A disk that is full pauses the saving, unless the run ends here, was `asked` to, or was told to
+    end then.
     """
     if not is_finite(state) or (int(state.bad_step) >= 0 and not state.scaler.is_enabled()):
         raise broken(job, state)
     before = state.best_top1
     if best_top1 is not None:
         state.best_top1 = best_top1
-    try:
+
+    def write() -> None:
         report.flush()
         job.checkpoints.save(state.to_dict(), best=best_top1 is not None)
+
+    try:
+        job.world.by_first(write)
     except SaveError as error:
         state.best_top1 = before  # that of the file
-        if stop.requested or state.step == job.recipe.schedule.steps:
+        if asked or state.step == job.recipe.schedule.steps:
             raise
         if job.place.stop_when_full:
             raise Stopped(f"{error}\n--stop-when-full: free some space, then --resume") from None
@@ -126,7 +137,7 @@ def save(
 
 
 def broken(job: Job, state: TrainState) -> NotFinite:
-    """What is not finite, with the images of that step looked at once more."""
+    """What is not finite; the first process looks at the images of that step once more."""
 
     def again(step: int) -> torch.Tensor:
         groups = Groups(job.training, job.recipe)
@@ -134,7 +145,7 @@ def broken(job: Job, state: TrainState) -> NotFinite:
         images, _ = to_device(job, batch, step, range(job.recipe.groups))
         return forward(job, state.net, images)
 
-    return not_finite(state, job.training, job.folder, again)
+    return job.world.by_first(lambda: not_finite(state, job.training, job.folder, again))
 
 
 def is_save_due(state: TrainState) -> bool:
@@ -165,8 +176,8 @@ def validate(job: Job, state: TrainState, stop: Stop) -> Scores:
     """
 
     def heed(_: int) -> None:
-        if stop.signal:
-            raise stopped(stop.signal, state)
+        if asked := job.world.agree(stop.signal):
+            raise stopped(asked, state)
 
     weights = state.average.tensors if state.average else None
     return evaluate(
@@ -177,6 +188,7 @@ def validate(job: Job, state: TrainState, stop: Stop) -> Scores:
         job.workers,
         weights=weights,
         progress=heed,
+        world=job.world,
     )
 
 

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 
 from cspnet.errors import RecipeError
+from cspnet.train.world import ALONE, World
 
 # Share of the activations that a compiled net may keep for the backward pass; the rest is computed
 # again, but for `tiny` no convolution is (benchmarks/memory.py).
@@ -39,8 +40,11 @@ class Place:
     stop_when_full: bool = False  # a full disk ends the run, and does not only pause its saving
 
 
-def find_device(name: str) -> torch.device:
-    """The device of `auto`, `cpu`, `cuda` or `cuda:N`. Raises RecipeError where there is none."""
+def find_device(name: str, world: World = ALONE) -> torch.device:
+    """The device of `auto`, `cpu`, `cuda` or `cuda:N`; of several processes each has its own GPU.
+
+    Raises RecipeError where there is none.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = name.partition(":")
@@ -48,6 +52,17 @@ def find_device(name: str) -> torch.device:
         raise RecipeError(f"--device {name}: must be auto, cpu, cuda or cuda:N")
     if kind == "cuda":
         count = torch.cuda.device_count()
+        if world.size > 1:
+            if number:
+                raise RecipeError(
+                    f"--device {name} is one device for {world.size} processes: use --device cuda"
+                )
+            if world.local_size > count:
+                raise RecipeError(
+                    f"{world.local_size} processes on this machine, which shows {count} CUDA "
+                    f"devices to torch: start one for each, torchrun --nproc-per-node={count}"
+                )
+            return torch.device("cuda", world.local_rank)
         if int(number or 0) >= count:
             raise RecipeError(
                 f"--device {name}: this machine shows {count} CUDA devices to torch. "
@@ -57,8 +72,10 @@ def find_device(name: str) -> torch.device:
     return torch.device("cpu")
 
 
-def find_workers(asked: int | None, device: torch.device) -> int:
+def find_workers(asked: int | None, device: torch.device, world: World = ALONE) -> int:
     """Processes that decode images: one a core beside a GPU, none where the CPU runs the net.
+
+    The processes of a machine share its cores, unless a number is asked for.
 
     There OpenMP threads wait for each other in spinning loops: a further busy process costs more
     than decoding in between does.
@@ -67,7 +84,8 @@ def find_workers(asked: int | None, device: torch.device) -> int:
         if asked < 0:
             raise RecipeError(f"--workers {asked}: must be 0 (none, decode in the loop) or more")
         return asked
-    return min(16, len(os.sched_getaffinity(0))) if device.type == "cuda" else 0
+    cores = len(os.sched_getaffinity(0)) // world.local_size
+    return min(16, max(1, cores)) if device.type == "cuda" else 0
 
 
 @dataclass(frozen=True)

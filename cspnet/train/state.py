@@ -94,6 +94,11 @@ class TrainState:
         are remarks, as long as the tensors fit.
         """
         remarks = self._compare(saved, force)
+        self.take(saved)
+        return remarks
+
+    def take(self, saved: dict) -> None:
+        """Takes over a checkpoint. Raises CheckpointError where the tensors do not fit."""
         try:
             self.net.load_state_dict(saved["state_dict"])
         except RuntimeError as error:
@@ -117,7 +122,6 @@ class TrainState:
         self.best_top1 = saved["best_top1"]
         self.loss_sum.copy_(saved["loss_sum"])
         self.loss_steps = saved["loss_steps"]
-        return remarks
 
     def _compare(self, saved: dict, force: bool) -> list[str]:
         # Through the text both ways, which leaves out what has no effect.

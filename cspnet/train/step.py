@@ -1,5 +1,7 @@
 """What a step is made of: images onto the device, the attack, the forward pass, the loss."""
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import nn
@@ -14,11 +16,31 @@ from cspnet.train.state import TrainState
 def to_device(job: Job, groups: list, step: int, part: range) -> tuple[torch.Tensor, torch.Tensor]:
     """Augmented images in [0, 1] and soft targets of some groups of a step, on the device."""
     images, labels = (
-        torch.cat([getattr(group, name).to(job.device, non_blocking=True) for group in groups])
+        torch.cat([copy_to(job.device, getattr(group, name)) for group in groups])
         for name in ("images", "labels")
     )
     draws = draw(job.recipe, step, part).to(job.device)
     return job.augment(images, labels, draws, job.recipe, len(job.training.classes))
+
+
+def copy_to(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the device; on CUDA by a stream of its own, while kernels of earlier steps run.
+
+    The host does not wait where the tensor is pinned; what follows on the device does.
+    """
+    if device.type != "cuda":
+        return tensor.to(device)
+    copies, work = _copies(device), torch.cuda.current_stream(device)
+    with torch.cuda.stream(copies):
+        copy = tensor.to(device, non_blocking=True)
+    work.wait_stream(copies)
+    copy.record_stream(work)  # its memory is given away only after the work that reads it
+    return copy
+
+
+@lru_cache
+def _copies(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def forward(job: Job, net: nn.Module, images: torch.Tensor) -> torch.Tensor:
