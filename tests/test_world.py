@@ -1,0 +1,285 @@
+"""Several processes are one run: the same numbers, one who writes, and nobody who hangs."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from cspnet import recipe as recipes
+from cspnet.train.adversarial import attacked
+from cspnet.train.checkpoint import load
+from cspnet.train.world import World
+from tests.conftest import ROOT, TINY
+
+# A process of a run. What happens to it is in PLAN: its death after a save, for one.
+CHILD = """
+import json, os, pathlib, signal, sys, time, torch
+torch.set_num_threads(1)
+from cspnet import recipe as recipes
+from cspnet.cli import main_train
+from cspnet.errors import SaveError
+from cspnet.train import checkpoint, loop
+plan = json.loads(os.environ.get("PLAN", "{}"))
+rank = int(os.environ.get("RANK", 0))
+
+original = checkpoint.Checkpoints.save
+def save(self, content, best=False):
+    if content["step"] == plan.get("full_at"):
+        raise SaveError("the disk is full")
+    original(self, content, best)
+    if content["step"] == plan.get("die_after"):
+        os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.Checkpoints.save = save
+
+due = loop.is_save_due
+def is_save_due(state):
+    if plan.get("term") == [rank, state.step]:
+        os.kill(os.getpid(), signal.SIGTERM)
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT") != "0"
+    if plan.get("kill") == [rank, state.step] and not restarted:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return due(state)
+loop.is_save_due = is_save_due
+if "root" in plan and rank == 1:
+    sys.argv.append("data.root=" + plan["root"])
+sys.argv[0] = "cspnet-train"
+main_train()
+"""
+RUN = [
+    *TINY,
+    *("batch=32", "schedule.steps=5", "optim.learning_rate=0.02", "average.decay=0.8"),
+    *("adversarial.strength=5", "adversarial.probability=0.5", "schedule.warmup_steps=1"),
+]
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def started(size, output, *overrides, plan=None, resume=False, options=(), script=CHILD):
+    """`size` processes as torchrun would start them."""
+    port, processes = free_port(), []
+    for rank in range(size):
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+        names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PLAN": json.dumps(plan or {})}
+        command = [sys.executable, "-c", script, "--recipe", "digits", "--output", str(output)]
+        command += ["--device", "cpu", *(["--resume"] if resume else []), *options]
+        processes.append(
+            subprocess.Popen(
+                [*command, *RUN, *overrides],
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in names.items()}},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return processes
+
+
+def ended(processes, timeout=120):
+    """Exit codes, and what each has told on stderr."""
+    told = [process.communicate(timeout=timeout) for process in processes]
+    return [process.returncode for process in processes], [err for _, err in told]
+
+
+def run(size, output, *overrides, **how):
+    codes, told = ended(started(size, output, *overrides, **how))
+    assert codes == [0] * size, told
+    return load(output / "checkpoints" / "last.pt")
+
+
+def lines(output):
+    text = (output / "metrics.jsonl").read_text()
+    return [line for line in map(json.loads, text.splitlines()) if line["split"] == "train"]
+
+
+def apart(one, other, select):
+    """Norm of the difference over the norm, of some tensors taken together."""
+    keys = [key for key in one if select(key)]
+    assert keys and one.keys() == other.keys()
+    a, b = (torch.cat([x[key].double().flatten() for key in keys]) for x in (one, other))
+    return float((a - b).norm() / b.norm())
+
+
+def is_running(key):
+    return "running" in key
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    output = tmp_path_factory.mktemp("alone") / "run"
+    return output, run(1, output)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_several_processes_are_one(alone, tmp_path, size):
+    """Weights, running statistics, momentum, averages and losses; the attack is on."""
+    output, one = alone
+    recipe = recipes.from_text(one["recipe"])
+    coins = [attacked(recipe, step, range(4)) for step in range(5)]
+    assert any(c.any() for c in coins) and not all(c.all() for c in coins)
+    several = run(size, tmp_path / "run")
+    assert apart(several["state_dict"], one["state_dict"], lambda k: not is_running(k)) < 1e-5
+    assert apart(several["state_dict"], one["state_dict"], is_running) < 1e-6
+    assert apart(several["state_dict_ema"], one["state_dict_ema"], lambda k: True) < 1e-5
+    pairs = zip(lines(tmp_path / "run"), lines(output), strict=True)
+    for ours, theirs in pairs:
+        assert ours["step"] == theirs["step"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+def test_the_groups_of_a_step_are_dealt_out_once():
+    for size in (1, 2, 4):
+        dealt = [group for rank in range(size) for group in World(rank, size).share_of(4)]
+        assert dealt == [0, 1, 2, 3]
+
+
+def test_from_one_to_two_and_back(alone, tmp_path):
+    """Killed after step 2 and after step 4; the run knows of no number of processes."""
+    output, one = alone
+    for size, dies in ((1, 2), (2, 4)):
+        processes = started(size, tmp_path / "run", plan={"die_after": dies}, resume=True)
+        codes, told = ended(processes)
+        assert codes[0] == -signal.SIGKILL
+        assert codes[1:] == [1] * (size - 1), told
+        assert all("cannot reach the others" in err for err in told[1:])
+        assert all("Traceback" not in err for err in told[1:])
+    again = run(1, tmp_path / "run", resume=True)
+    assert apart(again["state_dict"], one["state_dict"], lambda k: True) < 1e-4
+    found = lines(tmp_path / "run")
+    assert [line["step"] for line in found] == [1, 2, 3, 4, 5]
+    for ours, theirs in zip(found, lines(output), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+def test_a_signal_to_one_process_stops_all_after_a_save(tmp_path):
+    codes, told = ended(started(2, tmp_path / "run", plan={"term": [1, 2]}))
+    assert codes == [75, 75], told
+    assert "SIGTERM: saved at step 2" in told[0] and told[1] == ""
+    assert load(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 2
+
+
+def test_a_disk_that_is_full_for_the_first_process_pauses_the_saving_of_all(tmp_path):
+    codes, told = ended(started(2, tmp_path / "run", plan={"full_at": 2}))
+    assert codes == [0, 0], told
+    assert load(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 5
+
+
+@pytest.mark.parametrize(
+    "size, options, message",
+    [
+        (3, (), "3 processes cannot share the 4 groups of a step evenly"),
+        (2, ("--passes", "3"), "a step has 2 groups for each of 2 processes, so give 1 to 2"),
+    ],
+)
+def test_worlds_that_do_not_fit_are_refused_once(tmp_path, size, options, message):
+    codes, told = ended(started(size, tmp_path / "run", options=options))
+    assert codes == [2] * size
+    assert message in told[0] and "Traceback" not in "".join(told)
+    assert told[1:] == [""] * (size - 1), "told by the first process alone"
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_see_other_data_are_refused(tmp_path, folder):
+    smaller = tmp_path / "smaller"
+    for file in sorted((folder).rglob("*.jpg"))[:-1]:
+        copy = smaller / file.relative_to(folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    overrides = (f"data.root={folder}", "model.classes=3", "data.normalize=imagenet")
+    codes, told = ended(started(2, tmp_path / "run", *overrides, plan={"root": str(smaller)}))
+    assert codes == [2, 2] and "the processes do not see the same" in told[0], told
+
+
+def test_a_world_size_without_the_rest_names_torchrun(tmp_path, command):
+    script = (
+        "import os; os.environ['WORLD_SIZE'] = '4'; from cspnet.cli import main_train as m; m()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "--recipe", "digits", "--output", tmp_path / "run"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2 and "torchrun --nproc-per-node" in done.stderr
+
+
+EVALUATE = """
+import sys
+from cspnet.cli import main_eval
+arguments = sys.argv[sys.argv.index("--output") + 1]
+sys.argv = ["cspnet-eval", "--checkpoint", arguments + "/checkpoints/last.pt", "--data", "digits"]
+sys.argv += ["--batch", "50", "--device", "cpu", "--json", arguments + "/scores.json"]
+main_eval()
+"""
+
+
+def test_an_evaluation_counts_each_image_once_in_any_world(alone):
+    """359 images in 8 batches, by 1, 2 and 3 processes."""
+    output, _ = alone
+    scores = []
+    for size in (1, 2, 3):
+        codes, told = ended(started(size, output, script=EVALUATE))
+        assert codes == [0] * size, told
+        scores.append(json.loads((output / "scores.json").read_text()))
+    for found in scores[1:]:
+        for key in ("images", "top1", "top5", "unreadable"):
+            assert found[key] == scores[0][key], key
+        assert found["loss"] == pytest.approx(scores[0]["loss"], rel=1e-12)
+    assert scores[0]["images"] == 359
+
+
+def test_two_nodes_of_torchrun_survive_the_death_of_a_process(alone, tmp_path):
+    """One process of two dies amid the run; both are started again and end where the others do."""
+    _, one = alone
+    script = tmp_path / "child.py"
+    script.write_text(CHILD)
+    endpoint = f"127.0.0.1:{free_port()}"
+    agents = [
+        subprocess.Popen(
+            [
+                *(
+                    sys.executable,
+                    "-m",
+                    "torch.distributed.run",
+                    "--nnodes=2",
+                    "--node-rank",
+                    str(n),
+                ),
+                *("--nproc-per-node=1", "--max-restarts=2", "--rdzv-backend=c10d"),
+                *("--rdzv-endpoint", endpoint, "--rdzv-id=run", "--monitor-interval=0.2"),
+                *("--local-addr=127.0.0.1", str(script)),
+                *("--recipe", "digits", "--output", str(tmp_path / "run"), "--device", "cpu", *RUN),
+            ],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "OMP_NUM_THREADS": "1",
+                "PLAN": json.dumps({"kill": [1, 3]}),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for n in range(2)
+    ]
+    start = time.monotonic()
+    told = [agent.communicate(timeout=150)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(told)
+    assert time.monotonic() - start < 150
+    history = [json.loads(x) for x in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    events = [line["event"] for line in history]
+    assert events[0] == "start" and "resume" in events and events[-1] == "done"
+    last = load(tmp_path / "run" / "checkpoints" / "last.pt")
+    assert apart(last["state_dict"], one["state_dict"], lambda k: True) < 1e-4
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4, 5]
