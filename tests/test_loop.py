@@ -305,7 +305,8 @@ def passes_compared(recipe, folder):
 
 
 def test_one_pass_of_four_groups_equals_four_passes_of_one(tiny, tmp_path, monkeypatch):
-    """Shares of the loss, gradients, order of statistics; in float64, at a rate that moves weights.
+    """Shares of the loss, gradients, order of statistics, attacks; in float64, at a rate that moves
+    weights.
 
     In float32 the last bits differ with the shape of a convolution, and a net over four pixels a
     group magnifies that: the next test.
@@ -318,7 +319,8 @@ def test_one_pass_of_four_groups_equals_four_passes_of_one(tiny, tmp_path, monke
     )
     monkeypatch.setattr(loop, "cross_entropy", lambda x, t: -(t.double() * x.log_softmax(1)).sum())
     monkeypatch.setattr(loop, "validate", lambda *_: Scores(0, 0, 0, 0, 0, 1))
-    recipe = tiny("batch=32", "data.size=64", "schedule.steps=5")
+    attack = ("adversarial.strength=5", "adversarial.probability=0.5", "schedule.warmup_steps=1")
+    recipe = tiny("batch=32", "data.size=64", "schedule.steps=5", *attack)
     for weights, statistics, moved in passes_compared(recipe, tmp_path):
         assert moved > 0.05
         assert weights[1] < 1e-5 and statistics[1] < 1e-6

@@ -9,7 +9,7 @@ import sys
 import typer
 
 from cspnet.cli.datasets import check, index, pack
-from cspnet.cli.options import is_first
+from cspnet.cli.options import is_first, restarts
 from cspnet.cli.results import evaluate, export, predict
 from cspnet.cli.training import preview, train
 from cspnet.errors import CspnetError, Stopped
@@ -38,7 +38,7 @@ def _run(app: typer.Typer) -> None:
     except Stopped as stopped:
         if is_first():
             print(stopped, file=sys.stderr)
-        sys.exit(stopped.exit_code)
+        sys.exit(0 if restarts() else stopped.exit_code)  # else torchrun would start it again
     except CspnetError as error:
         who = "" if is_first() else f"process {os.environ['RANK']}: "
         if is_first() or error.exit_code != 2 or os.environ.get("LOCAL_RANK") == "0":

@@ -44,6 +44,11 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def restarts() -> int:
+    """How often torchrun starts its processes again where one ends with another code than 0."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+
+
 def facts(trained: "Trained", precision: "Precision") -> list[str]:
     """What a net is, and how its images are prepared, in lines for people."""
     recipe, how = trained.recipe, trained.recipe.evaluate

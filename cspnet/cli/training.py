@@ -1,12 +1,11 @@
 """The commands of training: `train` and, before it, `preview`."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cspnet.cli.options import DataRoot, Device, Overrides, Workers, is_first
+from cspnet.cli.options import DataRoot, Device, Overrides, Workers, is_first, restarts
 from cspnet.errors import RecipeError
 
 
@@ -59,8 +58,8 @@ def train(
     """Train by a recipe: cspnet-train --recipe cspdarknet53 --data DIR [schedule.steps=1000 …]"""
     from cspnet import recipe as recipes
 
-    # A restart by torchrun, after one of its processes died.
-    resume = resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if restarts() and not resume:
+        raise RecipeError("torchrun's --max-restarts needs --resume, to go on with the run")
     if recipe is not None:
         path = recipes.find(recipe)
     elif resume and output and (output / "recipe.yaml").is_file():

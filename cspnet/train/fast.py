@@ -13,12 +13,15 @@ from torch import nn
 
 from cspnet.errors import OutOfMemory
 from cspnet.train.job import Job, passes_of
-from cspnet.train.runtime import BUDGETS
+from cspnet.train.runtime import BUDGETS, Precision
 from cspnet.train.state import TrainState
 
-# How far the compiled gradient may be from the eager one, as a share of its norm. In 16 bits both
-# are roundings of a third.
-TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.05}
+# How far the compiled gradient of a fresh net may be from the eager one in float32, as a share of
+# its norm: another number of threads alone makes 4e-3 (benchmarks/parity.py).
+TOLERANCE = 0.02
+# In 16 bits both are roundings of float32's gradient: how many times further away from it than the
+# eager one the compiled one may be.
+WORSE = 2.0
 
 # Loss of a pass, already scaled and divided, its backward pass done: (job, net) -> loss
 Trial = Callable[[Job, nn.Module], torch.Tensor]
@@ -27,8 +30,9 @@ Trial = Callable[[Job, nn.Module], torch.Tensor]
 def compile_tested(job: Job, state: TrainState, trial: Trial) -> tuple[Job, nn.Module]:
     """The job and the net with compiled kernels; as they were, and loudly, where these are wrong.
 
-    One group goes through both: loss and gradients must agree. On a machine without a compiler, or
-    with a faulty one, training goes on in eager mode.
+    One group goes through both: loss and gradients must agree, in 16 bits as well as the eager ones
+    agree with float32's. On a machine without a compiler, or with a faulty one, training goes on in
+    eager mode.
     """
     alone = replace(job, passes=passes_of(job.groups, 1))
     kept = {name: tensor.clone() for name, tensor in state.net.state_dict().items()}
@@ -47,6 +51,11 @@ def compile_tested(job: Job, state: TrainState, trial: Trial) -> tuple[Job, nn.M
         fast = replace(alone, augment=torch.compile(job.augment, dynamic=False))
         net = torch.compile(state.net, dynamic=False)
         loss, expected = gradient(alone, state.net)
+        allowed = TOLERANCE
+        if job.precision.name != "fp32":
+            rounded, exact = expected, replace(alone, precision=Precision("fp32", "to compare"))
+            _, expected = gradient(exact, state.net)
+            allowed = WORSE * _distance(rounded, expected)
         compiled_loss, compiled = gradient(fast, net)
     except torch.OutOfMemoryError:
         raise
@@ -54,15 +63,14 @@ def compile_tested(job: Job, state: TrainState, trial: Trial) -> tuple[Job, nn.M
         first = str(error).strip().partition("\n")[0] or type(error).__name__
         return job, _eager(job.console, state, f"torch.compile failed ({first[:200]})")
     distance = _distance(compiled, expected)
-    tolerance = TOLERANCE[job.precision.name]
-    if not (distance <= tolerance and abs(compiled_loss - loss) <= tolerance * abs(loss)):
+    if not (distance <= allowed and abs(compiled_loss - loss) <= TOLERANCE * abs(loss)):
         reason = (
             f"the compiled net is not the eager one: loss {compiled_loss:.6g} for {loss:.6g}, "
-            f"gradient off by {distance:.1e} of its norm"
+            f"gradient off by {distance:.1e} of its norm, {allowed:.1e} is allowed"
         )
         return job, _eager(job.console, state, reason)
     job.console.print(
-        f"compiled, tested: gradient within {distance:.0e} of the eager one; "
+        f"compiled, tested: gradient off by {distance:.1e} of its norm, {allowed:.1e} is allowed; "
         f"--memory {job.place.memory}"
     )
     return replace(job, augment=fast.augment), net

@@ -81,12 +81,15 @@ def run(job: Job, state: TrainState, stop: Stop) -> Scores | None:
             rate = learning_rate(state.updates + 1, recipe)
             for parameters in state.optimizer.param_groups:
                 parameters["lr"] = rate * parameters["share"]
-            losses = []
+            batch, losses = [], []
             for part in job.passes:
                 loaded = [report.fetch(groups) for _ in part]
                 images, targets = to_device(job, loaded, state.step, part)
+                # All attacks come first: the passes move the running statistics that these use.
                 images = attack_some(job, state, net, images, targets, part)
-                with alone_until(part is job.passes[-1], together):
+                batch.append((images, targets))
+            for number, (images, targets) in enumerate(batch, 1):
+                with alone_until(number == len(batch), together):
                     loss = cross_entropy(forward(job, together, images), targets) / recipe.batch
                     state.scaler.scale(loss).backward()
                 losses.append(loss.detach())

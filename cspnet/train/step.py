@@ -94,9 +94,10 @@ def one_pass(job: Job, state: TrainState, net: nn.Module, attacked: bool = False
 
 def at_most(job: Job, state: TrainState, net: nn.Module) -> torch.Tensor:
     """What takes the most memory: a pass with the attack, and a batch of a validation."""
-    loss = one_pass(job, state, net, attacked=job.recipe.adversarial.strength > 0)
     size = job.recipe.data.size
+    # of a validation; meanwhile in the place of a step's images, of which a pass has but a part
     batch = torch.rand(job.recipe.batch, 3, size, size, device=job.device)
+    loss = one_pass(job, state, net, attacked=job.recipe.adversarial.strength > 0)
     weights = state.average.tensors if state.average else {}
     state.net.eval()
     with torch.no_grad(), job.precision.autocast(job.device):

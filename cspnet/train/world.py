@@ -6,8 +6,11 @@ summed here, so that they are those of one process, to rounding. A world of one 
 """
 
 import contextlib
+import inspect
 import io
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -109,14 +112,20 @@ class World:
         parallel = DistributedDataParallel(
             net,
             device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,  # `Statistics` has them
             gradient_as_bucket_view=True,
+            **{_SYNC_BUFFERS: False},  # `Statistics` has them
         )
         parallel.register_comm_hook(None, _sum)
         return parallel
 
 
 ALONE = World()
+# torch 2.15 has another name for it, and warns of the old one.
+_SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
 
 
 def _sum(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -155,7 +164,9 @@ def joined(world: World, device: torch.device) -> Iterator[None]:
     # Tensors of the host go by Gloo in any case: agreeing makes no device wait.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=PATIENCE)
+        dist.init_process_group(
+            backend, store=_meet(world), rank=world.rank, world_size=world.size, timeout=PATIENCE
+        )
         yield
     except RuntimeError as error:
         if not _is_of_the_group(error):
@@ -166,6 +177,42 @@ def joined(world: World, device: torch.device) -> Iterator[None]:
             "all of them again with --resume."
         ) from None
     dist.destroy_process_group()
+
+
+def _meet(world: World) -> dist.Store:
+    """A store that is shared by the processes of this start, and by none of an earlier one.
+
+    torch tells starts apart by torchrun's count of restarts. But each machine's torchrun counts the
+    failures of its own processes only, and the store outlives them: after one has died, some would
+    wait for the others under another number. So the first process gives the start a name, and
+    answers those that greet it by that name.
+    """
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=world.first and not served,
+        timeout=PATIENCE,
+        wait_for_workers=False,
+    )
+    own = uuid.uuid4().hex
+    if world.first:
+        store.set("cspnet/first", own)
+        greetings = [f"cspnet/{own}/{rank}" for rank in range(1, world.size)]
+        store.wait(greetings)
+        for greeting in greetings:
+            store.set(f"{greeting}/answer", store.get(greeting))
+        return dist.PrefixStore(own, store)
+    end = time.monotonic() + PATIENCE.total_seconds()
+    while time.monotonic() < end:
+        first = store.get("cspnet/first").decode()
+        greeting = f"cspnet/{first}/{world.rank}"
+        store.set(greeting, own)
+        time.sleep(0.05)
+        answer = f"{greeting}/answer"
+        if store.check([answer]) and store.get(answer).decode() == own:
+            return dist.PrefixStore(first, store)
+    raise dist.DistError(f"no answer within {PATIENCE}")
 
 
 def _is_of_the_group(error: RuntimeError) -> bool:
