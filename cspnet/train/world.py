@@ -168,6 +168,9 @@ def joined(world: World, device: torch.device) -> Iterator[None]:
             backend, store=_meet(world), rank=world.rank, world_size=world.size, timeout=PATIENCE
         )
         yield
+    except CspnetError:
+        dist.destroy_process_group()  # its threads would break off the process at its exit
+        raise
     except RuntimeError as error:
         if not _is_of_the_group(error):
             raise
