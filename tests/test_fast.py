@@ -4,6 +4,8 @@ import functools
 
 import pytest
 import torch
+import torch._dynamo
+import torch._functorch.config
 from rich.console import Console
 
 from cspnet.errors import OutOfMemory, RecipeError
