@@ -13,6 +13,7 @@ the norm).
 
 import argparse
 import json
+import os
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -57,10 +58,14 @@ def run(options, precision: str, path: str, rates: list[str]) -> tuple[list[floa
             passes=1,
             compile=path == "compiled",
         )
+        console = Console(record=True, file=open(os.devnull, "w"), width=500)  # noqa: SIM115
         try:
-            loop.train(recipe, place, Console(quiet=True))
+            loop.train(recipe, place, console)
         finally:
             torch.set_num_threads(threads)
+        told = console.export_text()
+        if path == "compiled" and "compiled, tested" not in told:
+            raise RuntimeError(f"this was no compiled run: {told}")
         text = (place.output / "metrics.jsonl").read_text()
         saved = load(place.output / "checkpoints" / "last.pt")
     momentum = [entry["momentum_buffer"] for entry in saved["optimizer"]["state"].values()]

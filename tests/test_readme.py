@@ -47,7 +47,14 @@ def test_make_targets_of_the_readme_exist():
 
 @pytest.mark.parametrize(
     "document",
-    ["README.md", "docs/architecture.md", "docs/data.md", "docs/resuming.md", "data/README.md"],
+    [
+        "README.md",
+        "docs/architecture.md",
+        "docs/data.md",
+        "docs/resuming.md",
+        "docs/hardware.md",
+        "data/README.md",
+    ],
 )
 def test_links_lead_to_files(document):
     path = ROOT / document
