@@ -12,6 +12,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
 from cspnet.data import decode, stream
+from cspnet.data import jpeg as jpeg_header
 from cspnet.schema import Augment, Evaluate
 from tests.bombs import BOMBS
 from tests.conftest import ROOT, picture
@@ -139,9 +140,18 @@ def jpeg(image, **options):
     return file.getvalue()
 
 
+def jpeg_size(data):
+    frame = jpeg_header.frame(data)
+    return frame and frame[:2]
+
+
+def scaled(data, rng, size, augment, out=None):
+    return decode.make_view(decode.draw_view(data, rng, size, augment), size, augment, True, out)
+
+
 def turned(orientation):
     exif = Image.Exif()
-    exif[decode.ORIENTATION] = orientation
+    exif[jpeg_header.ORIENTATION] = orientation
     return exif
 
 
@@ -151,25 +161,25 @@ def test_the_size_of_a_jpeg_is_known_before_it_is_decoded():
     described[0x010E] = "a picture that nobody turned"
     upright = [{}, {"progressive": True}, {"exif": described}, {"exif": turned(1)}, {"xmp": b"<x>"}]
     for options in upright:
-        assert decode.jpeg_size(jpeg(image, **options)) == (77, 51), options
-    assert decode.jpeg_size(jpeg(image[:, :, 0])) == (77, 51)
+        assert jpeg_size(jpeg(image, **options)) == (77, 51), options
+    assert jpeg_size(jpeg(image[:, :, 0])) == (77, 51)
     for orientation in (0, 2, 3, 6, 8, 77):
-        assert decode.jpeg_size(jpeg(image, exif=turned(orientation))) is None
+        assert jpeg_size(jpeg(image, exif=turned(orientation))) is None
     broken = jpeg(image, exif=described).replace(b"\x01\x0e\x00\x02", b"\x01\x0e\x00\xff")
-    assert decode.jpeg_size(broken) in (None, (77, 51))
-    assert decode.jpeg_size(cv2.imencode(".png", image)[1].tobytes()) is None
+    assert jpeg_size(broken) in (None, (77, 51))
+    assert jpeg_size(cv2.imencode(".png", image)[1].tobytes()) is None
 
 
 def test_the_size_of_a_damaged_jpeg_is_unknown_or_a_pair():
     whole = jpeg(picture(10, 51, 77), exif=turned(1))
     frame = whole.index(b"\xff\xc0")
     for end in range(frame + 9):
-        assert decode.jpeg_size(whole[:end]) is None
+        assert jpeg_size(whole[:end]) is None
     rng = np.random.default_rng(0)
     for _ in range(2000):
         damaged = bytearray(whole[: frame + 20])
         damaged[rng.integers(len(damaged))] = rng.integers(256)
-        size = decode.jpeg_size(bytes(damaged))
+        size = jpeg_size(bytes(damaged))
         assert size is None or min(size) > 0
 
 
@@ -194,7 +204,7 @@ def test_a_reduced_decode_moves_nothing(monkeypatch, shape, resize, factor):
         matrix = decode.train_matrix(stream.random(0, 1, seed), *shape[::-1], size, augment)
         expected = np.linalg.solve(matrix[:, :2], np.array([x, y]) - matrix[:, 2])
         data = jpeg(image, quality=100)
-        view = decode.scaled_train_view(data, stream.random(0, 1, seed), size, augment)
+        view = scaled(data, stream.random(0, 1, seed), size, augment)
         weights = view[:, :, 0] / view[:, :, 0].sum()
         found = np.array([(weights * xx).sum(), (weights * yy).sum()])
         assert np.abs(found - expected).max() < 0.1
@@ -208,7 +218,7 @@ def test_reduced_views_differ_little_and_only_where_they_shrink_by_two():
         data = jpeg(image)
         matrix = decode.train_matrix(stream.random(0, 1, position), 267, 201, size, augment)
         shrinks = min(np.linalg.svd(matrix[:, :2], compute_uv=False))
-        view = decode.scaled_train_view(data, stream.random(0, 1, position), size, augment)
+        view = scaled(data, stream.random(0, 1, position), size, augment)
         whole = decode.decode(data)
         plain = decode.train_view(whole, stream.random(0, 1, position), size, augment)
         if shrinks < 2:
@@ -227,9 +237,81 @@ def test_a_header_that_tells_something_else_than_the_decoder(monkeypatch, orient
     data, augment = jpeg(picture(11, 300, 401), exif=turned(orientation)), Augment()
     plain = decode.train_view(decode.decode(data), stream.random(0, 1, 2), 64, augment)
     if orientation == 1:
-        monkeypatch.setattr(decode, "jpeg_size", lambda data: (300, 401))
-    view = decode.scaled_train_view(data, stream.random(0, 1, 2), 64, augment)
+        told = jpeg_header.Frame(300, 401, 0, 8, 0)
+        monkeypatch.setattr(jpeg_header, "frame", lambda data: told)
+    view = scaled(data, stream.random(0, 1, 2), 64, augment)
     assert (view == plain).all()
+
+
+SAMPLINGS = ["4:4:4", "4:2:2", "4:2:0"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"subsampling": each} for each in SAMPLINGS]
+    + [
+        {"progressive": True},
+        {"restart_marker_rows": 1},
+        {"exif": turned(6)},
+        {"grey": True},
+    ],
+)
+def test_rows_below_the_view_change_nothing(capfd, monkeypatch, options):
+    """Views of encoded bytes are those of the whole image, bit for bit; decoded is less of it."""
+    rows, original = [], decode.decode
+    monkeypatch.setattr(
+        decode,
+        "decode",
+        lambda *given: (rows.append((image := original(*given)).shape[0]), image)[1],
+    )
+    options = dict(options)
+    grey = options.pop("grey", False)
+    saved = 0
+    for position in range(150):
+        rng = np.random.default_rng(position)
+        height, width = rng.integers(60, 300, 2)
+        # Noise over the picture: a colour that is interpolated otherwise would show.
+        image = picture(position, height, width) // 2 + rng.integers(
+            0, 128, (height, width, 3), np.uint8
+        )
+        data = jpeg(image[:, :, 0] if grey else image, **options)
+        plain = decode.train_view(original(data), stream.random(0, 1, position), 96, Augment())
+        drawn = decode.draw_view(data, stream.random(0, 1, position), 96, Augment())
+        rows.clear()
+        assert (decode.make_view(drawn, 96, Augment()) == plain).all(), position
+        assert len(rows) == 1, "decoded once"
+        saved += rows[0] < original(data).shape[0]
+    if {"progressive", "restart_marker_rows", "exif"} & options.keys():
+        assert saved == 0
+    else:
+        assert saved > 30
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_follows_a_jpeg_forbids_to_cut_it():
+    """A file in a file, a byte behind the end, a scan for each colour: all of it is decoded."""
+    data = jpeg(picture(13, 200, 100))
+    frame = jpeg_header.frame(data)
+    assert decode.decode(jpeg_header.cut(data, frame, 60)).shape == (60, 100, 3)
+    for rows in (-5, 0, 193, 200, 500):
+        assert jpeg_header.cut(data, frame, rows) is None
+    for other in (data + b"\0", data + data, data[:-2], data[:-1]):
+        assert jpeg_header.cut(other, jpeg_header.frame(other), 60) is None
+    scan = data.index(b"\xff\xda")
+    alone = data[: scan + 4] + b"\x01" + data[scan + 5 :]
+    assert jpeg_header.frame(alone)[:2] == (100, 200) and not jpeg_header.frame(alone).scan
+
+
+def test_a_flat_last_row_of_blocks_is_no_obstacle():
+    """Of a flat image the dropped rows are a few bytes, fewer than libjpeg wants to see ahead."""
+    for height in (33, 40, 48, 49, 64):
+        data, augment = jpeg(np.full((height, 40, 3), 90, np.uint8)), Augment(resize=(1.7, 1.7))
+        for position in range(40):
+            plain = decode.train_view(
+                decode.decode(data), stream.random(0, 1, position), 64, augment
+            )
+            drawn = decode.draw_view(data, stream.random(0, 1, position), 64, augment)
+            assert (decode.make_view(drawn, 64, augment) == plain).all()
 
 
 def test_views_are_written_where_they_are_wanted():
@@ -237,7 +319,7 @@ def test_views_are_written_where_they_are_wanted():
     data = jpeg(image, quality=100)
     makes = [
         lambda out: decode.train_view(image, stream.random(0, 1, 0), 64, augment, out),
-        lambda out: decode.scaled_train_view(data, stream.random(0, 1, 0), 64, augment, out),
+        lambda out: scaled(data, stream.random(0, 1, 0), 64, augment, out),
         lambda out: decode.evaluation_view(image, 64, Evaluate(), out),
         lambda out: decode.evaluation_view(image, 64, Evaluate(resize="antialias"), out),
         lambda out: decode.evaluation_view(image[:64, :64], 64, Evaluate(), out),

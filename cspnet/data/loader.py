@@ -24,11 +24,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from cspnet.data import stream, worker
 from cspnet.data.decode import (
+    Drawn,
     Unreadable,
     decode,
+    draw_view,
     evaluation_view,
-    scaled_train_view,
-    train_view,
+    make_view,
 )
 from cspnet.data.sources import Source
 from cspnet.schema import Evaluate, Recipe
@@ -139,31 +140,43 @@ class Groups(Made):
         labels = torch.empty(recipe.group, dtype=torch.int64)
         mask = torch.ones(recipe.group, dtype=torch.bool)
         replaced, unreadable = 0, set()
-        for row, position in enumerate(stream.positions(*address, recipe.batch, recipe.group)):
-            index = stream.index_at(recipe.seed, position, len(self.source))
-            labels[row], failed = self._view_readable(index, position, views[row])
+        positions = stream.positions(*address, recipe.batch, recipe.group)
+        indices = [stream.index_at(recipe.seed, at, len(self.source)) for at in positions]
+        # All are drawn before the first is made: `draw_view` says why.
+        size = self.size_at(address)
+        drawn = [self._draw(*where, size) for where in zip(indices, positions, strict=True)]
+        for row, index in enumerate(indices):
+            labels[row], failed = self._make(index, positions[row], drawn[row], views[row])
             replaced += bool(failed)
             unreadable.update(failed)
         return Batch(images, labels, mask, replaced, sorted(unreadable))
 
-    def _view_readable(self, index: int, position: int, view: np.ndarray) -> tuple[int, list[int]]:
+    def _draw(self, index: int, position: int, size: int) -> tuple[Drawn, int] | None:
+        """The view of the image at `index` that belongs to a position, and the image's label."""
+        rng = stream.random(self.recipe.seed, stream.VIEW, position)
+        try:
+            data, label = self.source.read(index)
+        except (OSError, Unreadable):
+            return None
+        return draw_view(data, rng, size, self.recipe.augment), label
+
+    def _make(
+        self, index: int, position: int, drawn: tuple[Drawn, int] | None, view: np.ndarray
+    ) -> tuple[int, list[int]]:
         """Writes the view of the image at `index`, or of the next one that can be read.
 
         Nothing in that is random. Its label, and the indices of those that could not be read.
         """
-        recipe, failed = self.recipe, []
+        recipe, size, failed = self.recipe, len(view), []
         for offset in range(TRIES):
             candidate = (index + offset) % len(self.source)
-            rng = stream.random(recipe.seed, stream.VIEW, position)
-            try:
-                data, label = self.source.read(candidate)
-                if recipe.data.scaled_decode:
-                    scaled_train_view(data, rng, len(view), recipe.augment, view)
-                else:
-                    train_view(decode(data), rng, len(view), recipe.augment, view)
-                return label, failed
-            except (OSError, Unreadable):
-                failed.append(candidate)
+            if offset:
+                drawn = self._draw(candidate, position, size)
+            with contextlib.suppress(Unreadable):
+                if drawn:
+                    make_view(drawn[0], size, recipe.augment, recipe.data.scaled_decode, view)
+                    return drawn[1], failed
+            failed.append(candidate)
         view[:] = 0  # so many in a row: black, with the right label
         return int(self.source.labels[index]), failed
 
