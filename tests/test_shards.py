@@ -133,6 +133,19 @@ def test_tar_files_give_the_stream_of_the_folder(folder, entries):
         assert content(one[step, step % 2]) == content(other[step, step % 2])
 
 
+def test_a_step_in_the_middle_reads_its_own_images_and_nothing_else(folder, monkeypatch):
+    """So a run that resumes amid a shard begins at once, in a set of any size."""
+    root = sharded(folder, as_named_samples)
+    save_index(root)
+    recipe, read, pread = recipe_for(root), [], os.pread
+    monkeypatch.setattr(os, "pread", lambda *given: (read.append(given[1]), pread(*given))[1])
+    source = sources.open_training(str(root))
+    assert read == [], "a saved index needs no header"
+    images = Groups(source, recipe)[900, 1].labels
+    assert len(read) == len(images) == 4
+    assert set(read) <= set(source._index.sizes.tolist())
+
+
 def test_workers_read_from_files_that_the_main_process_has_opened(folder):
     source = sources.open_training(str(sharded(folder, as_named_samples)))
     recipe = recipe_for(folder)

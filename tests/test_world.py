@@ -40,6 +40,8 @@ checkpoint.Checkpoints.save = save
 
 due = loop.is_save_due
 def is_save_due(state):
+    if plan.get("hang") == [rank, state.step]:
+        os.kill(os.getpid(), signal.SIGSTOP)
     if plan.get("term") == [rank, state.step]:
         os.kill(os.getpid(), signal.SIGTERM)
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT") != "0"
@@ -59,6 +61,10 @@ if "double" in plan:
     torch.Tensor.float = lambda tensor: tensor  # of the logits in the attack
     loop.cross_entropy = lambda x, t: -(t * x.log_softmax(1)).sum()
     loop.validate = lambda *_: Scores(0, 0, 0, 0, 0, 1)
+if "patience" in plan:
+    from datetime import timedelta
+    from cspnet.train import world
+    world.PATIENCE = timedelta(seconds=plan["patience"])
 if "root" in plan and rank == 1:
     sys.argv.append("data.root=" + plan["root"])
 sys.argv[0] = "cspnet-train"
@@ -194,6 +200,24 @@ def test_a_signal_to_one_process_stops_all_after_a_save(tmp_path):
     # It came after the processes had asked each other in step 2.
     assert "SIGTERM: saved at step 3" in told[0] and told[1] == ""
     assert load(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 3
+
+
+def test_a_process_that_hangs_ends_the_others_and_loses_nothing(tmp_path):
+    """Stopped in mid-step, as a driver may hang. The patience is ten minutes, here seconds."""
+    processes = started(2, tmp_path / "run", plan={"hang": [1, 2], "patience": 15})
+    first, hanging = processes
+    try:
+        _, told = first.communicate(timeout=100)
+        assert hanging.poll() is None
+    finally:
+        hanging.kill()
+        hanging.communicate()
+    assert first.returncode == 1, told
+    assert "cannot reach the others: one has ended, or has done nothing" in told
+    assert "Traceback" not in told
+    assert load(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 2
+    again = run(2, tmp_path / "run", resume=True)
+    assert again["step"] == 5
 
 
 def test_a_disk_that_is_full_for_the_first_process_pauses_the_saving_of_all(tmp_path):

@@ -64,6 +64,7 @@ def index(
     code is 1 where something in a tar file is wrong, 2 where the path is.
     """
     from cspnet.data.members import Unfit
+    from cspnet.data.parquet import Parquets
     from cspnet.data.shards import Shards, Tars
     from cspnet.data.sources import places, require_classes
     from cspnet.errors import DataError
@@ -71,7 +72,8 @@ def index(
     lines, sources, wrong = [], [], False
     for name, place in places(data).items():
         if not isinstance(place, Tars):
-            lines.append(("", f"{name}: class folders, which need no index"))
+            kind = "parquet files" if isinstance(place, Parquets) else "class folders"
+            lines.append(("", f"{name}: {kind}, which need no index"))
             continue
         try:
             with _progress("tar files") as progress:

@@ -14,6 +14,7 @@ from cspnet.data import findings as find
 from cspnet.data import layout, shards
 from cspnet.data.contents import of_contents
 from cspnet.data.findings import Finding
+from cspnet.data.parquet import Rows
 from cspnet.data.shards import Shards
 from cspnet.data.sources import (
     Digits,
@@ -147,5 +148,7 @@ def _part(name: str, source: Source) -> Part:
     folder = str(source.root) if isinstance(source, Folder) else DIGITS
     if isinstance(source, Shards):
         folder = source.tars.where
+    if isinstance(source, Rows):
+        folder = source.parquets.where
     counts = find.image_counts(source).tolist()
     return Part(name, folder, dict(zip(source.classes, counts, strict=True)))

@@ -28,6 +28,7 @@ from cspnet.data.sources import Source, open_training, open_validation
 from cspnet.errors import CspnetError, DataError
 
 JOURNAL = "pack.json"
+STARTS = {b"\x89PNG": ".png", b"RIFF": ".webp", b"BM": ".bmp", b"II*": ".tif", b"MM": ".tif"}
 STEM = 60  # characters of a file's name that its key keeps
 
 
@@ -301,8 +302,15 @@ def _sample(source: Source, index: int, settings: Settings) -> Sample:
         reason = getattr(error, "strerror", None) or str(error)
         return Sample(index, b"", "", 0, False, reason.partition("\n")[0])
     copied = packed is data
-    suffix = os.path.splitext(source.name(index))[1].lower() if copied else ".jpg"
+    suffix = _suffix(source.name(index), packed) if copied else ".jpg"
     return Sample(index, packed, suffix.replace(".jpeg", ".jpg"), len(data), copied)
+
+
+def _suffix(name: str, data: bytes) -> str:
+    """Of a file by its name; of a row in a parquet file, which has none, by its content."""
+    if layout.is_image(name):
+        return os.path.splitext(name)[1].lower()
+    return next((suffix for start, suffix in STARTS.items() if data.startswith(start)), ".jpg")
 
 
 class _Tar:
@@ -323,7 +331,7 @@ class _Tar:
         if sample.problem:
             self.shard.unreadable.append(f"{name}: {sample.problem}")
             return
-        stem = os.path.splitext(os.path.basename(name).rpartition(".tar:")[2])[0]
+        stem = os.path.splitext(re.split(r"\.(?:tar|parquet):", os.path.basename(name))[-1])[0]
         stem = re.sub("[^A-Za-z0-9_-]+", "_", stem)[:STEM]  # a dot would end the key
         key = f"{sample.index:08d}-{stem}"  # so that the order by name is that of the source
         for suffix, data in ((sample.suffix, sample.data), (".cls", label)):

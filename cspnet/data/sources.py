@@ -12,11 +12,14 @@ from typing import Protocol
 
 import numpy as np
 
-from cspnet.data import layout, shards
+from cspnet.data import layout, parquet, shards
 from cspnet.data.layout import SUFFIXES, VALIDATION
+from cspnet.data.parquet import Parquets, Rows
 from cspnet.data.shards import Shards, Tars
 from cspnet.errors import DataError
 from cspnet.schema import DIGITS
+
+Place = Path | Tars | Parquets  # of a part of a data set: class folders, or files
 
 
 class Source(Protocol):
@@ -169,28 +172,34 @@ def open_validation(root: str, classes: list[str] | None, count: int | None = No
     return source
 
 
-def open_place(place: Path | Tars, empty: bool = False) -> Source:
-    """The images in class folders or in tar files; `empty` as theirs."""
-    return Shards(place, empty) if isinstance(place, Tars) else Folder(place, empty)
+def open_place(place: Place, empty: bool = False) -> Source:
+    """The images in class folders, tar or parquet files; `empty` as theirs."""
+    kinds = {Tars: Shards, Parquets: Rows}
+    return kinds.get(type(place), Folder)(place, empty)
 
 
-def training_place(root: str) -> Path | Tars:
-    """The tar files or the folder with the training images of a data root. Raises DataError."""
-    if tars := shards.beside(existing(root), ("train",)):
-        return tars
+def training_place(root: str) -> Place:
+    """The files or the folder with the training images of a data root. Raises DataError."""
+    if files := _files(existing(root), ("train",)):
+        return files
     folder = training_folder(root)
     return shards.inside(folder) or folder
 
 
-def validation_place(root: str) -> Path | Tars:
+def validation_place(root: str) -> Place:
     """The same for validation; `root` itself where it is such a folder. Raises DataError."""
-    if tars := shards.beside(existing(root), VALIDATION):
-        return tars
+    if files := _files(existing(root), VALIDATION):
+        return files
     folder = validation_folder(root)
     return shards.inside(folder) or folder
 
 
-def places(root: str) -> dict[str, Path | Tars]:
+def _files(root: Path, names: tuple[str, ...]) -> Tars | Parquets | None:
+    """The files that are a part of a data root by name."""
+    return shards.beside(root, names) or parquet.beside(root, names)
+
+
+def places(root: str) -> dict[str, Place]:
     """The parts of a data root, or the folder itself where it is a single one. Raises DataError."""
     folder = existing(root)
     if has_parts(folder):
@@ -201,7 +210,7 @@ def places(root: str) -> dict[str, Path | Tars]:
 def has_parts(folder: Path) -> bool:
     """Whether something in a folder has the name of a part of a data set. Raises DataError."""
     names = ("train", *VALIDATION)
-    return any(os.path.lexists(folder / name) or shards.beside(folder, (name,)) for name in names)
+    return any(os.path.lexists(folder / name) or _files(folder, (name,)) for name in names)
 
 
 def training_folder(root: str) -> Path:

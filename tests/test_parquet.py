@@ -1,0 +1,184 @@
+"""Parquet files as the Hugging Face Hub has them, written here by pyarrow."""
+
+import json
+import os
+import pickle
+import shutil
+import sys
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cspnet.data import parquet, sources
+from cspnet.data.loader import Groups, training_groups
+from cspnet.errors import DataError
+from cspnet.recipe import load
+from tests.conftest import picture
+
+NAMES = ["dog", "ant", "cat"]  # by number, as ImageNet's on the Hub: not in the order of words
+
+
+def jpegs(count):
+    pictures = (picture(seed, 70 + seed, 90) for seed in range(count))
+    return [cv2.imencode(".jpg", image)[1].tobytes() for image in pictures]
+
+
+def table(images, labels, names=NAMES, **columns):
+    column = pa.array(
+        [{"bytes": data, "path": f"{i}.jpg"} for i, data in enumerate(images)],
+        pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+    )
+    made = pa.table({"image": column, "label": pa.array(labels), **columns})
+    features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
+    if names:
+        told = {"huggingface": json.dumps({"info": {"features": features}})}
+        made = made.replace_schema_metadata(told)
+    return made
+
+
+@pytest.fixture
+def root(tmp_path):
+    """36 training images in two files of row groups of 5, 7 to validate; their bytes and labels."""
+    data = jpegs(43)
+    labels = [i * 7 % 3 for i in range(43)]
+    folder = tmp_path / "set" / "data"
+    folder.mkdir(parents=True)
+    for number, (start, end) in enumerate([(0, 23), (23, 36)]):
+        name = f"train-{number:05d}-of-00002.parquet"
+        pq.write_table(table(data[start:end], labels[start:end]), folder / name, row_group_size=5)
+    pq.write_table(table(data[36:], labels[36:]), folder / "validation-00000-of-00001.parquet")
+    return tmp_path / "set", data, labels
+
+
+def test_rows_are_images_with_classes_in_the_order_of_their_names(root):
+    folder, data, labels = root
+    source = sources.open_training(str(folder))
+    assert source.classes == ["ant", "cat", "dog"] and len(source) == 36
+    assert source.labels.dtype == np.int32
+    for index in (0, 35, 4, 5, 22, 23, 24, 27, 28):
+        want = source.classes.index(NAMES[labels[index]])
+        assert source.read(index) == (data[index], want) and source.labels[index] == want
+    assert source.name(22).endswith("train-00000-of-00002.parquet:22")
+    assert source.name(23).endswith("train-00001-of-00002.parquet:0")
+    validation = sources.open_validation(str(folder), source.classes)
+    assert [validation.read(i)[0] for i in range(7)] == data[36:]
+
+
+def test_any_number_of_workers_reads_the_same_groups(root):
+    """After the main process has read: a fork shares neither its readers nor its lock."""
+    small = ["data.size=32", "batch=8", "group=4", "mix.share=2", "schedule.steps=10"]
+    recipe = load(None, [f"data.root={root[0]}", *small])
+    source = sources.open_training(str(root[0]))
+    source.read(0)
+    source._lock.acquire()  # as a thread may hold it in the moment of the fork
+    found = [list(training_groups(source, recipe, 7, workers, False)) for workers in (2, 1)]
+    source._lock.release()
+    found.append(list(training_groups(pickle.loads(pickle.dumps(source)), recipe, 7, 0, False)))
+    for one, two, three in zip(*found, strict=True):
+        assert (one.images == two.images).all() and (one.images == three.images).all()
+        assert one.labels.tolist() == two.labels.tolist() == three.labels.tolist()
+
+
+def test_a_group_reads_the_row_groups_that_it_needs_and_no_other(root, monkeypatch):
+    """So a run that resumes in the middle of an epoch begins at once."""
+    small = ["data.size=32", "batch=8", "group=4", "mix.share=2", "schedule.steps=1000"]
+    recipe = load(None, [f"data.root={root[0]}", *small])
+    source = sources.open_training(str(root[0]))
+    opened, read = source._open, []
+
+    class Counting:
+        def __init__(self, number):
+            self.number = number
+
+        def read_row_group(self, within, *rest, **options):
+            read.append((self.number, within))
+            return opened(self.number).read_row_group(within, *rest, **options)
+
+    monkeypatch.setattr(source, "_open", Counting)
+    batch = Groups(source, recipe)[900, 1]
+    assert len(batch.labels) == 4 and 1 <= len(read) <= 4
+
+
+def write(root, name="train-00000-of-00002.parquet", **changes):
+    given = {"images": jpegs(3), "labels": [0, 1, 2]} | changes
+    pq.write_table(table(**given), root / "data" / name)
+
+
+def cut(root):
+    file = root / "data" / "train-00001-of-00002.parquet"
+    os.truncate(file, 500)
+
+
+def no_image(root):
+    pq.write_table(pa.table({"picture": ["a"], "label": [0]}), *first(root))
+
+
+def first(root):
+    return [root / "data" / "train-00000-of-00002.parquet"]
+
+
+MISTAKES = [
+    (cut, "train-00001-of-00002.parquet cannot be read as parquet"),
+    (lambda root: first(root)[0].unlink(), "has 1 of 2 files train-00001-of-00002 …: number 00000"),
+    (no_image, "has no column `image`; its columns are picture, label"),
+    (lambda root: write(root, names=None), "column `label` holds numbers, and the file does not"),
+    (lambda root: write(root, labels=[0, -1, 1]), "1 of 3 rows have no label, as test sets"),
+    (lambda root: write(root, labels=[0, 3, 1]), "a label is 3, of 3"),
+    (lambda root: write(root, names=["a", "b", "c"]), "its columns are not those of"),
+]
+
+
+@pytest.mark.parametrize("mistake, told", MISTAKES, ids=[told[:30] for _, told in MISTAKES])
+def test_mistakes_have_a_message(root, mistake, told):
+    folder = root[0]
+    mistake(folder)
+    with pytest.raises(DataError) as caught:
+        sources.open_training(str(folder))
+    assert told in str(caught.value)
+
+
+def test_a_class_without_images_and_words_for_labels(tmp_path):
+    (tmp_path / "data").mkdir()
+    images = jpegs(3)
+    write(tmp_path, "train.parquet", images=images, labels=[0, 0, 2])
+    with pytest.raises(DataError, match="no image of 1 class \\(ant\\)"):
+        sources.open_training(str(tmp_path))
+    write(tmp_path, "train.parquet", images=images, labels=["b", "a", "b"], names=None)
+    source = sources.open_training(str(tmp_path))
+    assert source.classes == ["a", "b"] and source.labels.tolist() == [1, 0, 1]
+
+
+def test_a_row_without_an_image_is_unreadable(tmp_path):
+    (tmp_path / "data").mkdir()
+    write(tmp_path, "train.parquet", images=[jpegs(1)[0], None, b""], labels=[0, 1, 2])
+    source = sources.open_training(str(tmp_path))
+    for index in (1, 2):
+        with pytest.raises(OSError, match=f"the row has no image: .*:{index}"):
+            source.read(index)
+
+
+def test_check_pack_and_index_take_them(root, tmp_path, command):
+    folder = root[0]
+    done = command("main", "check", folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "36" in done.stdout
+    done = command("main", "index", folder)
+    assert "train: parquet files, which need no index" in done.stdout
+    done = command("main", "pack", folder, "--to", tmp_path / "packed", "--short", "96")
+    assert done.returncode == 0, done.stdout + done.stderr
+    packed = sources.open_training(str(tmp_path / "packed"))
+    source = sources.open_training(str(folder))
+    assert packed.classes == source.classes
+    assert sorted(packed.read(i) for i in range(36)) == sorted(source.read(i) for i in range(36))
+
+
+def test_without_pyarrow_it_says_what_to_install(root, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(DataError, match="pip install pyarrow"):
+        sources.open_training(str(root[0]))
+    shutil.rmtree(root[0] / "data")
+    assert parquet.beside(root[0], ("train",)) is None
