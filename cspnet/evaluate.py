@@ -6,8 +6,9 @@ Training's own validation and `cspnet-eval` call the same function.
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -28,13 +29,17 @@ class Scores:
     images: int
     unreadable: int  # counted as black images
     seconds: float
+    # int64 [K, K]: images of a class (row) by the class that the net took them for (column)
+    confusion: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     @property
     def images_per_second(self) -> float:
         return self.images / self.seconds
 
     def to_dict(self) -> dict:
-        return {**asdict(self), "images_per_second": self.images_per_second}
+        """All numbers but the confusion matrix."""
+        numbers = {name: value for name, value in asdict(self).items() if name != "confusion"}
+        return {**numbers, "images_per_second": self.images_per_second}
 
 
 @torch.no_grad()
@@ -48,18 +53,21 @@ def evaluate(
     weights: dict[str, torch.Tensor] | None = None,
     progress: Callable[[int], None] = lambda images: None,
     world: World = ALONE,
+    seen: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
 ) -> Scores:
     """Scores of the net, or of other weights (a state dict) in it, on all images of the source.
 
     `batch` is the number of images at once, the recipe's by default; `progress` is told how many
-    are done, as often in each process of the world, which share the batches. The net is left in the
-    mode in which it was.
+    are done, as often in each process of the world, which share the batches. `seen` gets, batch by
+    batch, the index of its first image, logits float32 [n, K] and labels [n] of its images; those
+    of this process. The net is left in the mode in which it was.
     """
     was_training = net.training
     net.eval()
     device = next(net.parameters()).device
     # Top-1, top-5, loss, images, and unreadable ones among these.
     totals = torch.zeros(5, dtype=torch.float64, device=device)
+    confusion: torch.Tensor | None = None
     batch = batch or recipe.batch
     start = time.perf_counter()
     with contextlib.closing(
@@ -73,10 +81,19 @@ def evaluate(
             pixels = normalize(images.permute(0, 3, 1, 2).float() / 255, recipe.data.normalize)
             with precision.autocast(device):
                 logits = torch.func.functional_call(net, weights or {}, (pixels,))
-            totals[:4] += _count(logits.float(), labels, mask)
+            logits = logits.float()
+            totals[:4] += _count(logits, labels, mask)
             totals[4] += len(loaded.unreadable)
+            classes = logits.shape[1]
+            if confusion is None:
+                confusion = torch.zeros(classes**2, dtype=torch.int64, device=device)
+            confusion.scatter_add_(0, labels * classes + logits.argmax(1), mask.long())
+            if seen:
+                real = int(loaded.mask.sum())
+                seen((number * world.size + world.rank) * batch, logits[:real], labels[:real])
             progress(min((number + 1) * batch * world.size, len(source)))
     top1, top5, loss, images, unreadable = world.sum_(totals).tolist()
+    confusion = world.sum_(confusion).reshape(classes, classes)
     net.train(was_training)
     assert images == len(source), "the mask must let every image through once"
     return Scores(
@@ -86,6 +103,7 @@ def evaluate(
         images=int(images),
         unreadable=int(unreadable),
         seconds=time.perf_counter() - start,
+        confusion=confusion.cpu().numpy(),
     )
 
 

@@ -508,6 +508,7 @@ def test_tensorboard_holds_the_record(tiny, tmp_path):
     record = [line for line in metrics(tmp_path / "run") if line["split"] == "train"]
     assert losses == pytest.approx({line["step"]: line["loss"] for line in record})
     assert tags["images"] == ["train/images"]
+    assert tags["tensors"] == ["val/confused/text_summary"]
 
 
 def test_bf16_trains_and_keeps_float32_state(tiny, tmp_path):

@@ -37,11 +37,13 @@ class Board:
         """A line of training as scalars."""
         self._scalars({TAGS[k]: v for k, v in metrics.items() if k in TAGS}, metrics["step"])
 
-    def validation(self, metrics: dict, step: int) -> None:
-        """A line of validation as scalars."""
+    def validation(self, metrics: dict, step: int, confused: str = "") -> None:
+        """A line of validation as scalars, and what it confused most, as Markdown."""
         self._scalars({f"val/{key}": metrics[key] for key in ("top1", "top5", "loss")}, step)
         with self._guarded():
             if self._writer:
+                if confused:
+                    self._writer.add_text("val/confused", confused, step)
                 self._writer.flush()
 
     def picture(self, name: str, page: np.ndarray, step: int) -> None:

@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from cspnet.data.loader import Batch
-from cspnet.data.sources import Source
+from cspnet.data.sources import Source, display_names
 from cspnet.errors import DataError, SaveError
 from cspnet.evaluate import Scores
 from cspnet.report.board import Board
+from cspnet.report.confusion import to_markdown, worst_pairs
 from cspnet.report.record import Record, last_line
 from cspnet.train.state import TrainState
 from cspnet.train.world import ALONE, World
@@ -172,7 +173,11 @@ class Report:
             "images": scores.images,
         }
         self._write("val", metrics)
-        self._board.validation(metrics, state.step)
+        confused = ""
+        if scores.confusion is not None and scores.top1 < 100:
+            names = display_names(self.source.classes)
+            confused = to_markdown(worst_pairs(scores.confusion, names))
+        self._board.validation(metrics, state.step, confused)
         averaged = " (averaged weights)" if state.average else ""
         self.console.print(
             f"validation at step {state.step:,}: top-1 {scores.top1:.2f} %  "

@@ -1,0 +1,43 @@
+"""Which classes a net takes for which, from a confusion matrix."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Pair(NamedTuple):
+    """Images of a class that were taken for another."""
+
+    true: str
+    taken_for: str
+    images: int
+    of: int  # images of the class
+
+    @property
+    def share(self) -> float:
+        return self.images / self.of
+
+
+def worst_pairs(confusion: np.ndarray, names: list[str], most: int = 20) -> list[Pair]:
+    """The pairs of classes with the most images confused, most first; int64 [K, K] by class.
+
+    Rows are the true classes. Equal counts stand in the order of the classes.
+    """
+    mistaken = confusion.copy()
+    np.fill_diagonal(mistaken, 0)
+    order = np.argsort(-mistaken, axis=None, kind="stable")[:most]
+    counts = confusion.sum(1)
+    return [
+        Pair(names[true], names[other], int(mistaken[true, other]), int(counts[true]))
+        for true, other in zip(*np.unravel_index(order, mistaken.shape), strict=True)
+        if mistaken[true, other]
+    ]
+
+
+def to_markdown(pairs: list[Pair]) -> str:
+    """A table of pairs, as TensorBoard's text tab shows it."""
+    rows = [
+        f"| {pair.true} | {pair.taken_for} | {pair.images:,} of {pair.of:,} | {pair.share:.0%} |"
+        for pair in pairs
+    ]
+    return "\n".join(["| class | taken for | images | share |", "|---|---|---|---|", *rows])
