@@ -67,17 +67,23 @@ def build_net(recipe: Recipe, classes: int) -> nn.Module:
             except ValueError as error:
                 raise RecipeError(f"model.name={model.name}: {error}") from None
             return net.to(memory_format=torch.channels_last)
-        net = create(
-            model.name,
-            classes=classes,
-            activation=model.activation,
-            leaky_slope=model.leaky_slope,
-            width=model.width,
-            norm_eps=model.norm_eps,
-            norm_momentum=model.norm_momentum,
-            group=recipe.group,
-        )
+        net = create_own(recipe, classes)
     return net.to(memory_format=torch.channels_last)
+
+
+def create_own(recipe: Recipe, classes: int) -> nn.Module:
+    """A net of ours by a recipe, with weights of torch's present seed, on its present device."""
+    model = recipe.model
+    return create(
+        model.name,
+        classes=classes,
+        activation=model.activation,
+        leaky_slope=model.leaky_slope,
+        width=model.width,
+        norm_eps=model.norm_eps,
+        norm_momentum=model.norm_momentum,
+        group=recipe.group,
+    )
 
 
 def starting_net(recipe: Recipe, classes: list[str]) -> tuple[nn.Module, list[str]]:

@@ -19,9 +19,11 @@ HEIGHTS = [
     ["train.health"],
     ["trained"],
     ["train.job", "evaluate", "predict", "export"],
-    ["train.step", "train.fast"],
+    ["train.step", "train.fast", "train.saved"],
+    ["train.forecast"],
     ["report"],
     ["train.loop"],
+    ["train.plan"],
     ["cli"],
 ]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")

@@ -10,6 +10,7 @@ import typer
 
 from cspnet.cli.datasets import check, index, pack
 from cspnet.cli.options import is_first, restarts
+from cspnet.cli.planning import plan
 from cspnet.cli.results import evaluate, export, predict
 from cspnet.cli.training import preview, train
 from cspnet.errors import CspnetError, Stopped
@@ -59,6 +60,7 @@ def main() -> None:
             ("check", check),
             ("index", index),
             ("pack", pack),
+            ("plan", plan),
             ("preview", preview),
             ("export", export),
         )

@@ -8,6 +8,25 @@ import typer
 from cspnet.cli.options import DataRoot, Device, Overrides, Workers, is_first, restarts
 from cspnet.errors import RecipeError
 
+RecipeName = Annotated[
+    str, typer.Option("--recipe", "-r", "-c", help="Recipe: a path, or a shipped one's name.")
+]
+Output = Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/RECIPE")]
+Passes = Annotated[
+    str | None,
+    typer.Option(
+        help="Groups through the net at once, or auto: as many as fit.",
+        show_default="auto on a GPU, else 1",
+    ),
+]
+Compile = Annotated[
+    bool | None,
+    typer.Option("--compile/--no-compile", help="torch.compile the net.", show_default="on a GPU"),
+]
+Memory = Annotated[
+    str, typer.Option(help="What a compiled net keeps for its gradient: fast, fit (half), tiny.")
+]
+
 
 def train(
     overrides: Overrides = None,
@@ -16,31 +35,15 @@ def train(
         typer.Option("--recipe", "-r", "-c", help="Recipe: a path, or the name of a shipped one."),
     ] = None,
     data: DataRoot = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Run folder.", show_default="runs/RECIPE")
-    ] = None,
+    output: Output = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue what is in the run folder.")
     ] = False,
     device: Device = "auto",
     workers: Workers = None,
-    passes: Annotated[
-        str | None,
-        typer.Option(
-            help="Groups through the net at once, or auto: as many as fit.",
-            show_default="auto on a GPU, else 1",
-        ),
-    ] = None,
-    compile: Annotated[
-        bool | None,
-        typer.Option(
-            "--compile/--no-compile", help="torch.compile the net.", show_default="on a GPU"
-        ),
-    ] = None,
-    memory: Annotated[
-        str,
-        typer.Option(help="What a compiled net keeps for its gradient: fast, fit (half), tiny."),
-    ] = "fast",
+    passes: Passes = None,
+    compile: Compile = None,
+    memory: Memory = "fast",
     max_hours: Annotated[
         float | None,
         typer.Option(min=0, help="Save and exit with 75 after so long.", show_default="none"),
@@ -84,7 +87,7 @@ def train(
         resume=resume,
         device=device,
         workers=workers,
-        passes=_passes(passes),
+        passes=passes_of(passes),
         memory=memory,
         compile=compile,
         max_hours=max_hours,
@@ -97,7 +100,8 @@ def train(
         print(f"done; evaluate: cspnet-eval --checkpoint {best} --data {resolved.data.root}")
 
 
-def _passes(text: str | None) -> int | str | None:
+def passes_of(text: str | None) -> int | str | None:
+    """The number in --passes, or its word. Raises RecipeError."""
     if text is None or text == "auto":
         return text
     if not text.isdecimal():
@@ -106,9 +110,7 @@ def _passes(text: str | None) -> int | str | None:
 
 
 def preview(
-    recipe: Annotated[
-        str, typer.Option("--recipe", "-r", "-c", help="Recipe: a path, or a shipped one's name.")
-    ],
+    recipe: RecipeName,
     overrides: Overrides = None,
     data: DataRoot = None,
     out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("preview.png"),

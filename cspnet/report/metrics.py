@@ -4,6 +4,8 @@ The device is asked for numbers here only, every `log_every` steps.
 """
 
 import math
+import os
+import resource
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +21,7 @@ from cspnet.errors import DataError, SaveError
 from cspnet.evaluate import Scores
 from cspnet.report.board import Board
 from cspnet.report.confusion import to_markdown, worst_pairs
+from cspnet.report.outlook import find_bottleneck, spell, when
 from cspnet.report.record import Record, last_line
 from cspnet.train.state import TrainState
 from cspnet.train.world import ALONE, World
@@ -39,13 +42,15 @@ class Report:
         source: Source,
         console: Console,
         world: World = ALONE,
+        workers: int = 0,
     ):
         self.folder, self.state, self.source, self.console = folder, state, source, console
-        self._world = world
+        self._world, self._workers = world, workers
         self._list = folder / "unreadable.txt"
         self.unreadable = set(self._list.read_text().splitlines()) if self._list.exists() else set()
         self._news: list[str] = []  # unreadable images that only this process knows of
         self._bad_windows = 0
+        self._windows = 0  # of this start
         path = folder / "metrics.jsonl"
         self._record = Record(path if world.first else None, state.step, state.validated)
         # Events of the last step are purged too where its validation is still to come, and those of
@@ -137,15 +142,30 @@ class Report:
         self._board.train({"step": state.step, **metrics})
         numbers = (
             f"step {state.step:,}  epoch {state.epoch:.2f}  loss {loss:.4f}  lr {float(rate):.2e}  "
-            f"{speed:,.0f} images/s  {_spell(left)} left"
+            f"{speed:,.0f} images/s  {spell(left)} left"
         )
         self._bar.update(self._task, numbers=numbers)
         if not self.console.is_terminal:
             self.console.print(numbers)
+        self._windows += 1
+        if self._windows == 2:  # the first one is slower than all others
+            self._tell_outlook(metrics, left)
         if not math.isfinite(loss):
             self.console.print(f"the loss at step {state.step:,} is {loss}", style="red")
         self.restart_clock()
         return True
+
+    def _tell_outlook(self, metrics: dict, left: float) -> None:
+        """Once, as soon as a run's speed can be told: `cspnet plan` in short."""
+        device = self.state.loss_sum.device.type
+        cores = len(os.sched_getaffinity(0))
+        what, remedy = find_bottleneck(metrics["data_wait"], self._workers, cores, device)
+        self.console.print(
+            f"at this speed done at {when(left)}, validations aside; "
+            f"{metrics['memory_gb']:.1f} GB of memory; held up by {what}"
+            + f" ({remedy})"
+            * what.startswith("the loader")
+        )
 
     def unsaved(self, error: SaveError) -> None:
         """After a save that failed, and that the run goes on without."""
@@ -171,6 +191,7 @@ class Report:
             "top5": scores.top5,
             "loss": scores.loss,
             "images": scores.images,
+            "memory_gb": _memory_gb(),
         }
         self._write("val", metrics)
         confused = ""
@@ -246,12 +267,7 @@ class Report:
 
 
 def _memory_gb() -> float:
-    """Peak of the device memory that torch has reserved, 10^9 bytes; 0 on a CPU."""
-    return torch.cuda.max_memory_reserved() / 1e9 if torch.cuda.is_available() else 0.0
-
-
-def _spell(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    return f"{days}d {hours:02}h" if days else f"{hours}:{minutes:02}:{seconds:02}"
+    """Peak so far, 10^9 bytes: of device memory that torch has reserved, or of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -61,7 +61,7 @@ def run(job: Job, state: TrainState, stop: Stop) -> Scores | None:
     together, statistics = world.together(net, job.device), Statistics(world, net, len(job.groups))
     with (
         stop,
-        Report(job.folder, state, job.training, job.console, world) as report,
+        Report(job.folder, state, job.training, job.console, world, job.workers) as report,
         closing(stream) as groups,
         memory_told(len(job.passes[0]), state),
     ):

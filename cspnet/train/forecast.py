@@ -1,0 +1,163 @@
+"""What a recipe would need on a card that is not here: counted and computed, a prediction.
+
+Memory: what a pass keeps of each image is counted exactly (cspnet/train/saved.py); the rest is
+known sizes. Speed: a roofline. Each convolution takes the longer of its arithmetic and its traffic;
+what lies between them moves bytes only. docs/results.md says how well that fits published rates.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from cspnet.errors import RecipeError
+from cspnet.schema import TIMM, Recipe
+from cspnet.train.adversarial import attacked
+from cspnet.train.runtime import BUDGETS
+from cspnet.train.saved import compiled, convolutions, eager
+from cspnet.trained import create_own
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU as its maker describes it."""
+
+    name: str
+    memory_gb: float
+    processors: int  # SMs
+    clock_ghz: float  # boost, of the reference card
+    flops: int  # of a processor's tensor cores in a cycle: fp16 summed up in fp32, dense
+    gb_per_s: float
+    precision: str
+    source: str
+
+    @property
+    def tflops(self) -> float:
+        return self.processors * self.clock_ghz * self.flops / 1000
+
+
+# GeForce sums up in fp32 at half of its tensor cores' rate, from Turing on.
+_TURING = "NVIDIA Turing GPU Architecture whitepaper (WP-09183-001), tables of its appendices"
+_AMPERE = "NVIDIA Ampere GA102 GPU Architecture whitepaper, appendix A"
+CARDS = {
+    "rtx2070": Card("GeForce RTX 2070", 8, 36, 1.620, 512, 448, "fp16", _TURING),
+    "rtx2080": Card("GeForce RTX 2080", 8, 46, 1.710, 512, 448, "fp16", _TURING),
+    "rtx2080ti": Card("GeForce RTX 2080 Ti", 11, 68, 1.545, 512, 616, "fp16", _TURING),
+    "t4": Card("T4", 16, 40, 1.590, 1024, 320, "fp16", _TURING),
+    "rtx3080": Card("GeForce RTX 3080", 10, 68, 1.710, 512, 760, "bf16", _AMPERE),
+    "rtx3090": Card("GeForce RTX 3090", 24, 82, 1.695, 512, 936, "bf16", _AMPERE),
+    "rtx4090": Card(
+        "GeForce RTX 4090", 24, 128, 2.520, 512, 1008, "bf16", "NVIDIA Ada whitepaper, appendix A"
+    ),
+    "a100": Card("A100 80 GB SXM", 80, 108, 1.410, 2048, 2039, "bf16", "A100 data sheet, 2021"),
+    "h100": Card("H100 80 GB SXM", 80, 132, 1.830, 4096, 3350, "bf16", "H100 data sheet, 2023"),
+}
+# Passes over a convolution's output in memory that a training step makes beside the convolutions:
+# BatchNorm, Mish, residuals, concatenation, and their gradients.
+BETWEEN = {"compiled": 8.5, "eager": 15.0}
+# Shares of a card's peaks that good kernels reach, and of the rate so computed that whole steps
+# have reached: on an RTX 3090 timm's net 0.95, ResNet-50 on Turing cards 0.72.
+ARITHMETIC, TRAFFIC, REACHED = 0.75, 0.88, (0.72, 0.95)
+USABLE = 0.925  # of a card's memory: its context and cuDNN's handles take the rest
+WORKSPACE_GB = 0.35  # of cuDNN, and the gradients of activations on their way
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Per image at the full size, unless it says otherwise; MB and GB are powers of ten."""
+
+    card: Card
+    saved_mb: dict[str, float]  # for the backward pass: compiled and eager
+    fixed_gb: float  # weights, gradients, momentum, averages, 16-bit copies, workspace
+    fits: dict[str, int]  # groups at once, the same; 0 where not even one does
+    at_most: float  # images/s, by the card's peaks
+    expected: tuple[float, float]  # images/s
+    checkpoint_gb: float
+    seconds: tuple[float, float]  # of the whole run, without validations
+
+
+def find_card(name: str) -> Card:
+    """A card by what people call it: rtx2070, "RTX 2070", 2070. Raises RecipeError."""
+    wanted = "".join(sign for sign in name.lower() if sign.isalnum())
+    for short in ("nvidia", "geforce", "rtx"):
+        wanted = wanted.removeprefix(short)
+    for key, card in CARDS.items():
+        if wanted and key.removeprefix("rtx") == wanted:
+            return card
+    raise RecipeError(f"--gpu {name}: there are figures for {', '.join(CARDS)}")
+
+
+def forecast(recipe: Recipe, card: Card, classes: int, memory: str = "fast") -> Forecast:
+    """Raises RecipeError for nets of timm's, of which nothing is known before they run."""
+    if recipe.model.name.startswith(TIMM):
+        raise RecipeError(f"model.name={recipe.model.name}: --gpu knows the nets of cspnet only")
+    size, group = recipe.data.size, recipe.group
+
+    def build() -> nn.Module:
+        return create_own(recipe, classes)
+
+    ((kept, _),) = compiled(build, group, size, [BUDGETS[memory]], "cpu")
+    saved = {"compiled": kept / 1e6, "eager": eager(build, group, size) / 1e6}
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in build().parameters())
+    copies = 3 + bool(recipe.average.decay)  # weights, gradients, momentum, averages
+    fixed = (4 * copies + 2) * parameters / 1e9 + WORKSPACE_GB
+    room = USABLE * card.memory_gb - fixed
+    fits = {
+        name: max(
+            (k for k in range(1, recipe.groups + 1) if k * group * mb / 1000 <= room), default=0
+        )
+        for name, mb in saved.items()
+    }
+    layers = convolutions(build, group, size)
+    at_most = _rate(layers, card, 1, 1)
+    practical = _rate(layers, card, ARITHMETIC, TRAFFIC)
+    expected = tuple(share * practical for share in REACHED)
+    work = relative_work(recipe)
+    seconds = tuple(recipe.batch * work / rate for rate in reversed(expected))
+    checkpoint = (4 * (copies - 1) * parameters) / 1e9  # no gradients in it
+    return Forecast(card, saved, fixed, fits, at_most, expected, checkpoint, seconds)
+
+
+def _rate(layers: list, card: Card, arithmetic: float, traffic: float) -> float:
+    """Images/s of a compiled training step, at shares of the card's peaks."""
+    flops, bytes_ = card.tflops * 1e12 * arithmetic, card.gb_per_s * 1e9 * traffic
+    # Forward, gradient of the input, gradient of the weights; a multiply-add is two operations.
+    seconds = sum(
+        max(3 * 2 * macs / flops, 3 * 2 * (into + out) / bytes_) for macs, into, out in layers
+    )
+    outputs = 2 * sum(out for *_, out in layers)  # bytes
+    return 1 / (seconds + BETWEEN["compiled"] * outputs / bytes_)
+
+
+def stages(recipe: Recipe) -> Iterator[tuple[int, int]]:
+    """Sides of the training images, pixels, each with its number of steps."""
+    steps, first = recipe.schedule.steps, 0
+    while first < steps:
+        size = recipe.size_at(first)
+        low, high = first, steps  # the last step of that size lies in between
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if recipe.size_at(middle) == size else (low, middle)
+        yield size, high - first
+        first = high
+
+
+def attacked_share(recipe: Recipe, samples: int = 4000) -> float:
+    """Of the run's groups, those that are attacked: counted in steps evenly spread over it."""
+    if not recipe.adversarial.strength:
+        return 0.0
+    last = recipe.schedule.steps - 1
+    steps = np.unique(np.linspace(0, last, samples).astype(int))
+    return float(np.mean([attacked(recipe, int(s), range(recipe.groups)).mean() for s in steps]))
+
+
+def relative_work(recipe: Recipe) -> float:
+    """Of all steps, in steps at the full size without an attack; by pixels.
+
+    An attack is a pass forward and one back to the images, two thirds of a training pass.
+    """
+    work = sum(steps * (size / recipe.data.size) ** 2 for size, steps in stages(recipe))
+    return work * (1 + 2 / 3 * attacked_share(recipe))
