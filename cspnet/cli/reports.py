@@ -1,0 +1,70 @@
+"""The commands on runs as a whole: `report` and `compare`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cspnet.cli.options import Device, Workers
+
+
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Data root or its val folder, or `digits`.", show_default="the recipe's data.root"
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="Weights to evaluate: best or last of the run, or a file.",
+            show_default="best, else last",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write to.", show_default="RUN/report")
+    ] = None,
+    device: Device = "auto",
+    workers: Workers = None,
+    record_only: Annotated[
+        bool, typer.Option("--record-only", help="Evaluate nothing: the curves and the history.")
+    ] = False,
+) -> None:
+    """All about a run on one page: cspnet report runs/cspdarknet53
+
+    The page, report.html, needs no network and no other file; PNGs of its pictures lie beside it. A
+    run may be going on. It is evaluated once on its validation images; without these, or without a
+    checkpoint, the report is made from the record.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from cspnet.report.history import read_run
+
+    found = read_run(run)
+
+    from cspnet.report.publish import publish, require_place
+    from cspnet.report.verdict import judge
+
+    folder = out or run / "report"
+    require_place(folder)
+    console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
+    verdict, remarks = None, ["Only the record was asked for: nothing was evaluated."]
+    if not record_only:
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("images")
+            verdict, remarks = judge(
+                *(found, data, checkpoint, device, workers),
+                lambda done, images: bar.update(task, completed=done, total=images),
+            )
+    for remark in remarks:
+        console.print(remark, style="yellow")
+    if verdict:
+        scores = verdict.scores
+        console.print(
+            f"{verdict.checkpoint}, step {verdict.step:,}: top-1 {scores.top1:.2f} %  "
+            f"top-5 {scores.top5:.2f} %  loss {scores.loss:.4f}  {scores.images:,} images"
+        )
+    print(publish(found, verdict, remarks, folder))

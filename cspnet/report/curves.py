@@ -1,0 +1,179 @@
+"""The curves of a run: which there are, made short enough to draw; as one picture."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cspnet.report.history import Run
+
+POINTS = 600  # of a curve, at most: more than a screen has columns for it
+
+
+@dataclass(frozen=True)
+class Curve:
+    label: str
+    steps: np.ndarray  # float64 [n], rising
+    values: np.ndarray  # float64 [n], finite
+    colour: int  # of the palette
+    kind: str = "line"  # faint: behind another; dots: a line with its points
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over the same steps, on one axis."""
+
+    title: str
+    curves: list[Curve]
+    note: str = ""
+    from_zero: bool = False
+
+
+def thin(steps: np.ndarray, values: np.ndarray, points: int = POINTS) -> tuple[np.ndarray, ...]:
+    """Steps and values, the finite ones, as the means over at most `points` equal spans of steps.
+
+    Fewer values than that come back as they are.
+    """
+    finite = np.isfinite(values)
+    steps, values = steps[finite], values[finite]
+    if len(steps) <= points:
+        return steps, values
+    width = max(steps[-1] - steps[0], 1) / points
+    span = np.minimum((steps - steps[0]) // width, points - 1).astype(np.int64)
+    counts = np.bincount(span, minlength=points)
+    filled = counts > 0
+    sums = [np.bincount(span, part, points)[filled] for part in (steps, values)]
+    return sums[0] / counts[filled], sums[1] / counts[filled]
+
+
+def smooth(values: np.ndarray, reach: int) -> np.ndarray:
+    """Mean of each value and its neighbours, `reach` on either side; fewer at the ends."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    places = np.arange(len(values))
+    low, high = np.maximum(places - reach, 0), np.minimum(places + reach + 1, len(values))
+    return (sums[high] - sums[low]) / (high - low)
+
+
+def charts(run: Run) -> list[Chart]:
+    """What there is to draw of a run; none without a line in the record."""
+    training, validation = run.training, run.validation
+    found = [_losses(run)]
+    top = [
+        _curve(f"top-{k}", validation, f"top{k}", colour, "dots")
+        for colour, k in enumerate((1, 5))
+        if np.isfinite(validation[f"top{k}"]).any()
+    ]
+    found.append(Chart("validation, % of the images right", top))
+    found.append(
+        Chart("learning rate", [_curve("learning rate", training, "lr", 0)], from_zero=True)
+    )
+    speed = _curve("images/s", training, "images_per_second", 0)
+    found.append(Chart("images per second", [speed], from_zero=True))
+    wait = _curve("of the time", {**training, "data_wait": 100 * training["data_wait"]}, *WAIT)
+    found.append(Chart("waiting for images, % of the time", [wait], from_zero=True))
+    scale = _curve("loss scale", training, "loss_scale", 0)
+    if len(np.unique(scale.values)) > 1:
+        found.append(Chart("loss scale", [scale], from_zero=True))
+    kept = [
+        Chart(c.title, [x for x in c.curves if len(x.steps)], c.note, c.from_zero) for c in found
+    ]
+    return [chart for chart in kept if chart.curves]
+
+
+WAIT = ("data_wait", 1)
+
+
+def _curve(label: str, part: dict, name: str, colour: int, kind: str = "line") -> Curve:
+    return Curve(label, *thin(part["step"], part[name]), colour, kind)
+
+
+def _losses(run: Run) -> Chart:
+    raw = _curve("training", run.training, "loss", 0)
+    curves, note = [raw], ""
+    reach = len(raw.steps) // 40
+    if reach:
+        curves = [
+            Curve("training", raw.steps, raw.values, 0, "faint"),
+            Curve("training, smoothed", raw.steps, smooth(raw.values, reach), 0),
+        ]
+        note = f"Smoothed: the mean of {2 * reach + 1} points."
+    curves.append(_curve("validation", run.validation, "loss", 1, "dots"))
+    broken = int(np.isnan(run.training["loss"]).sum())
+    if broken:
+        note += f" {broken:,} lines of the record have a loss that is no number."
+    return Chart("loss, nats", curves, note.strip())
+
+
+def shortened(run: Run) -> str:
+    """A sentence on what the curves leave out; empty where they show every line."""
+    lines = max(len(part["step"]) for part in run.parts)
+    if lines <= POINTS:
+        return ""
+    return (
+        f"The record has {lines:,} lines: each point of a curve is the mean of those in one of "
+        f"{POINTS} equal spans of steps."
+    )
+
+
+def ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Round numbers from low to high, at most `most`; low < high."""
+    power = 10.0 ** math.floor(math.log10((high - low) / most))
+    for factor in (1, 2, 5, 10, 20, 50):
+        width = factor * power
+        first, last = math.ceil(low / width - 1e-9), math.floor(high / width + 1e-9)
+        if last - first < most:
+            break
+    return [float(f"{number * width:.12g}") for number in range(first, last + 1)]
+
+
+def extent(chart: Chart) -> tuple[float, float, float, float]:
+    """First and last step, lowest and highest value that a chart has to show; never empty."""
+    steps = np.concatenate([curve.steps for curve in chart.curves])
+    values = np.concatenate([curve.values for curve in chart.curves])
+    left, right = float(steps.min()), float(steps.max())
+    low, high = float(values.min()), float(values.max())
+    if chart.from_zero:
+        low = min(low, 0.0)
+    if right <= left:
+        left, right = left - 1, right + 1
+    if high <= low:
+        room = abs(high) / 10 or 1.0
+        low, high = low - room, high + room
+    return left, right, low, high + 0.04 * (high - low)
+
+
+def draw(run: Run, drawn: list[Chart], marks: list[int], path: Path) -> None:
+    """All charts of a run in one PNG; dotted lines at the steps of `marks`."""
+    from matplotlib.figure import Figure  # a second to import
+
+    columns = min(2, len(drawn))
+    rows = -(-len(drawn) // columns)
+    figure = Figure(figsize=(6.5 * columns, 3 * rows), layout="constrained")
+    figure.suptitle(plain(run.name))
+    places = figure.subplots(rows, columns, squeeze=False).ravel()
+    for place in places[len(drawn) :]:
+        place.remove()
+    for place, chart in zip(places, drawn, strict=False):
+        for curve in chart.curves:
+            place.plot(
+                *(curve.steps, curve.values, "o-" if curve.kind == "dots" else "-"),
+                color=f"C{curve.colour}",
+                alpha=0.3 if curve.kind == "faint" else 1,
+                markersize=3,
+                label=curve.label,
+            )
+        for step in marks:
+            place.axvline(step, color="0.5", linestyle=":", linewidth=1)
+        place.set_title(chart.title, fontsize=10)
+        if chart.from_zero:
+            place.set_ylim(bottom=0)
+        if len(chart.curves) > 1:
+            place.legend(fontsize=8)
+        place.set_xlabel("optimizer step", fontsize=8)
+    figure.savefig(path, dpi=110, format="png")
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib draws as it is: no formula between dollar signs."""
+    return text.replace("$", r"\$")

@@ -1,0 +1,92 @@
+"""Where the values of a run's recipe come from: the comments of the file that it was started by."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+
+from cspnet.errors import RecipeError
+from cspnet.recipe import find
+from cspnet.report.history import Run
+
+OPTIONS = ("--recipe", "-r", "-c")
+
+
+class Note(NamedTuple):
+    """A value of a recipe in YAML."""
+
+    line: int  # of its key, from 0
+    value: Any
+    comment: str  # behind it; "": none
+
+
+def origin(run: Run) -> Path | None:
+    """The recipe file that the run was started from, by its command or the folder's name.
+
+    None where there is none any more: a run is often read on another machine.
+    """
+    words = run.environment.get("command")
+    words = [str(word) for word in words] if isinstance(words, list) else []
+    named = [after for word, after in pairwise(words) if word in OPTIONS]
+    named += [word.partition("=")[2] for word in words if word.startswith("--recipe=")]
+    for name in (*named, run.name):
+        try:
+            return find(name)
+        except (RecipeError, OSError, ValueError):
+            continue
+    return None
+
+
+def notes(text: str) -> dict[str, Note]:
+    """The values of a recipe in YAML by dotted key. yaml.YAMLError."""
+    lines, found = text.splitlines(), {}
+
+    def visit(node: yaml.Node, prefix: str) -> None:
+        for key, value in node.value:
+            if isinstance(value, yaml.MappingNode):
+                visit(value, f"{prefix}{key.value}.")
+                continue
+            # A list of lines ends where the next key begins: no comment is its own.
+            own = isinstance(value, yaml.ScalarNode) or value.flow_style
+            rest = lines[value.end_mark.line][value.end_mark.column :] if own else ""
+            content = yaml.safe_load(yaml.serialize(value))
+            comment = rest.partition("#")[2].strip()
+            found[f"{prefix}{key.value}"] = Note(key.start_mark.line, content, comment)
+
+    tree = yaml.compose(text, Loader=yaml.SafeLoader)
+    if isinstance(tree, yaml.MappingNode):
+        visit(tree, "")
+    return found
+
+
+def sources(run: Run) -> tuple[Path | None, dict[str, str]]:
+    """The recipe file that the run comes from, and where each of its values comes from.
+
+    A value that is not the file's is the run's own.
+    """
+    path = origin(run)
+    try:
+        known = notes(path.read_text(encoding="utf-8")) if path else {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        known = {}
+    if not known:
+        return None, {}
+    told = {}
+    for key, value in run.fields.items():
+        if key not in known:
+            told[key] = "not in that file: a default, or this run's own"
+        elif _same(known[key].value, value):
+            told[key] = known[key].comment
+        else:
+            told[key] = f"this run's own; {known[key].value} there"
+    return path, told
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values of YAML are one: it takes 1e-5 for text, and a list may be a tuple."""
+    try:
+        return [float(x) for x in np.ravel(one)] == [float(x) for x in np.ravel(other)]
+    except (TypeError, ValueError):
+        return one == other

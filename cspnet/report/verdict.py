@@ -1,0 +1,113 @@
+"""One evaluation of a run's net for its report, or in a sentence why there is none."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cspnet.data.sources import display_names, open_validation
+from cspnet.errors import CheckpointError, CspnetError, RecipeError
+from cspnet.evaluate import Scores, evaluate
+from cspnet.report.classes import labels
+from cspnet.report.history import Run
+from cspnet.report.mistakes import Mistake, Surest, view
+from cspnet.train.runtime import find_device, find_precision, find_workers
+from cspnet.trained import Trained, open_trained
+
+OWN = ("best", "last")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a net of the run makes of the validation set."""
+
+    checkpoint: str
+    step: int
+    averaged: bool
+    data: str  # where the images are
+    scores: Scores
+    names: list[str]  # of the classes, in the order of the matrix; a synset with its id
+    mistakes: list[Mistake]  # the surest first
+    pictures: list[np.ndarray]  # of them: what the net saw, uint8 RGB [S, S, 3]
+
+
+def judge(
+    run: Run,
+    data: str | None = None,
+    checkpoint: str | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, images: None,
+) -> tuple[Verdict | None, list[str]]:
+    """The verdict of the checkpoint on the data, by default the run's own, and remarks.
+
+    What is missing of the run's own is a remark; what was asked for raises a CspnetError.
+    `progress` is told how many images are done, of how many.
+    """
+    where = find_device(device)
+    trained, file, remarks = _open(run, checkpoint)
+    if trained is None:
+        return None, remarks
+    recipe, root = trained.recipe, data or trained.recipe.data.root
+    try:
+        source = open_validation(root, trained.classes, trained.net.classes)
+    except CspnetError as error:
+        if data:
+            raise
+        told = f"The validation images are not to be had, so nothing was evaluated: {error}."
+        return None, [*remarks, f"{told} --data DIR says where they are."]
+    surest = Surest()
+    try:
+        scores = evaluate(
+            trained.net.to(where),
+            source,
+            recipe,
+            find_precision(recipe.precision, where),
+            find_workers(workers, where),
+            progress=lambda images: progress(images, len(source)),
+            seen=surest,
+        )
+    except torch.OutOfMemoryError:
+        told = f"The memory of {where} did not suffice beside what else runs there"
+        return None, [*remarks, f"{told}, so nothing was evaluated: --device cpu does without it."]
+    if scores.unreadable:
+        remarks.append(f"{scores.unreadable:,} validation images are unreadable; black ones count.")
+    classes = trained.classes or source.classes
+    mistakes = surest.mistakes()
+    verdict = Verdict(
+        checkpoint=str(file),
+        step=trained.step,
+        averaged=trained.averaged,
+        data=root,
+        scores=scores,
+        names=labels(classes, display_names(classes)),
+        mistakes=mistakes,
+        pictures=[view(source, mistake.index, recipe) for mistake in mistakes],
+    )
+    return verdict, remarks
+
+
+def _open(run: Run, asked: str | None) -> tuple[Trained | None, Path | str, list[str]]:
+    """The net that was asked for; else the best one, else the last one that can be read."""
+    folder = run.folder / "checkpoints"
+    if asked:
+        file = folder / f"{asked}.pt" if asked in OWN else asked
+        trained = open_trained(str(file))
+        if trained.classes is None and not trained.sorted:
+            raise CheckpointError(f"{file} has no class names: nothing to report of the classes")
+        return trained, file, []
+    remarks = []
+    for name in OWN:
+        file = folder / f"{name}.pt"
+        if file.is_file():
+            try:
+                return open_trained(str(file)), file, remarks
+            except (CheckpointError, RecipeError) as error:
+                remarks.append(f"{error}.")
+    remarks.append(
+        f"Nothing was evaluated: {folder} has no checkpoint"
+        + (" that can be read." if remarks else " yet. After the first save, report again.")
+    )
+    return None, "", remarks
