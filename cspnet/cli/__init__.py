@@ -11,7 +11,7 @@ import typer
 from cspnet.cli.datasets import check, index, pack
 from cspnet.cli.options import is_first, restarts
 from cspnet.cli.planning import plan
-from cspnet.cli.reports import report
+from cspnet.cli.reports import compare, report
 from cspnet.cli.results import evaluate, export, predict
 from cspnet.cli.training import preview, train
 from cspnet.errors import CspnetError, Stopped
@@ -65,6 +65,7 @@ def main() -> None:
             ("preview", preview),
             ("export", export),
             ("report", report),
+            ("compare", compare),
         )
     )
 

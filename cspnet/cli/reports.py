@@ -68,3 +68,30 @@ def report(
             f"top-5 {scores.top5:.2f} %  loss {scores.loss:.4f}  {scores.images:,} images"
         )
     print(publish(found, verdict, remarks, folder))
+
+
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("compare.png"),
+) -> None:
+    """Runs beside each other: cspnet compare runs/cspdarknet53 runs/cspdarknet53-sat
+
+    How far and how good each is, the fields in which their recipes differ, and their curves in one
+    picture.
+    """
+    from rich.console import Console
+
+    from cspnet.report.compare import differing, draw, overview, read_runs, require_png
+
+    require_png(out)
+    found = read_runs(runs)
+    # As wide as it comes: nothing is cut off, in a narrow terminal nor in a pipe.
+    console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False, width=100_000)
+    console.print(overview(found))
+    console.print()
+    different = differing(found)
+    console.print(different if different else "The recipes are the same.")
+    draw(found, out)
+    print(f"\n{out} written")

@@ -1,7 +1,7 @@
 """The curves of a run: which there are, made short enough to draw; as one picture."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,7 @@ import numpy as np
 from cspnet.report.history import Run
 
 POINTS = 600  # of a curve, at most: more than a screen has columns for it
+HEADROOM = 1.5  # over the largest training loss, for those of validation
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,14 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves over the same steps, on one axis."""
+    """Curves on one axis, over the steps from 0 to `until`."""
 
     title: str
     curves: list[Curve]
+    until: int
     note: str = ""
     from_zero: bool = False
+    ceiling: float = math.inf  # values above it are drawn there
 
 
 def thin(steps: np.ndarray, values: np.ndarray, points: int = POINTS) -> tuple[np.ndarray, ...]:
@@ -64,24 +67,22 @@ def charts(run: Run) -> list[Chart]:
         for colour, k in enumerate((1, 5))
         if np.isfinite(validation[f"top{k}"]).any()
     ]
-    found.append(Chart("validation, % of the images right", top))
-    found.append(
-        Chart("learning rate", [_curve("learning rate", training, "lr", 0)], from_zero=True)
-    )
-    speed = _curve("images/s", training, "images_per_second", 0)
-    found.append(Chart("images per second", [speed], from_zero=True))
-    wait = _curve("of the time", {**training, "data_wait": 100 * training["data_wait"]}, *WAIT)
-    found.append(Chart("waiting for images, % of the time", [wait], from_zero=True))
-    scale = _curve("loss scale", training, "loss_scale", 0)
-    if len(np.unique(scale.values)) > 1:
-        found.append(Chart("loss scale", [scale], from_zero=True))
+    found.append(Chart("validation, % of the images right", top, run.step))
+    waits = {**training, "data_wait": 100 * training["data_wait"]}
+    for title, part, name in (
+        ("learning rate", training, "lr"),
+        ("images per second", training, "images_per_second"),
+        ("waiting for images, % of the time", waits, "data_wait"),
+        ("loss scale", training, "loss_scale"),
+    ):
+        curve = _curve("last", part, name, 0)
+        if name != "loss_scale" or len(np.unique(curve.values)) > 1:
+            found.append(Chart(title, [curve], run.step, from_zero=True))
     kept = [
-        Chart(c.title, [x for x in c.curves if len(x.steps)], c.note, c.from_zero) for c in found
+        replace(chart, curves=[curve for curve in chart.curves if len(curve.steps)])
+        for chart in found
     ]
     return [chart for chart in kept if chart.curves]
-
-
-WAIT = ("data_wait", 1)
 
 
 def _curve(label: str, part: dict, name: str, colour: int, kind: str = "line") -> Curve:
@@ -98,11 +99,17 @@ def _losses(run: Run) -> Chart:
             Curve("training, smoothed", raw.steps, smooth(raw.values, reach), 0),
         ]
         note = f"Smoothed: the mean of {2 * reach + 1} points."
-    curves.append(_curve("validation", run.validation, "loss", 1, "dots"))
+    tested = _curve("validation", run.validation, "loss", 1, "dots")
+    curves.append(tested)
+    ceiling = math.inf
+    if len(raw.steps) and len(tested.steps) and tested.values.max() > HEADROOM * raw.values.max():
+        # An average of weights is far off in the first steps, and would leave no room for the rest.
+        ceiling = HEADROOM * float(raw.values.max())
+        note += f" Validation had up to {tested.values.max():,.4g}: drawn at the upper edge."
     broken = int(np.isnan(run.training["loss"]).sum())
     if broken:
         note += f" {broken:,} lines of the record have a loss that is no number."
-    return Chart("loss, nats", curves, note.strip())
+    return Chart("loss, nats", curves, run.step, note.strip(), ceiling=ceiling)
 
 
 def shortened(run: Run) -> str:
@@ -129,18 +136,14 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 def extent(chart: Chart) -> tuple[float, float, float, float]:
     """First and last step, lowest and highest value that a chart has to show; never empty."""
-    steps = np.concatenate([curve.steps for curve in chart.curves])
     values = np.concatenate([curve.values for curve in chart.curves])
-    left, right = float(steps.min()), float(steps.max())
-    low, high = float(values.min()), float(values.max())
+    low, high = float(values.min()), min(float(values.max()), chart.ceiling)
     if chart.from_zero:
         low = min(low, 0.0)
-    if right <= left:
-        left, right = left - 1, right + 1
     if high <= low:
         room = abs(high) / 10 or 1.0
         low, high = low - room, high + room
-    return left, right, low, high + 0.04 * (high - low)
+    return 0.0, float(max(chart.until, 1)), low, high + 0.04 * (high - low)
 
 
 def draw(run: Run, drawn: list[Chart], marks: list[int], path: Path) -> None:
@@ -155,9 +158,14 @@ def draw(run: Run, drawn: list[Chart], marks: list[int], path: Path) -> None:
     for place in places[len(drawn) :]:
         place.remove()
     for place, chart in zip(places, drawn, strict=False):
+        left, right, low, high = extent(chart)
         for curve in chart.curves:
             place.plot(
-                *(curve.steps, curve.values, "o-" if curve.kind == "dots" else "-"),
+                *(
+                    curve.steps,
+                    np.minimum(curve.values, high),
+                    "o-" if curve.kind == "dots" else "-",
+                ),
                 color=f"C{curve.colour}",
                 alpha=0.3 if curve.kind == "faint" else 1,
                 markersize=3,
@@ -166,8 +174,8 @@ def draw(run: Run, drawn: list[Chart], marks: list[int], path: Path) -> None:
         for step in marks:
             place.axvline(step, color="0.5", linestyle=":", linewidth=1)
         place.set_title(chart.title, fontsize=10)
-        if chart.from_zero:
-            place.set_ylim(bottom=0)
+        place.set_xlim(left, right)
+        place.set_ylim(low, high)
         if len(chart.curves) > 1:
             place.legend(fontsize=8)
         place.set_xlabel("optimizer step", fontsize=8)

@@ -27,7 +27,8 @@ def figure(chart: Chart, marks: list[int]) -> str:
 
     def place(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """In thousandths of the plot, from its upper left corner."""
-        return 1000 * (steps - left) / (right - left), 1000 * (high - values) / (high - low)
+        top = np.maximum(high - values, 0)
+        return 1000 * (steps - left) / (right - left), 1000 * top / (high - low)
 
     lines = [_path(curve, *place(curve.steps, curve.values)) for curve in chart.curves]
     rows = [(value, 100 * (value - low) / (high - low)) for value in ticks(low, high)]
@@ -106,13 +107,10 @@ def time_axis(run: Run) -> str:
     bars, flags = [], []
     for period in found:
         left, right = at(period.begin.time), at(period.until)
-        kind = "run" if period.end else "open" if period.last else "lost"
         told = f"{stamp(period.begin.time)} to {stamp(period.until)}, from step "
         told += f"{period.begin.step:,}" + (f" to {period.end.step:,}" if period.end else "")
-        bars.append(
-            f'<i class="{kind}" style="left:{left:.3f}%;width:{max(0.0, right - left):.3f}%" '
-            f'title="{escape(told)}"></i>'
-        )
+        style = f"left:{left:.3f}%;width:{max(0.0, right - left):.3f}%"
+        bars.append(f'<i class="{_kind(period)}" style="{style}" title="{escape(told)}"></i>')
     for place, event in enumerate(run.events, 1):
         if event.kind == "stop":
             text = str(place) if len(run.events) <= MARKED else ""
@@ -126,7 +124,28 @@ def time_axis(run: Run) -> str:
         f'<div class="time" role="img" aria-label="{len(found)} periods of running between '
         f'{stamp(begin)} and {stamp(end)}"><div class="flags">{"".join(flags)}</div>'
         f'<div class="lane">{"".join(bars)}</div><div class="columns">{marks}</div></div>'
+        f'<p class="legend">{_legend(found)}</p>'
     )
+
+
+LEGEND = {
+    "run": "running",
+    "open": "no end noted: until the last line of the record",
+    "lost": "killed some time before the next start",
+    "flag": "a stop, by its number below",
+}
+
+
+def _legend(found: list[Period]) -> str:
+    kinds = {_kind(period) for period in found}
+    kinds |= {"flag" for period in found if period.end and period.end.kind == "stop"}
+    return "".join(
+        f'<span class="key {kind}">{text}</span>' for kind, text in LEGEND.items() if kind in kinds
+    )
+
+
+def _kind(period: Period) -> str:
+    return "run" if period.end else "open" if period.last else "lost"
 
 
 def _bounds(found: list[Period]) -> tuple[datetime, datetime]:
@@ -171,9 +190,8 @@ def draw_time(run: Run, path: Path) -> None:
     place = picture.subplots()
     colours = {"run": "C0", "open": "C2", "lost": "0.7"}
     for period in found:
-        kind = "run" if period.end else "open" if period.last else "lost"
         left, right = date2num(period.begin.time), date2num(period.until)
-        place.broken_barh([(left, right - left)], (0, 1), color=colours[kind])
+        place.broken_barh([(left, right - left)], (0, 1), color=colours[_kind(period)])
     for number_, event in enumerate(run.events, 1):
         if event.kind == "stop":
             place.axvline(date2num(event.time), color="C3")

@@ -12,6 +12,8 @@ from cspnet.recipe import find
 from cspnet.report.history import Run
 
 OPTIONS = ("--recipe", "-r", "-c")
+SHIPPED = "cspdarknet53"  # one of the shipped recipes; the others lie beside it
+FEW = 8  # values in which a recipe may differ from the one that it was made from, for a guess
 
 
 class Note(NamedTuple):
@@ -25,7 +27,7 @@ class Note(NamedTuple):
 def origin(run: Run) -> Path | None:
     """The recipe file that the run was started from, by its command or the folder's name.
 
-    None where there is none any more: a run is often read on another machine.
+    None where there is none: a run is often read on another machine, and a resumed one names none.
     """
     words = run.environment.get("command")
     words = [str(word) for word in words] if isinstance(words, list) else []
@@ -61,18 +63,19 @@ def notes(text: str) -> dict[str, Note]:
     return found
 
 
-def sources(run: Run) -> tuple[Path | None, dict[str, str]]:
+def sources(run: Run) -> tuple[Path | None, dict[str, str], bool]:
     """The recipe file that the run comes from, and where each of its values comes from.
 
-    A value that is not the file's is the run's own.
+    A value that is not the file's is the run's own. False: the file is not known, but is the
+    shipped one that is most like the run's recipe.
     """
     path = origin(run)
-    try:
-        known = notes(path.read_text(encoding="utf-8")) if path else {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        known = {}
+    known, named = _read(path) if path else {}, True
     if not known:
-        return None, {}
+        path, known = _nearest(run)
+        named = False
+    if not known:
+        return None, {}, False
     told = {}
     for key, value in run.fields.items():
         if key not in known:
@@ -81,7 +84,28 @@ def sources(run: Run) -> tuple[Path | None, dict[str, str]]:
             told[key] = known[key].comment
         else:
             told[key] = f"this run's own; {known[key].value} there"
-    return path, told
+    return path, told, named
+
+
+def _read(path: Path) -> dict[str, Note]:
+    try:
+        return notes(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+
+
+def _nearest(run: Run) -> tuple[Path | None, dict[str, Note]]:
+    """The shipped recipe with the fewest values that are not the run's, if they are few."""
+    best, found = FEW + 1, (None, {})
+    for path in sorted(find(SHIPPED).parent.glob("*.yaml")):
+        known = _read(path)
+        other = sum(
+            key not in known or not _same(known[key].value, value)
+            for key, value in run.fields.items()
+        )
+        if other < best:
+            best, found = other, (path, known)
+    return found
 
 
 def _same(one: Any, other: Any) -> bool:

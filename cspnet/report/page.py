@@ -167,13 +167,7 @@ def _time(run: Run) -> str:
     told = table(head, rows, numbers=(0, 3, 4))
     if len(rows) > 50:
         told = f"<details><summary>{len(rows):,} starts and stops</summary>{told}</details>"
-    legend = (
-        '<p class="legend"><span class="key run">running</span>'
-        '<span class="key open">no end noted: until the last line of the record</span>'
-        '<span class="key lost">killed some time before the next start</span>'
-        '<span class="key flag">a stop, by its number below</span></p>'
-    )
-    return time_axis(run) + legend + told
+    return time_axis(run) + told
 
 
 def _matrix(verdict: Verdict) -> str:
@@ -196,11 +190,10 @@ def _matrix(verdict: Verdict) -> str:
     return (
         "<p>Images of a class (row) by the class that they were taken for (column). Blue: right, "
         "by the share of the class; orange: mistaken, the deepest the largest such share"
-        f" ({most:.1%}).</p>"
+        f' ({100 * most:.3g} %).</p><div class="pair">'
         f'<div class="scroll"><table class="matrix"><thead><tr><td>{head}<tbody>\n'
         + "\n".join(rows)
-        + "</table></div>"
-        + _pairs(verdict)
+        + f"</table></div><div>{_pairs(verdict)}</div></div>"
     )
 
 
@@ -272,19 +265,23 @@ def _classes(scores: list[ClassScore]) -> str:
 
 
 def _recipe(run: Run) -> str:
-    path, told = sources(run)
+    path, told, named = sources(run)
+    if path is None:
+        return (
+            "<p>The resolved recipe. The file that it came from is not here, nor are the sources "
+            f'of its values.</p><pre class="recipe"><code>{escape(run.recipe)}</code></pre>'
+        )
     keys = {note.line: key for key, note in notes(run.recipe).items()}
     rows = [
         [f"<code>{escape(line)}</code>", escape(told.get(keys.get(number), ""))]
         for number, line in enumerate(run.recipe.splitlines())
     ]
-    where = (
-        f"The resolved recipe, and what {escape(path.name)} says of where each value comes from."
-        if path
-        else "The resolved recipe. The file that it came from is not here, so the sources of its "
-        "values are not either."
+    whose = "its file" if named else "the shipped recipe that is most like it"
+    told_by = f"{whose}, {escape(path.name)},"
+    return (
+        f"<p>The resolved recipe, and what {told_by} says of where each value comes from.</p>"
+        f'<div class="recipe">{table(["recipe.yaml", "source"], rows)}</div>'
     )
-    return f'<p>{where}</p><div class="recipe">{table(["recipe.yaml", "source"], rows)}</div>'
 
 
 def _environment(run: Run) -> str:

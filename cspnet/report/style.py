@@ -12,6 +12,7 @@ body { margin: 0 auto; max-width: 1400px; padding: 0 16px 48px; background: var(
   color: var(--ink); font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
 h1 { margin: 24px 0 0; font-size: 28px; line-height: 1.2 } header p { margin: 4px 0 12px }
 h2 { margin: 40px 0 8px; font-size: 21px } h3 { margin: 0; font-size: 15px }
+figcaption h3 { flex-basis: 100% }
 header p, small, figure > small, dt, th { color: var(--dim) }
 nav { position: sticky; top: 0; z-index: 3; display: flex; flex-wrap: wrap; gap: 2px 16px;
   padding: 8px 0; background: var(--paper); border-bottom: 1px solid var(--line) }
@@ -58,7 +59,7 @@ th, td { padding: 3px 14px 3px 0; vertical-align: top; border-bottom: 1px solid 
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 code { font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap }
 #time td { min-width: 3em } #time td:nth-child(2) { white-space: nowrap }
-#time td:last-child { min-width: 16em }
+#time td:last-child { min-width: 16em } #environment td:first-child { white-space: nowrap }
 .matrix th, .matrix td { padding: 0; min-width: 30px; height: 30px; text-align: center;
   vertical-align: middle; border: 1px solid var(--line); font-variant-numeric: tabular-nums }
 .matrix tbody th { position: sticky; left: 0; z-index: 1; padding: 0 8px; text-align: right;
@@ -69,10 +70,9 @@ code { font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap }
 .right { background: rgb(var(--blue) / var(--p)) }
 .wrong { background: rgb(var(--orange) / var(--p)) }
 .deep { color: #fff }
-.matrix + h3 { margin-top: 16px } #confusion h3, #worst h3 { margin: 20px 0 4px }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 520px), 1fr));
-  gap: 0 40px; align-items: start }
-.pair > * { min-width: 0 } .pair h3:first-child { margin-top: 4px !important }
+#confusion h3, #worst h3 { margin: 4px 0 }
+.pair { display: flex; flex-wrap: wrap; gap: 8px 56px; align-items: start }
+.pair > * { min-width: 0 }
 meter { width: 60px; vertical-align: middle }
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 16px }
 .tiles img { display: block; width: 100%; aspect-ratio: 1; border-radius: 6px;
@@ -81,5 +81,15 @@ meter { width: 60px; vertical-align: middle }
 summary { cursor: pointer; padding: 4px 0; color: var(--c0) }
 .recipe td { border: 0; padding-top: 0; padding-bottom: 0; vertical-align: baseline }
 .recipe td:last-child { color: var(--dim); font-size: 13px }
+pre.recipe { columns: 260px; white-space: pre-wrap }
+@media (max-width: 700px) {
+  #time thead { display: none } #time table, #time tbody { display: block }
+  #time tr { display: flex; flex-wrap: wrap; gap: 0 10px; padding: 4px 0;
+    border-bottom: 1px solid var(--line) }
+  #time td { padding: 0; border: 0; min-width: 0 } #time td:last-child { flex-basis: 100% }
+  #time td:nth-child(4)::before { content: "step " }
+  #time td:nth-child(5):not(:empty)::before { content: "after " }
+  .recipe td:first-child { min-width: 190px }
+}
 @media print { nav { position: static } details > * { display: block } }
 """

@@ -1,0 +1,143 @@
+"""Runs beside each other: how far, how good, in what their recipes differ, and their curves."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from cspnet.errors import RecipeError
+from cspnet.report.curves import HEADROOM, plain, smooth, thin
+from cspnet.report.history import Run, read_run
+
+PNG = b"\x89PNG\r\n\x1a\n"
+ABSENT = "–"  # a field without effect in a run, which its recipe.yaml leaves out
+HEAD = ("run", "steps", "best top-1", "last top-1", "last loss", "images/s", "device")
+
+
+def read_runs(folders: list[Path]) -> list[Run]:
+    """The runs in two or more folders; RecipeError for fewer, one twice, or one that is none."""
+    if len(folders) < 2:
+        raise RecipeError("compare takes two run folders at least")
+    seen: dict[Path, Path] = {}
+    for folder in folders:
+        other = seen.setdefault(folder.resolve(), folder)
+        if other is not folder:
+            raise RecipeError(f"{folder} is given twice" + f", as {other}" * (other != folder))
+    return [read_run(folder) for folder in folders]
+
+
+def require_png(path: Path) -> None:
+    """Raises RecipeError unless a PNG can be written there without loss of another kind of file."""
+    if path.suffix.lower() != ".png" or path.is_dir() or not path.absolute().parent.is_dir():
+        raise RecipeError(f"--out {path}: must be a .png file in a folder that exists")
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(PNG))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise RecipeError(f"--out {path}: {error.strerror}") from None
+    if start != PNG:
+        raise RecipeError(f"--out {path} is a file, and no PNG: name another")
+
+
+def run_names(runs: list[Run]) -> list[str]:
+    """The shortest ends of the folders' paths that tell them apart."""
+    parts = [run.folder.resolve().parts for run in runs]
+    length = 1
+    while len({part[-length:] for part in parts}) < len(parts):
+        length += 1
+    return [os.sep.join(part[-length:]) for part in parts]
+
+
+def overview(runs: list[Run]) -> Table:
+    """How far and how good each run is, a row a run."""
+    return _table(
+        HEAD,
+        [_row(name, run) for name, run in zip(run_names(runs), runs, strict=True)],
+        range(1, 6),
+    )
+
+
+def _row(name: str, run: Run) -> list[str]:
+    training, validation, best = run.training, run.validation, run.best
+    top1 = validation["top1"][np.isfinite(validation["top1"])]
+    loss = training["loss"][np.isfinite(training["loss"])]
+    speed = training["images_per_second"]
+    speed = speed[np.isfinite(speed)]
+    step = int(validation["step"][best]) if best is not None else 0
+    return [
+        name,
+        f"{run.step:,} of {run.steps:,}",
+        f"{validation['top1'][best]:.2f} % ({step:,})" if best is not None else ABSENT,
+        f"{top1[-1]:.2f} %" if len(top1) else ABSENT,
+        f"{loss[-1]:.4f}" if len(loss) else ABSENT,
+        f"{np.median(speed):,.0f}" if len(speed) else ABSENT,
+        run.device,
+    ]
+
+
+def differences(runs: list[Run]) -> dict[str, list[Any]]:
+    """The fields in which the recipes differ, by dotted key: a value a run, ABSENT for none."""
+    keys = dict.fromkeys(key for run in runs for key in run.fields)
+    values = {key: [run.fields.get(key, ABSENT) for run in runs] for key in keys}
+    return {key: each for key, each in values.items() if any(v != each[0] for v in each)}
+
+
+def differing(runs: list[Run]) -> Table | None:
+    """The same for people; None where the recipes are alike."""
+    found = differences(runs)
+    if not found:
+        return None
+    rows = [[key, *(str(value) for value in values)] for key, values in found.items()]
+    return _table(("recipe", *run_names(runs)), rows, ())
+
+
+def _table(head, rows: list[list[str]], right) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for number, title in enumerate(head):
+        justify = "right" if number in right else "left"
+        table.add_column(Text(title), justify=justify, no_wrap=True)
+    for row in rows:
+        # Text, for a str may be taken for markup or an emoji's name.
+        table.add_row(*map(Text, row))
+    return table
+
+
+def draw(runs: list[Run], path: Path) -> None:
+    """Validation top-1 and training loss of the runs over the steps, as PNG. RecipeError."""
+    from matplotlib.figure import Figure  # a second to import
+
+    figure = Figure(figsize=(10, 8.5), layout="constrained")
+    accuracy, losses = figure.subplots(2, sharex=True)
+    tops = []
+    for number, (name, run) in enumerate(zip(run_names(runs), runs, strict=True)):
+        # Ten colours; an eleventh run has the first one's again, dashed.
+        look = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
+        steps, values = thin(run.validation["step"], run.validation["top1"])
+        accuracy.plot(steps, values, marker="o", markersize=3, label=plain(name), **look)
+        steps, values = thin(run.training["step"], run.training["loss"])
+        reach = len(steps) // 40
+        if reach:
+            losses.plot(steps, values, alpha=0.2, **look)
+        if len(values):
+            losses.plot(steps, smooth(values, reach), label=plain(name), **look)
+            tops.append(float(np.percentile(values, 99)))
+    accuracy.set_ylabel("validation top-1, %")
+    losses.set_ylabel("training loss, nats")
+    losses.set_xlabel("optimizer step")
+    if tops:  # a run that blew up leaves room for the others
+        losses.set_ylim(top=min(losses.get_ylim()[1], HEADROOM * float(np.median(tops))))
+    for place in (accuracy, losses):
+        place.grid(alpha=0.3)
+    # Named ones begin with no underscore for matplotlib: it would leave them out.
+    accuracy.legend(fontsize=8)
+    try:
+        temporary = path.with_name(f".{path.name}.tmp")
+        figure.savefig(temporary, dpi=110, format="png")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be written: {error.strerror}") from None
