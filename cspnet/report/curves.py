@@ -9,6 +9,8 @@ import numpy as np
 from cspnet.report.history import Run
 
 POINTS = 600  # of a curve, at most: more than a screen has columns for it
+DOTTED = 60  # points of a curve, up to which each of them can be seen
+MARKED = 40  # starts and stops, up to which there is room to mark each
 HEADROOM = 1.5  # over the largest training loss, for those of validation
 
 
@@ -86,7 +88,8 @@ def charts(run: Run) -> list[Chart]:
 
 
 def _curve(label: str, part: dict, name: str, colour: int, kind: str = "line") -> Curve:
-    return Curve(label, *thin(part["step"], part[name]), colour, kind)
+    steps, values = thin(part["step"], part[name])
+    return Curve(label, steps, values, colour, kind if len(steps) <= DOTTED else "line")
 
 
 def _losses(run: Run) -> Chart:

@@ -9,15 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from cspnet.report.curves import Chart, Curve, extent, plain, ticks
+from cspnet.report.curves import MARKED, Chart, Curve, extent, plain, ticks
 from cspnet.report.history import Period, Run, periods
 
-MARKED = 40  # stops, up to which they have room on the time axis for their numbers
 SPANS = [
     *(timedelta(seconds=n) for n in (1, 2, 5, 10, 15, 30)),
     *(timedelta(minutes=n) for n in (1, 2, 5, 10, 15, 30)),
     *(timedelta(hours=n) for n in (1, 2, 3, 6, 12)),
-    *(timedelta(days=n) for n in (1, 2, 7, 14, 28, 91, 364, 3640)),
+    *(timedelta(days=n) for n in (1, 2, 3, 5, 7, 14, 28, 91, 364, 3640)),
 ]
 
 

@@ -99,6 +99,8 @@ def _nearest(run: Run) -> tuple[Path | None, dict[str, Note]]:
     best, found = FEW + 1, (None, {})
     for path in sorted(find(SHIPPED).parent.glob("*.yaml")):
         known = _read(path)
+        if "model.name" not in known or known["model.name"].value != run.fields.get("model.name"):
+            continue
         other = sum(
             key not in known or not _same(known[key].value, value)
             for key, value in run.fields.items()

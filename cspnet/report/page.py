@@ -10,7 +10,7 @@ import numpy as np
 
 from cspnet.report.classes import MATRIX, ClassScore, class_scores, shares, worst
 from cspnet.report.confusion import worst_pairs
-from cspnet.report.curves import Chart, shortened
+from cspnet.report.curves import MARKED, Chart, shortened
 from cspnet.report.figures import figure, lasting, stamp, time_axis
 from cspnet.report.history import Run, periods
 from cspnet.report.mistakes import percent, to_jpeg
@@ -131,8 +131,9 @@ def state(run: Run) -> str:
 
 
 def stops(run: Run) -> list[int]:
-    """The steps at which the run went on after a stop or a kill."""
-    return sorted({event.step for event in run.events if event.kind == "resume"})
+    """The steps at which the run went on after a stop or a kill; none where they are too many."""
+    steps = sorted({event.step for event in run.events if event.kind == "resume"})
+    return steps if len(steps) <= MARKED else []
 
 
 def _curves(run: Run, drawn: list[Chart]) -> str:

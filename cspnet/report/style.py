@@ -55,7 +55,8 @@ path { fill: none; stroke: var(--k); stroke-width: 1.8; vector-effect: non-scali
 .scroll { overflow-x: auto; max-width: 100% }
 table { border-collapse: collapse; font-size: 14px }
 th { text-align: left; font-weight: 500; white-space: nowrap }
-th, td { padding: 3px 14px 3px 0; vertical-align: top; border-bottom: 1px solid var(--line) }
+th, td { padding: 3px 14px 3px 0; vertical-align: top; border-bottom: 1px solid var(--line);
+  overflow-wrap: break-word }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 code { font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap }
 #time td { min-width: 3em } #time td:nth-child(2) { white-space: nowrap }
@@ -72,7 +73,7 @@ code { font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap }
 .deep { color: #fff }
 #confusion h3, #worst h3 { margin: 4px 0 }
 .pair { display: flex; flex-wrap: wrap; gap: 8px 56px; align-items: start }
-.pair > * { min-width: 0 }
+.pair > * { min-width: 0; max-width: 100% }
 meter { width: 60px; vertical-align: middle }
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 16px }
 .tiles img { display: block; width: 100%; aspect-ratio: 1; border-radius: 6px;
@@ -89,6 +90,7 @@ pre.recipe { columns: 260px; white-space: pre-wrap }
   #time td { padding: 0; border: 0; min-width: 0 } #time td:last-child { flex-basis: 100% }
   #time td:nth-child(4)::before { content: "step " }
   #time td:nth-child(5):not(:empty)::before { content: "after " }
+  th { white-space: normal } meter { display: none } th, td { padding-right: 10px }
   .recipe td:first-child { min-width: 190px }
 }
 @media print { nav { position: static } details > * { display: block } }
