@@ -31,17 +31,26 @@ def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
+def shipped() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted({path.stem for folder in _homes() for path in folder.glob("*.yaml")})
+
+
+def _homes() -> list[Path]:
+    """Folders of shipped recipes: in the installed package, or beside it in a clone."""
+    here = Path(__file__).resolve().parent
+    return [folder for folder in (here / "recipes", here.parent / "recipes") if folder.is_dir()]
+
+
 def find(name: str) -> Path:
     """Path of a recipe given by path, or by the name of a shipped one, with or without `.yaml`."""
-    here = Path(__file__).resolve().parent
-    shipped = [folder for folder in (here / "recipes", here.parent / "recipes") if folder.is_dir()]
     names = [name] if name.endswith((".yaml", ".yml")) else [name, f"{name}.yaml"]
-    for folder in [Path(), *shipped]:
+    for folder in [Path(), *_homes()]:
         for candidate in names:
             path = folder / candidate
             if path.is_file():
                 return path
-    known = sorted({path.stem for folder in shipped for path in folder.glob("*.yaml")})
+    known = shipped()
     near = difflib.get_close_matches(Path(name).stem, known, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise RecipeError(

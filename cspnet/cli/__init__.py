@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from cspnet.cli.datasets import check, index, pack
+from cspnet.cli.datasets import check, data, index, pack
 from cspnet.cli.options import is_first, restarts
 from cspnet.cli.planning import plan
 from cspnet.cli.reports import compare, report
@@ -58,6 +58,7 @@ def main() -> None:
             ("train", train),
             ("eval", evaluate),
             ("predict", predict),
+            ("data", data),
             ("check", check),
             ("index", index),
             ("pack", pack),

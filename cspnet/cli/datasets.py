@@ -1,4 +1,4 @@
-"""The commands of a data set: `check`, `index`, `pack`."""
+"""The commands of a data set: `data`, `check`, `index`, `pack`."""
 
 import contextlib
 import json
@@ -10,8 +10,39 @@ from typing import Annotated
 
 import typer
 
-from cspnet.cli.options import Workers, require_folder, write_text
+from cspnet.cli.options import Workers, complete_data, require_folder, write_text
 from cspnet.errors import RecipeError
+
+
+def data(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="imagenet, imagenette or cifar10.",
+            show_default=False,
+            autocompletion=complete_data,
+        ),
+    ],
+    to: Annotated[
+        Path | None, typer.Option(help="Data root to make.", show_default="data/NAME")
+    ] = None,
+    archives: Annotated[
+        Path | None, typer.Option(help="Folder of the archives.", show_default="that of --to")
+    ] = None,
+) -> None:
+    """Puts a known data set into class folders. cspnet data imagenet --archives ~/Downloads
+
+    ImageNet is unpacked from its three official archives, which image-net.org gives to those with
+    an account; the two small ones are downloaded where they are not there yet. Interrupted, it goes
+    on with the same command.
+    """
+    from cspnet.data.fetch import fetch
+
+    to = Path("data") / name if to is None else to
+    with _progress(name) as progress:
+        new = fetch(name, to, archives, lambda line: print(line, flush=True), progress)
+    state = "ready" if new else "there already, nothing to do"
+    print(f"{to}: train/ and val/ are {state}; look at it: cspnet check {to}")
 
 
 def check(

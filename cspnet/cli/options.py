@@ -12,6 +12,37 @@ if TYPE_CHECKING:
     from cspnet.train.runtime import Precision
     from cspnet.trained import Trained
 
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Names of shipped recipes, and recipe files in the folder that is being typed."""
+    from cspnet.recipe import shipped
+
+    folder = Path(incomplete) if incomplete.endswith("/") else Path(incomplete).parent
+    found = [*folder.glob("*.yaml"), *folder.glob("*.yml")]
+    below = [f"{path}/" for path in folder.glob("*") if path.is_dir() and "/" in incomplete]
+    names = [*shipped(), *sorted(map(str, found)), *sorted(below)]
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def complete_memory(incomplete: str) -> list[str]:
+    """What `--memory` takes."""
+    return [name for name in ("fast", "fit", "tiny") if name.startswith(incomplete)]
+
+
+def complete_data(incomplete: str) -> list[str]:
+    """The data sets that `cspnet data` knows."""
+    from cspnet.data.fetch import CLASSES
+
+    return [name for name in CLASSES if name.startswith(incomplete)]
+
+
+RecipeName = typer.Option(
+    "--recipe",
+    "-r",
+    "-c",
+    help="Recipe: a path, or the name of a shipped one.",
+    autocompletion=complete_recipe,
+)
 Checkpoint = Annotated[
     str,
     typer.Option(

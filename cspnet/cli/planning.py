@@ -6,8 +6,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cspnet.cli.options import DataRoot, Device, Overrides, Workers, require_folder, write_text
-from cspnet.cli.training import Compile, Memory, Output, Passes, RecipeName, passes_of
+from cspnet.cli.options import (
+    DataRoot,
+    Device,
+    Overrides,
+    RecipeName,
+    Workers,
+    require_folder,
+    write_text,
+)
+from cspnet.cli.training import Compile, Memory, Output, Passes, passes_of
 from cspnet.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -17,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def plan(
-    recipe: RecipeName,
+    recipe: Annotated[str, RecipeName],
     overrides: Overrides = None,
     data: DataRoot = None,
     gpu: Annotated[

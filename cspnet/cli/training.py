@@ -5,12 +5,18 @@ from typing import Annotated
 
 import typer
 
-from cspnet.cli.options import DataRoot, Device, Overrides, Workers, is_first, restarts
+from cspnet.cli.options import (
+    DataRoot,
+    Device,
+    Overrides,
+    RecipeName,
+    Workers,
+    complete_memory,
+    is_first,
+    restarts,
+)
 from cspnet.errors import RecipeError
 
-RecipeName = Annotated[
-    str, typer.Option("--recipe", "-r", "-c", help="Recipe: a path, or a shipped one's name.")
-]
 Output = Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/RECIPE")]
 Passes = Annotated[
     str | None,
@@ -24,16 +30,17 @@ Compile = Annotated[
     typer.Option("--compile/--no-compile", help="torch.compile the net.", show_default="on a GPU"),
 ]
 Memory = Annotated[
-    str, typer.Option(help="What a compiled net keeps for its gradient: fast, fit (half), tiny.")
+    str,
+    typer.Option(
+        help="What a compiled net keeps for its gradient: fast, fit (half), tiny.",
+        autocompletion=complete_memory,
+    ),
 ]
 
 
 def train(
     overrides: Overrides = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option("--recipe", "-r", "-c", help="Recipe: a path, or the name of a shipped one."),
-    ] = None,
+    recipe: Annotated[str | None, RecipeName] = None,
     data: DataRoot = None,
     output: Output = None,
     resume: Annotated[
@@ -110,7 +117,7 @@ def passes_of(text: str | None) -> int | str | None:
 
 
 def preview(
-    recipe: RecipeName,
+    recipe: Annotated[str, RecipeName],
     overrides: Overrides = None,
     data: DataRoot = None,
     out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("preview.png"),
