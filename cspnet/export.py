@@ -31,21 +31,28 @@ class ExportError(CspnetError):
     exit_code = 2
 
 
-def export(trained: Trained, to: Path, pyramid: bool = False, cut: int | None = None) -> list[str]:
-    """Writes a net by the suffix of `to`; returns remarks worth printing. ExportError."""
+def require_target(to: Path, pyramid: bool = False, cut: int | None = None) -> None:
+    """Raises ExportError for what no net can be written to, before one is loaded."""
     if to.suffix not in SUFFIXES:
         raise ExportError(f"{to}: the suffix must be one of {', '.join(SUFFIXES)}")
     if pyramid and to.suffix != ".onnx":
         raise ExportError("--pyramid is for .onnx: the other files hold the whole net anyway")
+    if cut is not None and to.suffix != ".weights":
+        raise ExportError("--cut is for .weights")
+    if not to.absolute().parent.is_dir():
+        raise ExportError(f"{to}: the folder {to.parent} does not exist")
+    if to.is_dir():
+        raise ExportError(f"{to} is a folder: name a file")
+
+
+def export(trained: Trained, to: Path, pyramid: bool = False, cut: int | None = None) -> list[str]:
+    """Writes a net by the suffix of `to`; returns remarks worth printing. ExportError."""
+    require_target(to, pyramid, cut)
     if trained.recipe.model.name.startswith(TIMM) and (pyramid or to.suffix == ".weights"):
         raise ExportError(
             f"{trained.net.name} has no Darknet file and no pyramid of cspnet's; "
             ".safetensors and .onnx (logits) can be written"
         )
-    if cut is not None and to.suffix != ".weights":
-        raise ExportError("--cut is for .weights")
-    if not to.absolute().parent.is_dir():
-        raise ExportError(f"{to}: the folder {to.parent} does not exist")
     trained.net.eval()
     if to.suffix == ".safetensors":
         return _safetensors(trained, to)

@@ -17,6 +17,21 @@ from yaml import YAMLError
 from cspnet.errors import RecipeError
 from cspnet.schema import IDLE, OFF, STAGES, TIMM, Recipe
 
+# What other trainers call some of the fields.
+ELSEWHERE = {
+    "lr": "optim.learning_rate",
+    "wd": "optim.weight_decay",
+    "epochs": "schedule.steps",
+    "iterations": "schedule.steps",
+    "max_batches": "schedule.steps",
+    "burn_in": "schedule.warmup_steps",
+    "batch_size": "batch",
+    "image_size": "data.size",
+    "img_size": "data.size",
+    "imgsz": "data.size",
+    "label_smoothing": "loss.smoothing",
+}
+
 
 def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and values of nested dictionaries or dataclasses, leaves only."""
@@ -50,6 +65,8 @@ def find(name: str) -> Path:
             path = folder / candidate
             if path.is_file():
                 return path
+    if Path(name).is_dir():
+        raise RecipeError(f"the recipe {name} is a folder: give a .yaml file, or a shipped name")
     known = shipped()
     near = difflib.get_close_matches(Path(name).stem, known, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -120,6 +137,8 @@ def _read(path: Path) -> dict:
         content = OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} cannot be read as YAML: {error}") from None
+    if content == {}:
+        raise RecipeError(f"{path} is empty: a recipe holds `key: value` lines")
     if not isinstance(content, DictConfig):
         raise RecipeError(f"{path} must hold `key: value` lines, not a {type(content).__name__}")
     return OmegaConf.to_container(content)
@@ -153,11 +172,18 @@ def _merge(
             try:
                 OmegaConf.update(config, key, value)
             except OmegaConfBaseException as error:
-                problems.append(f"{origin}{key}: {str(error).splitlines()[0]}")
+                reason = str(error).splitlines()[0]
+                if value is None:
+                    reason = "needs a value"
+                elif isinstance(value, float) and value.is_integer():
+                    reason += f": write {int(value)}"
+                problems.append(f"{origin}{key}: {reason}")
 
 
 def _nearest(key: str, known: list[str]) -> str:
     section, _, leaf = key.rpartition(".")
+    if leaf in ELSEWHERE:
+        return f" Did you mean {ELSEWHERE[leaf]!r}?"
     same_leaf = [k for k in known if k.rpartition(".")[2] == leaf]
     near = same_leaf or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not near:

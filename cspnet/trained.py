@@ -172,7 +172,8 @@ def fill(net: nn.Module, state: dict[str, torch.Tensor], origin: str) -> None:
                 f"{origin}: {key} is {list(state[key].shape)}, {net.name} needs "
                 f"{list(tensor.shape)}"
             )
-    extra = [key for key in state if key not in net.state_dict()]
+    known = net.state_dict()  # once: asked for each key it took longer than all the rest
+    extra = [key for key in state if key not in known]
     if extra:
         raise CheckpointError(f"{origin} has a tensor {extra[0]} that {net.name} has not")
     net.load_state_dict(state)

@@ -70,7 +70,7 @@ def archives(tmp_path, monkeypatch):
     monkeypatch.setattr(imagenet, "ARCHIVE_META", known)
     sizes = {kind: len(content[kind]) for kind in ("train", "val")}
     monkeypatch.setattr(module, "SIZES", sizes)
-    monkeypatch.setitem(module.CLASSES, "imagenet", 3)
+    monkeypatch.setitem(module.KNOWN, "imagenet", 3)
     return folder
 
 
@@ -269,7 +269,7 @@ def test_a_damaged_small_archive_is_not_written_over(cifar, get, tmp_path):
 
 def test_imagenette_is_downloaded_and_kept(tmp_path, get, monkeypatch):
     """The network is a stand-in: what it brings is checked and unpacked as what was there."""
-    monkeypatch.setitem(module.CLASSES, "imagenette", 3)
+    monkeypatch.setitem(module.KNOWN, "imagenette", 3)
     content = tar(
         {
             f"imagenette2-320/{part}/{wnid}/{i}.JPEG": jpeg(i)

@@ -31,9 +31,9 @@ def complete_memory(incomplete: str) -> list[str]:
 
 def complete_data(incomplete: str) -> list[str]:
     """The data sets that `cspnet data` knows."""
-    from cspnet.data.fetch import CLASSES
+    from cspnet.data.layout import KNOWN
 
-    return [name for name in CLASSES if name.startswith(incomplete)]
+    return [name for name in KNOWN if name.startswith(incomplete)]
 
 
 RecipeName = typer.Option(

@@ -9,6 +9,7 @@ import typer
 
 from cspnet.cli.options import Batch, Checkpoint, Device, Workers, facts, require_folder, write_text
 from cspnet.errors import Incomplete, RecipeError
+from cspnet.schema import DIGITS
 
 
 def evaluate(
@@ -27,7 +28,7 @@ def evaluate(
     from rich.console import Console
     from rich.progress import Progress
 
-    from cspnet.data.sources import open_validation
+    from cspnet.data.sources import existing, open_validation
     from cspnet.evaluate import evaluate as score
     from cspnet.train.runtime import find_device, find_precision, find_workers
     from cspnet.train.world import find_world, joined
@@ -36,6 +37,8 @@ def evaluate(
     world = find_world()
     where = find_device(device, world)
     require_folder("--json", json_file)
+    if data != DIGITS:
+        existing(data)  # before a net is loaded for nothing
     trained = open_trained(checkpoint)
     recipe = trained.recipe
     require_order(trained, checkpoint)
@@ -157,8 +160,10 @@ def export(
 ) -> None:
     """Write a net for others: cspnet export --checkpoint best.pt --to cspdarknet53.weights"""
     from cspnet.export import export as write_net
+    from cspnet.export import require_target
     from cspnet.trained import open_trained
 
+    require_target(to, pyramid, cut)
     trained = open_trained(checkpoint)
     which = "the averaged weights" if trained.averaged else "the weights"
     remarks = [*trained.remarks, *write_net(trained, to, pyramid, cut)]

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cspnet.data import layout
+from cspnet.data.layout import KNOWN
 from cspnet.errors import DataError, RecipeError
 
 PARTS = ("train", "val")
-CLASSES = {"imagenet": 1000, "imagenette": 10, "cifar10": 10}
 # Bytes of ImageNet's two large archives, so that a download cut short is told before its md5 is
 # computed, which takes minutes.
 SIZES = {"train": 147_897_477_120, "val": 6_744_924_160}
@@ -36,17 +36,19 @@ def fetch(name: str, to: Path, archives: Path | None, tell: Tell, progress: Prog
     data set may be. Raises DataError: a missing or damaged archive, no network, too little room, a
     part that is there and is not whole.
     """
-    if name not in CLASSES:
-        near = difflib.get_close_matches(name.lower(), CLASSES, n=1, cutoff=0.5)
+    if name not in KNOWN:
+        near = difflib.get_close_matches(name.lower(), KNOWN, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else " Your own need only class folders."
-        raise RecipeError(f"data set {name!r}: there are {', '.join(CLASSES)}.{hint}")
+        raise RecipeError(f"data set {name!r}: there are {', '.join(KNOWN)}.{hint}")
     archives = to if archives is None else archives
     for folder in {to, archives}:
         if os.path.lexists(folder) and not folder.is_dir():
             raise DataError(f"{folder} is not a folder: name another")
-    missing = [part for part in PARTS if not _is_there(to / part, CLASSES[name])]
+    missing = [part for part in PARTS if not _is_there(to / part, KNOWN[name])]
     if not missing:
         return False
+    if name == "imagenet":
+        _require_archives(missing, archives)
     made = _make_folder(to)
     try:
         if name == "imagenet":
@@ -111,9 +113,6 @@ def _damaged(archive: Path, md5: str) -> DataError:
 def _imagenet(missing: list[str], to: Path, archives: Path, tell: Tell, progress: Progress) -> None:
     from torchvision.datasets.imagenet import ARCHIVE_META
 
-    wanted = [kind for kind in ("train", "val") if kind in missing]
-    wanted += ["devkit"] * ("val" in missing)  # which holds the classes of the validation images
-    _require_archives({kind: archives / ARCHIVE_META[kind][0] for kind in wanted})
     room = 0
     if "train" in missing:
         with tarfile.open(archives / ARCHIVE_META["train"][0]) as tar:
@@ -130,10 +129,14 @@ def _imagenet(missing: list[str], to: Path, archives: Path, tell: Tell, progress
         _imagenet_train(archives / name, md5, to, tell, progress)
 
 
-def _require_archives(files: dict[str, Path]) -> None:
+def _require_archives(missing: list[str], archives: Path) -> None:
     """Raises DataError where archives of ImageNet are missing or have not their size."""
+    from torchvision.datasets.imagenet import ARCHIVE_META
+
     lines = []
-    for kind, file in files.items():
+    # The devkit holds the classes of the validation images.
+    for kind in [*missing, *["devkit"] * ("val" in missing)]:
+        file = archives / ARCHIVE_META[kind][0]
         size = f"{SIZES[kind]:,} bytes" if kind in SIZES else "2.5 MB"
         if not file.is_file():
             lines.append(f"{file.name} ({size}) is not there")
@@ -141,9 +144,8 @@ def _require_archives(files: dict[str, Path]) -> None:
             has = f"{file.stat().st_size:,}"
             lines.append(f"{file.name} has {has} bytes, not {size}: finish its download")
     if lines:
-        folder = next(iter(files.values())).parent
         raise DataError(
-            f"ImageNet's archives are needed in {folder}:"
+            f"ImageNet's archives are needed in {archives}:"
             + "".join(f"\n  - {line}" for line in lines)
             + "\nGet them from https://image-net.org/download-images (ILSVRC 2012; an account is "
             "needed), and put them there, or give their folder with --archives DIR."

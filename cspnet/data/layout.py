@@ -15,6 +15,8 @@ from cspnet.schema import DIGITS
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 VALIDATION = ("val", "valid", "validation")
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar")
+# Data sets that `cspnet data` makes, and how many classes they have.
+KNOWN = {"imagenet": 1000, "imagenette": 10, "cifar10": 10}
 HOLDS = "A data root holds train/ and val/, each with one folder per class"
 
 
@@ -58,9 +60,21 @@ def listing(folder: Path) -> str:
     return ", ".join(names[:6]) + " …" * (len(names) > 6) or "nothing"
 
 
+def address(root: str) -> str:
+    """For an address in the network that is given as a data folder."""
+    hub = "huggingface-cli download NAME --repo-type dataset --local-dir DIR"
+    how = f"Download it first ({hub})" if root.startswith("hf://") else "Download it first"
+    return (
+        f"{root} is an address, not a folder on this machine's disks. {how}, and give the folder "
+        "that it is in; `cspnet data` brings some known data sets."
+    )
+
+
 def no_folder(path: Path) -> str:
     """For a path that is given as a data folder and is none."""
     advice = f"Give one with --data DIR (or data.root=DIR); --data {DIGITS} needs none."
+    if path.name in KNOWN:
+        advice += f" `cspnet data {path.name} --to DIR` makes it."
     what = "is a file"
     try:
         os.stat(path)

@@ -238,6 +238,8 @@ def validation_folder(root: str) -> Path:
 
 def existing(root: str) -> Path:
     """The path of a data root, `~` expanded. Raises DataError where it is not a folder."""
+    if "://" in root:
+        raise DataError(layout.address(root))
     folder = Path(root).expanduser()
     if not os.path.isdir(folder):
         raise DataError(layout.no_folder(folder))

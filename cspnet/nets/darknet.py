@@ -151,7 +151,7 @@ def write_weights(net: CspNet, seen: int, cut: int | None = None) -> bytes:
     layers = list(sections(net))
     if cut is not None and not 0 < cut <= len(layers):
         raise FormatError(
-            f"the net has layers 0 … {len(layers) - 1}: cut must be 1 to {len(layers)}"
+            f"the net has layers 0 … {len(layers) - 1}: --cut must be 1 to {len(layers)}"
         )
     for section in layers[:cut]:
         if section.convolution:

@@ -1,0 +1,257 @@
+"""What a person may plausibly mistype, and what comes: one message, exit code 2, no file."""
+
+import contextlib
+import re
+import shlex
+import shutil
+import sys
+
+import cv2
+import pytest
+
+from cspnet import cli
+from tests.conftest import TINY, picture
+
+TRAIN = "cspnet-train --recipe digits"
+EVAL = "cspnet-eval --checkpoint run/checkpoints/best.pt"
+PREDICT = "cspnet predict photo.jpg --checkpoint run/checkpoints/best.pt"
+EXPORT = "cspnet export --checkpoint run/checkpoints/best.pt"
+PREVIEW = "cspnet preview --recipe digits"
+
+MISTAKES = [
+    # Commands and options
+    ("cspnet trian", "No such command 'trian'. Did you mean 'train'?"),
+    ("cspnet evaluate", "No such command 'evaluate'. Did you mean 'eval'"),
+    ("cspnet validate", "No such command 'validate'"),
+    ("cspnet resume", "No such command 'resume'"),
+    ("cspnet --recipe digits", "No such option: --recipe"),
+    ("cspnet train --recpe digits", "No such option: --recpe (Possible options: --force, --recipe"),
+    ("cspnet-train --recipes digits", "No such option: --recipes"),
+    (f"{TRAIN} --epochs 3", "No such option: --epochs"),
+    (f"{TRAIN} --lr 0.1", "No such option: --lr"),
+    (f"{TRAIN} --batch-size 64", "No such option: --batch-size"),
+    (f"{TRAIN} --resume-from run", "No such option: --resume-from"),
+    ("cspnet-train --recipe", "Option '--recipe' requires an argument"),
+    ("cspnet-train digits", "no recipe: give --recipe NAME"),
+    ("cspnet-train --data data", "no recipe: give --recipe NAME"),
+    ("cspnet-eval --data digits", "Missing option '--checkpoint'"),
+    ("cspnet-eval --checkpoint run/checkpoints/best.pt", "Missing option '--data'"),
+    ("cspnet predict --checkpoint run/checkpoints/best.pt", "Missing argument 'IMAGES"),
+    ("cspnet export run/checkpoints/best.pt", "Missing option '--checkpoint'"),
+    ("cspnet pack data", "Missing option '--to'"),
+    # Recipes
+    ("cspnet-train --recipe digit", "there is no recipe 'digit'"),
+    ("cspnet-train --recipe digit", "Did you mean 'digits'?"),
+    ("cspnet-train --recipe cspdarknet", "Did you mean 'cspdarknet53'?"),
+    ("cspnet-train --recipe recipes/none.yaml", "there is no recipe 'recipes/none.yaml'"),
+    ("cspnet-train --recipe void", "the recipe void is a folder"),
+    ("cspnet-train --recipe tabs.yaml", "tabs.yaml cannot be read as YAML"),
+    ("cspnet-train --recipe photo.jpg", "photo.jpg cannot be read as YAML"),
+    ("cspnet-train --recipe list.yaml", "list.yaml must hold `key: value` lines"),
+    ("cspnet-train --recipe empty.yaml", "empty.yaml is empty"),
+    ("cspnet-train --recipe wrong.yaml", "unknown key 'learning_rate'. Did you mean 'optim.lear"),
+    # Overrides
+    (f"{TRAIN} schedule.step=100", "unknown key 'schedule.step'. Did you mean 'schedule.steps'?"),
+    (f"{TRAIN} steps=100", "unknown key 'steps'. Did you mean 'schedule.steps'?"),
+    (f"{TRAIN} learning_rate=0.1", "Did you mean 'optim.learning_rate'?"),
+    (f"{TRAIN} epochs=90", "unknown key 'epochs'. Did you mean 'schedule.steps'?"),
+    (f"{TRAIN} batch_size=64", "unknown key 'batch_size'. Did you mean 'batch'?"),
+    (f"{TRAIN} optim.lr=0.1", "unknown key 'optim.lr'. Did you mean 'optim.learning_rate'?"),
+    (f"{TRAIN} batch", "'batch' is not of the form section.key=value"),
+    (f"{TRAIN} batch = 64", "'batch' is not of the form section.key=value"),
+    (f"{TRAIN} model=darknet53", "model is a section: give model.KEY"),
+    (f"{TRAIN} batch=0", "batch is 0, must be at least 2"),
+    (f"{TRAIN} batch=-64", "batch is -64, must be at least 2"),
+    (f"{TRAIN} batch=100", "batch (100) is not a multiple of group (32)"),
+    (f"{TRAIN} batch=64.5", "batch: Value '64.5'"),
+    (f"{TRAIN} optim.learning_rate=abc", "optim.learning_rate: Value 'abc'"),
+    (f"{TRAIN} optim.learning_rate=0,1", "optim.learning_rate: Value '0,1'"),
+    (f"{TRAIN} optim.learning_rate=-1", "optim.learning_rate is -1.0, must be"),
+    (f"{TRAIN} optim.learning_rate=nan", "optim.learning_rate is nan, must be"),
+    (f"{TRAIN} mix.probability=2", "mix.probability is 2.0, must be between 0 and 1"),
+    (f"{TRAIN} data.size=100", "data.size (100) must be a multiple of 32: try 96"),
+    (f"{TRAIN} schedule.steps=", "schedule.steps: needs a value"),
+    (f"{TRAIN} schedule.steps=1e6", "could not be converted to Integer: write 1000000"),
+    (f"{TRAIN} model.name=cspdarknet", "Did you mean 'cspdarknet53'?"),
+    (f"{TRAIN} model.name=timm/no_such_net", "model.name=timm/no_such_net"),
+    (f"{TRAIN} model.activation=relu", "model.activation: Invalid value 'relu'"),
+    (f"{TRAIN} model.classes=7", "model.classes is 7, but digits has 10 classes"),
+    (f"{TRAIN} model.leaky_slope=0.2", "has no effect, since model.activation is mish"),
+    (f"{TRAIN} model.weights=none.pt", "none.pt does not exist"),
+    (f"{TRAIN} model.freeze=2", "give model.weights, or leave model.freeze out"),
+    (f"{TRAIN} precision=fp8", "precision: Invalid value 'fp8', expected one of"),
+    (f"{TRAIN} precision=fp16 --device cpu", "precision is fp16, the device a CPU"),
+    (f"{TRAIN} augment.resize=[2,1]", "the smaller bound comes first"),
+    # Data
+    (f"{TRAIN} --data nowhere", "the data folder nowhere does not exist"),
+    (f"{TRAIN} --data file", "the data folder file is a file"),
+    (f"{TRAIN} --data data.zip", "is an archive. Unpack it"),
+    (f"{TRAIN} --data data/train", "give the one above"),
+    (f"{TRAIN} --data void", "void has no folder train/"),
+    (f"{TRAIN} --data https://host/set.tar", "https://host/set.tar is an address, not a folder"),
+    (f"{TRAIN} --data s3://bucket/imagenet", "s3://bucket/imagenet is an address, not a folder"),
+    (f"{TRAIN} --data hf://datasets/imagenet-1k", "is an address, not a folder"),
+    (f"{TRAIN} data.root=gs://bucket", "gs://bucket is an address, not a folder"),
+    (f"{TRAIN} --data imagenette", "cspnet data imagenette"),
+    (f"{EVAL} --data https://host/set", "https://host/set is an address, not a folder"),
+    (f"{EVAL} --data data", "it has 3 classes (apple, bear, cat)"),
+    (f"{EVAL} --data data/train", "holds the training images"),
+    (f"{EVAL} --data data/val/cat", "data/val/cat is flat"),
+    ("cspnet check file", "the data folder file is a file"),
+    ("cspnet check nowhere", "the data folder nowhere does not exist"),
+    ("cspnet check hf://imagenet", "hf://imagenet is an address, not a folder"),
+    ("cspnet check void", "void is empty"),
+    ("cspnet check data --workers -1", "--workers -1: must be 0 (none) or more"),
+    ("cspnet check data --json void", "--json void: must be a file in a folder that exists"),
+    ("cspnet index nowhere", "the data folder nowhere does not exist"),
+    ("cspnet pack nowhere --to packed", "the data folder nowhere does not exist"),
+    ("cspnet pack data --to data", "data"),
+    ("cspnet pack data --to data/packed", "data/packed"),
+    ("cspnet pack data --to file", "file"),
+    ("cspnet pack data --to packed --labels foo", "--labels foo: must be name or index"),
+    ("cspnet pack data --to packed --short 8", "Invalid value for '--short'"),
+    ("cspnet pack data --to packed --quality 101", "Invalid value for '--quality'"),
+    ("cspnet data imagnet", "Did you mean 'imagenet'?"),
+    ("cspnet data coco", "there are imagenet, imagenette, cifar10"),
+    ("cspnet data imagenet", "ILSVRC2012_img_train.tar (147,897,477,120 bytes) is not there"),
+    ("cspnet data cifar10 --to file", "file is not a folder"),
+    ("cspnet data imagenet --archives file", "file is not a folder"),
+    ("cspnet data imagenet --to data", "data/train is there with 3 class folders"),
+    # Where it runs
+    (f"{TRAIN} --device gpu", "--device gpu: must be auto, cpu, cuda or cuda:N"),
+    (f"{TRAIN} --device 0", "--device 0: must be auto, cpu, cuda or cuda:N"),
+    (f"{TRAIN} --device cuda:x", "must be auto, cpu, cuda or cuda:N"),
+    (f"{TRAIN} --device cuda:9", "CUDA devices to torch"),
+    (f"{TRAIN} --device mps", "must be auto, cpu, cuda or cuda:N"),
+    (f"{EVAL} --data digits --device gpu", "--device gpu: must be"),
+    (f"{TRAIN} --workers -1", "--workers -1: must be 0"),
+    (f"{TRAIN} --workers many", "Invalid value for '--workers'"),
+    (f"{TRAIN} --passes 0", "--passes 0: a step has 2 groups"),
+    (f"{TRAIN} --passes 99", "--passes 99: a step has 2 groups"),
+    (f"{TRAIN} --passes many", "--passes many: must be auto or a number"),
+    (f"{TRAIN} --passes -1", "--passes -1: must be auto or a number"),
+    (f"{TRAIN} --memory huge", "--memory huge: must be fast, fit, tiny"),
+    (f"{TRAIN} --memory tiny --device cpu", "--memory tiny has no effect"),
+    (f"{TRAIN} --max-hours -1", "Invalid value for '--max-hours'"),
+    (f"{TRAIN} --max-hours abc", "Invalid value for '--max-hours'"),
+    (f"{TRAIN} --max-hours nan", "Invalid value for '--max-hours'"),
+    # The run folder
+    (f"{TRAIN} --output file", "--output file is a file: name a folder"),
+    (f"{TRAIN} --output file/run", "cannot be written: Not a directory"),
+    (f"{TRAIN} --output data", "the run folder data is not empty"),
+    (f"{TRAIN} --output run", "the run folder run is not empty: --resume continues the run in it"),
+    ("cspnet-train --resume --output void", "no recipe: give --recipe NAME"),
+    ("cspnet-train --resume --output nowhere", "no recipe: give --recipe NAME"),
+    (f"{TRAIN} --resume --output data", "data is not a run folder"),
+    (f"{TRAIN} --resume --output run seed=7", "this run cannot be resumed with other settings"),
+    # Checkpoints
+    ("cspnet-eval --checkpoint none.pt --data digits", "the checkpoint none.pt does not exist"),
+    ("cspnet-eval --checkpoint run --data digits", "the checkpoint run is a folder"),
+    ("cspnet-eval --checkpoint torn.pt --data digits", "torn.pt is truncated, damaged, or not"),
+    ("cspnet-eval --checkpoint photo.jpg --data digits", "photo.jpg: unknown suffix; known are"),
+    ("cspnet-eval --checkpoint file --data digits", "file: unknown suffix; known are"),
+    ("cspnet-eval --checkpoint plain.pt --data digits", "is not a checkpoint of cspnet"),
+    ("cspnet-eval --checkpoint x.weights --data digits", "the file x.weights does not exist"),
+    ("cspnet-eval --checkpoint timm:nope --data digits", "timm has no net of this name"),
+    # Results
+    (f"{EVAL} --data digits --json void", "--json void: must be a file in a folder that exists"),
+    (f"{EVAL} --data digits --json no/a.json", "--json no/a.json: must be a file in a folder"),
+    (f"{EVAL} --data digits --batch 0", "Invalid value for '--batch'"),
+    (f"{PREDICT} --json void", "--json void: must be a file in a folder that exists"),
+    (f"{PREDICT} --json a.txt --csv a.txt", "--json and --csv both go to a.txt"),
+    (f"{PREDICT} --top 0", "Invalid value for '--top'"),
+    (PREDICT.replace("photo.jpg", "none.jpg"), "no such file or folder: none.jpg"),
+    (PREDICT.replace("photo.jpg", "void"), "void holds no image"),
+    (PREDICT.replace("photo.jpg", "https://host/a.jpg"), "no such file or folder: https://host/"),
+    (f"{EXPORT} --to net", "net: the suffix must be one of .safetensors, .onnx, .weights"),
+    (f"{EXPORT} --to void.onnx", "void.onnx is a folder: name a file"),
+    (f"{EXPORT} --to net.pth", "net.pth: the suffix must be one of"),
+    (f"{EXPORT} --to no/net.onnx", "no/net.onnx: the folder no does not exist"),
+    (f"{EXPORT} --to net.safetensors --cut 105", "--cut is for .weights"),
+    (f"{EXPORT} --to net.weights --cut 9999", "the net has layers 0 … 107: --cut must be 1 to 108"),
+    (f"{EXPORT} --to net.weights --cut 0", "--cut must be 1 to 108"),
+    (f"{EXPORT} --to net.weights --pyramid", "--pyramid is for .onnx"),
+    (f"{PREVIEW} --out preview.jpg", "--out preview.jpg: must be a .png file"),
+    (f"{PREVIEW} --out no/preview.png", "--out no/preview.png: must be a .png file in a folder"),
+    (f"{PREVIEW} --step 600", "--step 600: the last one is 599"),
+    (f"{PREVIEW} --step -1", "Invalid value for '--step'"),
+    (f"{PREVIEW} --checkpoint none.pt", "the checkpoint none.pt does not exist"),
+]
+
+
+def call(line: str) -> int:
+    """Runs a command line in this process; its exit code."""
+    name, *arguments = shlex.split(line)
+    mains = {"cspnet": cli.main, "cspnet-train": cli.main_train, "cspnet-eval": cli.main_eval}
+    before = sys.argv
+    sys.argv = [name, *arguments]
+    try:
+        mains[name]()
+    except SystemExit as end:
+        return end.code or 0
+    finally:
+        sys.argv = before
+    return 0
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A working folder with what a person may have in it."""
+    import torch
+
+    home = tmp_path_factory.mktemp("home")
+    for name, text in (
+        ("file", "precious"),
+        ("tabs.yaml", "model:\n\tname: darknet53\n"),
+        ("list.yaml", "- batch\n- 64\n"),
+        ("empty.yaml", ""),
+        ("wrong.yaml", "learning_rate: 0.1\n"),
+        ("data.zip", "PK"),
+    ):
+        (home / name).write_text(text)
+    (home / "void").mkdir()
+    (home / "void.onnx").mkdir()
+    cv2.imwrite(str(home / "photo.jpg"), picture(0))
+    for split in ("train", "val"):
+        for number, name in enumerate(("apple", "bear", "cat")):
+            folder = home / "data" / split / name
+            folder.mkdir(parents=True)
+            cv2.imwrite(str(folder / "0.jpg"), picture(10 * number))
+    torch.save({"a": torch.zeros(1)}, home / "plain.pt")
+    with contextlib.chdir(home), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        steps = ["schedule.steps=2", "schedule.warmup_steps=1", "evaluate.every=2"]
+        assert call(shlex.join([*TRAIN.split(), "--output", "run", *TINY, *steps])) == 0
+    shutil.rmtree(home / "run" / "tb")
+    whole = (home / "run" / "checkpoints" / "best.pt").read_bytes()
+    (home / "torn.pt").write_bytes(whole[: len(whole) // 2])
+    return home
+
+
+def listing(folder) -> dict[str, tuple[int, int]]:
+    """Size and time of change of all that is in a folder."""
+    paths = sorted(folder.rglob("*"))
+    return {str(p.relative_to(folder)): (p.stat().st_size, p.stat().st_mtime_ns) for p in paths}
+
+
+@pytest.mark.parametrize("line, told", MISTAKES, ids=[line for line, _ in MISTAKES])
+def test_a_mistake_is_told(home, line, told, capsys, monkeypatch):
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("NO_COLOR", "1")
+    before = listing(home)
+    assert call(line) == 2
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    message = re.sub(r"[\s│]+", " ", errors)
+    assert told in message, message
+    # One box of the command line's parser, or one message of ours.
+    assert len(re.findall(r"^(?:error: |╭─ Error)", errors, re.MULTILINE)) == 1
+    assert listing(home) == before, "something was written"
+
+
+@pytest.mark.parametrize("line", ["cspnet", "cspnet check", "cspnet data", "cspnet-eval"])
+def test_without_a_word_it_helps(line, capsys):
+    assert call(line) == 2
+    output = capsys.readouterr()
+    assert "Usage: " in output.out + output.err
