@@ -10,7 +10,7 @@ import typer
 
 from cspnet.cli.datasets import check, data, index, pack
 from cspnet.cli.options import is_first, restarts
-from cspnet.cli.planning import plan
+from cspnet.cli.planning import plan, status
 from cspnet.cli.reports import compare, report
 from cspnet.cli.results import evaluate, export, predict
 from cspnet.cli.training import preview, train
@@ -63,6 +63,7 @@ def main() -> None:
             ("index", index),
             ("pack", pack),
             ("plan", plan),
+            ("status", status),
             ("preview", preview),
             ("export", export),
             ("report", report),

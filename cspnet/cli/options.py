@@ -9,6 +9,8 @@ import typer
 from cspnet.errors import RecipeError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from cspnet.train.runtime import Precision
     from cspnet.trained import Trained
 
@@ -68,6 +70,19 @@ Workers = Annotated[
 Batch = Annotated[
     int | None, typer.Option(min=1, help="Images at once.", show_default="the recipe's")
 ]
+
+
+def remarks_only() -> "Console":
+    """A console for --quiet: it prints what has a colour, which is what may be wrong."""
+    from rich.console import Console
+
+    class Remarks(Console):
+        def print(self, *objects, style=None, **options) -> None:
+            if style:
+                super().print(*objects, style=style, **options)
+
+    # No terminal, so that no progress bar is drawn.
+    return Remarks(soft_wrap=True, markup=False, highlight=False, force_terminal=False)
 
 
 def is_first() -> bool:

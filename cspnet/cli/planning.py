@@ -82,6 +82,19 @@ def plan(
         write_text(json_file, json.dumps(content, indent=2) + "\n")
 
 
+def status(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)],
+) -> None:
+    """How far is it? cspnet status runs/cspdarknet53
+
+    Step, speed, time left, best top-1, last save; it reads the run folder only, from any terminal.
+    """
+    from cspnet.report.history import read_run
+    from cspnet.report.status import describe
+
+    print("\n".join(describe(read_run(run))))
+
+
 def _measured(recipe: "Recipe", plan: "Plan", output: Path) -> list[str]:
     """The plan in lines for people."""
     from cspnet.report.outlook import spell, when
@@ -128,12 +141,13 @@ def _predict(recipe: "Recipe", gpu: str, memory: str) -> tuple[dict, list[str]]:
         f"{names[mode]} {mb:.1f} MB an image: "
         + (f"{found.fits[mode]} of {recipe.groups} groups" if found.fits[mode] else "no group")
         + " at once"
+        + (", counted" if mode == "eager" else "")
         for mode, mb in found.saved_mb.items()
     ]
     lines = [
         f"A PREDICTION for an NVIDIA {card.name} ({card.memory_gb:g} GB, {card.precision}, "
         f"{card.tflops:.1f} TFLOP/s, {card.gb_per_s:g} GB/s); nothing was run on one",
-        f"kept        {'; '.join(fits)} (counted, at {size}×{size})",
+        f"kept        {'; '.join(fits)} at {size}×{size}",
         f"memory      {found.fixed_gb:.2f} GB beside that: weights, gradients, momentum"
         + ", averages" * bool(recipe.average.decay)
         + ", workspace",

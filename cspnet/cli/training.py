@@ -13,6 +13,7 @@ from cspnet.cli.options import (
     Workers,
     complete_memory,
     is_first,
+    remarks_only,
     restarts,
 )
 from cspnet.errors import RecipeError
@@ -61,6 +62,9 @@ def train(
     force: Annotated[
         bool, typer.Option("--force", help="Resume although the settings differ.")
     ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Tell only what is wrong, and the end.")
+    ] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Print the resolved recipe and touch nothing.")
     ] = False,
@@ -79,7 +83,7 @@ def train(
             "no recipe: give --recipe NAME (or --resume with the --output of an earlier run)"
         )
     resolved = recipes.load(path, overrides or [], data)
-    if is_first():
+    if is_first() and (check or not quiet):
         print(f"# resolved recipe, from {path}\n{recipes.to_text(resolved)}", flush=True)
     if check:
         return
@@ -101,7 +105,8 @@ def train(
         force=force,
         stop_when_full=stop_when_full,
     )
-    run(resolved, place, Console(soft_wrap=True, markup=False, highlight=False))
+    console = Console(soft_wrap=True, markup=False, highlight=False)
+    run(resolved, place, remarks_only() if quiet else console)
     best = place.output / "checkpoints" / "best.pt"
     if is_first():
         print(f"done; evaluate: cspnet-eval --checkpoint {best} --data {resolved.data.root}")

@@ -48,6 +48,11 @@ class Trial:
     setup_seconds: float  # before the first step: kernels, the first pictures
     checkpoint_gb: float
 
+    @property
+    def alone(self) -> float:
+        """Seconds of a step without the wait for images."""
+        return self.seconds * (1 - self.data_wait)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -116,35 +121,35 @@ def plan(
     """
     begun = _since_start()
     job = prepare(recipe, place, Console(quiet=True))
-    try:
-        trials: dict[int, Trial] = {}
-        for size, _ in reversed(list(stages(recipe))):
-            tell(f"steps of {recipe.batch} images, {size}×{size}")
-            trials[size] = _trial(recipe, place, size, seconds, attack=False)
-        full = trials[recipe.data.size]
-        memory = {"training": full.memory_gb, "validation": full.validation_gb}
-        attack_seconds = 0.0
-        if recipe.adversarial.strength:
-            tell("steps with the attack")
-            attack = _trial(recipe, place, recipe.data.size, seconds, attack=True)
-            attack_seconds = attack.seconds * (1 - attack.data_wait) - full.seconds * (
-                1 - full.data_wait
-            )
-            memory["attack"] = attack.memory_gb
-    except Stopped:
-        raise Incomplete("broken off: nothing was planned, and nothing is left behind") from None
-    tell("the loader alone")
-    loader_rate = _loader_rate(job, min(seconds, 5.0))
+    attack_seconds, trials = 0.0, {}
+    with Stop() as stop:
+        try:
+            for size, _ in reversed(list(stages(recipe))):
+                tell(f"steps of {recipe.batch} images, {size}×{size}")
+                trials[size] = _trial(recipe, place, size, seconds, False, stop)
+            full = trials[recipe.data.size]
+            memory = {"training": full.memory_gb, "validation": full.validation_gb}
+            if recipe.adversarial.strength:
+                tell("steps with the attack")
+                attack = _trial(recipe, place, recipe.data.size, seconds, True, stop)
+                attack_seconds = attack.alone - full.alone
+                memory["attack"] = attack.memory_gb
+            tell("the loader alone")
+            loader_rate = _loader_rate(job, min(seconds, 5.0), stop)
+        except Stopped:
+            raise Incomplete("broken off: nothing is planned, and nothing left behind") from None
     return _put_together(recipe, job, place, trials, attack_seconds, memory, loader_rate, begun)
 
 
-def _trial(recipe: Recipe, place: Place, size: int, seconds: float, attack: bool) -> Trial:
+def _trial(
+    recipe: Recipe, place: Place, size: int, seconds: float, attack: bool, stop: Stop
+) -> Trial:
     """Steps for about so many seconds; a pilot says how many these are."""
-    pilot = _run(_short(recipe, size, PILOT, attack), place)
+    pilot = _run(_short(recipe, size, PILOT, attack), place, stop)
     steps = min(MOST, int(seconds / pilot.seconds))
     if steps <= PILOT:
         return pilot
-    full = _run(_short(recipe, size, steps, attack), place)
+    full = _run(_short(recipe, size, steps, attack), place, stop)
     return replace(full, setup_seconds=pilot.setup_seconds)  # the first one, with all it loads
 
 
@@ -163,7 +168,7 @@ def _short(recipe: Recipe, size: int, steps: int, attack: bool) -> Recipe:
     )
 
 
-def _run(recipe: Recipe, place: Place) -> Trial:
+def _run(recipe: Recipe, place: Place, stop: Stop) -> Trial:
     """A run of its own in a folder beside the real one, as far as that can be written."""
     above = existing_above(place.output.absolute().parent)
     if not os.access(above, os.W_OK):
@@ -175,7 +180,7 @@ def _run(recipe: Recipe, place: Place) -> Trial:
         count = recipe.batch * (16 if job.device.type == "cuda" else 2)
         saves = _Timed(output / "checkpoints")
         job = replace(job, checkpoints=saves, validation=First(job.validation, count))
-        scores = run(job, start(job), Stop(None))
+        scores = run(job, start(job), stop)
         whole = time.perf_counter() - begun
         *lines, last = read_lines(output / "metrics.jsonl")
         checkpoint_gb = saves.last.stat().st_size / 1e9
@@ -196,7 +201,7 @@ def _run(recipe: Recipe, place: Place) -> Trial:
     )
 
 
-def _loader_rate(job: Job, seconds: float) -> float:
+def _loader_rate(job: Job, seconds: float, stop: Stop) -> float:
     """Images/s of the loader with nobody beside it."""
     recipe = replace(
         job.recipe,
@@ -211,6 +216,8 @@ def _loader_rate(job: Job, seconds: float) -> float:
         while (passed := time.perf_counter() - start) < seconds or not count:
             next(groups)
             count += 1
+            if stop.signal:
+                raise Stopped(stop.signal)
     return recipe.group * count / passed
 
 
@@ -225,7 +232,6 @@ def _put_together(
     begun: float,
 ) -> Plan:
     full = trials[recipe.data.size]
-    net_seconds = full.seconds * (1 - full.data_wait)
     bottleneck, advice = find_bottleneck(
         full.data_wait, job.workers, os.cpu_count(), job.device.type
     )
@@ -240,7 +246,7 @@ def _put_together(
         workers=job.workers,
         memory_gb=memory,
         available_gb=_available_gb(job),
-        net_rate=recipe.batch / net_seconds,
+        net_rate=recipe.batch / full.alone,
         loader_rate=loader_rate,
         both_rate=recipe.batch / full.seconds,
         data_wait=full.data_wait,

@@ -141,6 +141,7 @@ class Stop(contextlib.AbstractContextManager):
     def __init__(self, hours: float | None = None):
         self.signal: str | None = None  # the name of the one that came
         self._hours = hours
+        self._before: list[dict] = []  # handlers, of each block around the present place
         self._end = math.inf if hours is None else time.monotonic() + 3600 * hours
 
     @property
@@ -153,11 +154,11 @@ class Stop(contextlib.AbstractContextManager):
     def __enter__(self) -> "Stop":
         # What the parent had ignored (nohup, a shell's background job) stays ignored.
         heeded = [n for n in self.SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._ask) for number in heeded}
+        self._before.append({number: signal.signal(number, self._ask) for number in heeded})
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._before.pop().items():
             signal.signal(number, handler)
 
     def _ask(self, number: int, _) -> None:

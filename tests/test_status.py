@@ -1,0 +1,100 @@
+"""Where a run stands, told from its folder alone."""
+
+import json
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from cspnet.errors import RecipeError
+from cspnet.report.history import read_run
+from cspnet.report.status import describe
+
+START = datetime(2026, 1, 1, 12, tzinfo=UTC)
+
+
+def line(step, **changes):
+    told = {
+        "step": step,
+        "split": "train",
+        "loss": 2.5,
+        "images_per_second": 100,
+        "data_wait": 0.25,
+    }
+    return json.dumps(told | changes)
+
+
+def event(kind, step, minutes, *remarks):
+    time = (START + timedelta(minutes=minutes)).isoformat()
+    return json.dumps({"time": time, "event": kind, "step": step, "remarks": remarks})
+
+
+def a_run(folder, record, history, written=10):
+    import os
+
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text("batch: 10\nschedule: {steps: 1000}\n")
+    (folder / "metrics.jsonl").write_text("\n".join(record) + "\n")
+    (folder / "history.jsonl").write_text("\n".join(history) + "\n")
+    at = (START + timedelta(minutes=written)).timestamp()
+    os.utime(folder / "metrics.jsonl", (at, at))
+    return read_run(folder)
+
+
+def told(run, minutes):
+    return "\n".join(describe(run, START + timedelta(minutes=minutes)))
+
+
+def test_a_run_that_goes_on(tmp_path):
+    """Half of the windows at 50 images/s, half at 100: 66.7 over equal numbers of images."""
+    record = [
+        line(step, images_per_second=50 + 50 * (step % 20 == 0)) for step in range(10, 510, 10)
+    ]
+    record.insert(20, line(200, split="val", top1=61.5))
+    record.append(line(500, split="val", top1=55.25))
+    text = told(a_run(tmp_path / "run", record, [event("start", 0, 0)]), 11)
+    assert "running since" in text and "heard of 0:01:00 ago" in text
+    assert "step        500 of 1,000 (50.0%), loss 2.5000" in text
+    assert "67 images/s, 25% of it waiting for images; 0:01:15 left" in text  # 5,000 images
+    assert "best 61.50 % at step 200, last 55.25 % at step 500" in text
+    assert "last save   none yet" in text
+
+
+@pytest.mark.parametrize(
+    "history, minutes, expected",
+    [
+        (
+            [event("start", 0, 0)],
+            60,
+            "silent, heard of 0:50:00 ago: killed, or in a long validation",
+        ),
+        ([event("start", 0, 0), event("stop", 30, 12, "SIGTERM: saved")], 13, ": SIGTERM: saved"),
+        ([event("start", 0, 0), event("done", 1000, 12)], 13, "complete since"),
+        ([event("start", 0, 0), event("stop", 3, 1), event("resume", 3, 9)], 11, "running since"),
+        ([], 1, "begun by nobody"),
+    ],
+)
+def test_what_a_run_is_doing(tmp_path, history, minutes, expected):
+    text = told(a_run(tmp_path / "run", [line(30)], history), minutes)
+    assert expected in text.splitlines()[0]
+    assert ("done at" in text) == ("running since" in text)
+
+
+def test_before_the_first_line_and_of_another_folder(tmp_path):
+    text = told(a_run(tmp_path / "run", [], [event("start", 0, 0)], 0), 1)
+    assert "step        0 of 1,000 (0.0%), none logged yet" in text and "speed" not in text
+    with pytest.raises(RecipeError, match="not a run folder"):
+        read_run(tmp_path)
+
+
+def test_a_real_run_is_read_by_the_command(tmp_path, command):
+    run = tmp_path / "run"
+    small = ("schedule.steps=3", "model.width=0.125", "log_every=1")
+    done = command("main_train", "--quiet", "--recipe", "digits", "--output", run, *small)
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.splitlines() == [
+        f"done; evaluate: cspnet-eval --checkpoint {run}/checkpoints/best.pt --data digits"
+    ]
+    done = command("main", "status", run)
+    assert done.returncode == 0, done.stderr
+    assert "complete since" in done.stdout and "3 of 3 (100.0%)" in done.stdout
+    assert "last.pt" in done.stdout
