@@ -14,11 +14,13 @@ import torch
 from rich.console import Console
 
 from cspnet import recipe as recipes
+from cspnet.cli.reports import report
 from cspnet.data.loader import Batches
 from cspnet.data.sources import open_validation
 from cspnet.errors import CheckpointError, DataError, RecipeError
 from cspnet.evaluate import Scores
 from cspnet.report import classes, curves, figures
+from cspnet.report import verdict as verdicts
 from cspnet.report.history import periods, read_run
 from cspnet.report.mistakes import MOST, Mistake, Surest, percent, view
 from cspnet.report.origins import notes, sources
@@ -258,9 +260,10 @@ def test_a_thousand_classes_and_a_long_record_stay_small(copy):
     rng = np.random.default_rng(0)
     with open(copy / "metrics.jsonl", "w") as file:
         for i in range(1, 100_001):
-            line = {"step": 12 * i, "split": "train", "loss": 7 / i**0.1 + rng.normal(0, 0.1)}
-            line |= {"lr": 0.1, "images_per_second": 300.0, "data_wait": 0.01, "loss_scale": i}
-            file.write(json.dumps(line) + "\n")
+            file.write(
+                f'{{"step": {12 * i}, "split": "train", "loss": {7 / i**0.1}, "lr": {1 / i}, '
+                f'"images_per_second": {300 + i % 7}, "data_wait": 0.01, "loss_scale": {i}}}\n'
+            )
             if i % 200 == 0:
                 scores = {"top1": i / 2000, "top5": 60.0, "loss": 2.0}
                 file.write(json.dumps({"step": 12 * i, "split": "val", **scores}) + "\n")
@@ -358,5 +361,31 @@ def test_values_stand_beside_their_sources(copy):
     assert "batch: 3" in Page(page_of(copy)).sections["recipe"]
 
 
-def test_synsets_keep_their_ids():
+def test_any_name_can_be_drawn_and_a_synset_keeps_its_id(tmp_path, copy):
     assert classes.labels(["n01440764", "cat"], ["tench", "cat"]) == ["tench (n01440764)", "cat"]
+    names = ["$x_{", "\udcff", "two\nlines", "猫", "_hidden", NASTY]
+    confusion = np.arange(36).reshape(6, 6)
+    pictures = [np.zeros((32, 32, 3), np.uint8)]
+    scores = Scores(1.0, 1.0, 1.0, 630, 0, 1.0, confusion)
+    mistakes = [Mistake(0, 0, 1, 0.5)]
+    verdict = Verdict("best.pt", 1, False, "data", scores, names, mistakes, pictures)
+    page = publish(read_run(copy), verdict, [], tmp_path / "out").read_text(encoding="utf-8")
+    assert "猫" in page and "two\nlines" in page
+    classes.draw_worst(classes.class_scores(confusion, names), confusion, tmp_path / "worst.png")
+    nothing = np.zeros((2, 2), np.int64)
+    assert classes.worst(classes.class_scores(nothing, ["a", "b"])) == []
+    assert classes.shares(nothing)[1] == 0
+
+
+def test_the_record_alone_and_a_full_device(copy, trained, capsys, monkeypatch):
+    report(copy, record_only=True)
+    told = capsys.readouterr().out.splitlines()
+    assert "nothing was evaluated" in told[0] and told[-1] == str(copy / "report" / "report.html")
+    assert "nothing was evaluated" in Page((copy / "report" / "report.html").read_text()).text
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(verdicts, "evaluate", full)
+    verdict, remarks = judge(read_run(trained), device="cpu")
+    assert verdict is None and "--device cpu" in remarks[0]

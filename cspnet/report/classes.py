@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from cspnet.report.confusion import worst_pairs
-from cspnet.report.curves import plain
+from cspnet.report.curves import plain, save
 
 MATRIX = 30  # classes, up to which the whole confusion matrix can be read
+DEEP = 0.75  # of a colour, from which on text on it is white
 WORST = 20  # classes, and pairs of classes, that are shown of more
 
 
@@ -81,7 +82,7 @@ def draw_matrix(confusion: np.ndarray, names: list[str], path: Path) -> None:
     for row, column in zip(*np.nonzero(confusion), strict=True):
         place.text(
             *(column, row, f"{confusion[row, column]}"),
-            color="white" if strength[row, column, 0] > 0.55 else "black",
+            color="white" if strength[row, column, 0] > DEEP else "black",
             ha="center",
             va="center",
             fontsize=7,
@@ -91,7 +92,7 @@ def draw_matrix(confusion: np.ndarray, names: list[str], path: Path) -> None:
     place.set_yticks(range(count), short, fontsize=8)
     place.set_xlabel("taken for")
     place.set_ylabel("true class")
-    figure.savefig(path, dpi=110, format="png")
+    save(figure, path)
 
 
 def draw_worst(scores: list[ClassScore], confusion: np.ndarray, path: Path) -> None:
@@ -108,7 +109,7 @@ def draw_worst(scores: list[ClassScore], confusion: np.ndarray, path: Path) -> N
     told = [plain(f"{pair.true} → {pair.taken_for}") for pair in pairs]
     _bars(confused, told, [pair.images for pair in pairs], "C1")
     confused.set_title("confused most: images", fontsize=10)
-    figure.savefig(path, dpi=110, format="png")
+    save(figure, path)
 
 
 def _bars(place, names: list[str], values: list[float], colour: str) -> None:

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cspnet.errors import RecipeError
-from cspnet.report.curves import HEADROOM, plain, smooth, thin
+from cspnet.report.curves import HEADROOM, plain, save, smooth, thin
 from cspnet.report.history import Run, read_run
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -116,15 +116,16 @@ def draw(runs: list[Run], path: Path) -> None:
     tops = []
     for number, (name, run) in enumerate(zip(run_names(runs), runs, strict=True)):
         # Ten colours; an eleventh run has the first one's again, dashed.
+        label = f" {plain(name)}"  # matplotlib hides one that begins with an underscore
         look = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
         steps, values = thin(run.validation["step"], run.validation["top1"])
-        accuracy.plot(steps, values, marker="o", markersize=3, label=plain(name), **look)
+        accuracy.plot(steps, values, marker="o", markersize=3, label=label, **look)
         steps, values = thin(run.training["step"], run.training["loss"])
         reach = len(steps) // 40
         if reach:
             losses.plot(steps, values, alpha=0.2, **look)
         if len(values):
-            losses.plot(steps, smooth(values, reach), label=plain(name), **look)
+            losses.plot(steps, smooth(values, reach), label=label, **look)
             tops.append(float(np.percentile(values, 99)))
     accuracy.set_ylabel("validation top-1, %")
     losses.set_ylabel("training loss, nats")
@@ -137,7 +138,7 @@ def draw(runs: list[Run], path: Path) -> None:
     accuracy.legend(fontsize=8)
     try:
         temporary = path.with_name(f".{path.name}.tmp")
-        figure.savefig(temporary, dpi=110, format="png")
+        save(figure, temporary)
         os.replace(temporary, path)
     except OSError as error:
         raise RecipeError(f"{path} cannot be written: {error.strerror}") from None

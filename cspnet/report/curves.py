@@ -1,12 +1,17 @@
 """The curves of a run: which there are, made short enough to draw; as one picture."""
 
 import math
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cspnet.report.history import Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 POINTS = 600  # of a curve, at most: more than a screen has columns for it
 DOTTED = 60  # points of a curve, up to which each of them can be seen
@@ -182,9 +187,29 @@ def draw(run: Run, drawn: list[Chart], marks: list[int], path: Path) -> None:
         if len(chart.curves) > 1:
             place.legend(fontsize=8)
         place.set_xlabel("optimizer step", fontsize=8)
-    figure.savefig(path, dpi=110, format="png")
+        for axis in (place.xaxis, place.yaxis):
+            axis.set_major_formatter(lambda value, _: number(value))
+    save(figure, path)
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """A figure as PNG. OSError."""
+    with warnings.catch_warnings():
+        # matplotlib's font lacks many scripts: it draws boxes, and warns of each.
+        warnings.simplefilter("ignore")
+        figure.savefig(path, dpi=110, format="png")
+
+
+def number(value: float) -> str:
+    """Four digits, with k or M where there would be many more."""
+    if abs(value) >= 1e6:
+        return f"{value / 1e6:,.4g}M"
+    if abs(value) >= 1e4:
+        return f"{value / 1e3:,.4g}k"
+    return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def plain(text: str) -> str:
-    """Text that matplotlib draws as it is: no formula between dollar signs."""
-    return text.replace("$", r"\$")
+    """Text that matplotlib draws as it is, on one line: no formula between dollar signs."""
+    known = text.encode("utf-8", "replace").decode()
+    return "".join(c if c.isprintable() else "?" for c in known).replace("$", r"\$")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cspnet.report.curves import MARKED, Chart, Curve, extent, plain, ticks
+from cspnet.report.curves import MARKED, Chart, Curve, extent, number, plain, save, ticks
 from cspnet.report.history import Period, Run, periods
 
 SPANS = [
@@ -83,14 +83,6 @@ def _spoken(chart: Chart) -> str:
     ]
     steps = np.concatenate([curve.steps for curve in chart.curves])
     return f"{chart.title}, steps {steps.min():,.0f} to {steps.max():,.0f}: {'; '.join(told)}"
-
-
-def number(value: float) -> str:
-    """Four digits, with k or M where there would be many more."""
-    for unit, name in ((1e6, "M"), (1e4, "k")):
-        if abs(value) >= unit:
-            return f"{value / min(unit, 1e6 if name == 'M' else 1e3):,.4g}{name}"
-    return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def time_axis(run: Run) -> str:
@@ -191,13 +183,13 @@ def draw_time(run: Run, path: Path) -> None:
     for period in found:
         left, right = date2num(period.begin.time), date2num(period.until)
         place.broken_barh([(left, right - left)], (0, 1), color=colours[_kind(period)])
-    for number_, event in enumerate(run.events, 1):
+    for row, event in enumerate(run.events, 1):
         if event.kind == "stop":
             place.axvline(date2num(event.time), color="C3")
             if len(run.events) <= MARKED:
-                place.annotate(f"{number_}", (date2num(event.time), 1.05), ha="center", fontsize=8)
+                place.annotate(f" {row}", (date2num(event.time), 1.06), color="C3", fontsize=8)
     place.xaxis_date()
     place.set_yticks([])
     place.set_ylim(0, 1.25)
     place.set_title(plain(f"{run.name}: when it was running, UTC; red: a stop"), fontsize=10)
-    picture.savefig(path, dpi=110, format="png")
+    save(picture, path)

@@ -10,7 +10,7 @@ import torch
 
 from cspnet.data.decode import Unreadable, decode, evaluation_view
 from cspnet.data.sources import Source
-from cspnet.report.curves import plain
+from cspnet.report.curves import plain, save
 from cspnet.schema import Recipe
 
 MOST = 24
@@ -91,7 +91,7 @@ def draw(mistakes: list[Mistake], pictures: list[np.ndarray], names: list[str], 
             for name in (names[mistake.true], names[mistake.taken_for])
         )
         place.set_title(f"{true}\nas {taken}, {percent(mistake.probability)}", fontsize=7)
-    figure.savefig(path, dpi=110, format="png")
+    save(figure, path)
 
 
 def percent(probability: float) -> str:

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from cspnet.report.classes import MATRIX, ClassScore, class_scores, shares, worst
+from cspnet.report.classes import DEEP, MATRIX, ClassScore, class_scores, shares, worst
 from cspnet.report.confusion import worst_pairs
 from cspnet.report.curves import MARKED, Chart, shortened
 from cspnet.report.figures import figure, lasting, stamp, time_axis
@@ -179,7 +179,7 @@ def _matrix(verdict: Verdict) -> str:
         cells = []
         for column, count in enumerate(confusion[row].tolist()):
             part = parts[row, column] if row == column else parts[row, column] / (most or 1)
-            kind = ("right" if row == column else "wrong") + (" deep" if part > 0.55 else "")
+            kind = ("right" if row == column else "wrong") + (" deep" if part > DEEP else "")
             told = escape(f"{name} taken for {names[column]}: {count:,} images")
             cells.append(
                 f'<td class="{kind}" style="--p:{part:.2f}" title="{told}">{count:,}'
