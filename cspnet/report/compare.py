@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cspnet.errors import RecipeError
-from cspnet.report.curves import HEADROOM, plain, save, smooth, thin
+from cspnet.report.curves import HEADROOM, number, plain, save, smooth, thin
 from cspnet.report.history import Run, read_run
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -98,8 +98,8 @@ def differing(runs: list[Run]) -> Table | None:
 
 def _table(head, rows: list[list[str]], right) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for number, title in enumerate(head):
-        justify = "right" if number in right else "left"
+    for column, title in enumerate(head):
+        justify = "right" if column in right else "left"
         table.add_column(Text(title), justify=justify, no_wrap=True)
     for row in rows:
         # Text, for a str may be taken for markup or an emoji's name.
@@ -114,10 +114,10 @@ def draw(runs: list[Run], path: Path) -> None:
     figure = Figure(figsize=(10, 8.5), layout="constrained")
     accuracy, losses = figure.subplots(2, sharex=True)
     tops = []
-    for number, (name, run) in enumerate(zip(run_names(runs), runs, strict=True)):
+    for place, (name, run) in enumerate(zip(run_names(runs), runs, strict=True)):
         # Ten colours; an eleventh run has the first one's again, dashed.
         label = f" {plain(name)}"  # matplotlib hides one that begins with an underscore
-        look = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
+        look = {"color": f"C{place % 10}", "linestyle": ("-", "--", ":")[place // 10 % 3]}
         steps, values = thin(run.validation["step"], run.validation["top1"])
         accuracy.plot(steps, values, marker="o", markersize=3, label=label, **look)
         steps, values = thin(run.training["step"], run.training["loss"])
@@ -132,9 +132,9 @@ def draw(runs: list[Run], path: Path) -> None:
     losses.set_xlabel("optimizer step")
     if tops:  # a run that blew up leaves room for the others
         losses.set_ylim(top=min(losses.get_ylim()[1], HEADROOM * float(np.median(tops))))
-    for place in (accuracy, losses):
-        place.grid(alpha=0.3)
-    # Named ones begin with no underscore for matplotlib: it would leave them out.
+    for axes in (accuracy, losses):
+        axes.grid(alpha=0.3)
+        axes.xaxis.set_major_formatter(lambda value, _: number(value))
     accuracy.legend(fontsize=8)
     try:
         temporary = path.with_name(f".{path.name}.tmp")

@@ -58,11 +58,14 @@ def thin(steps: np.ndarray, values: np.ndarray, points: int = POINTS) -> tuple[n
 
 
 def smooth(values: np.ndarray, reach: int) -> np.ndarray:
-    """Mean of each value and its neighbours, `reach` on either side; fewer at the ends."""
+    """Mean of each value and its neighbours, `reach` on either side; fewer near the ends.
+
+    As many on one side as on the other: a steep beginning stays where it is.
+    """
     sums = np.concatenate([[0.0], np.cumsum(values)])
     places = np.arange(len(values))
-    low, high = np.maximum(places - reach, 0), np.minimum(places + reach + 1, len(values))
-    return (sums[high] - sums[low]) / (high - low)
+    near = np.minimum(np.minimum(places, len(values) - 1 - places), reach)
+    return (sums[places + near + 1] - sums[places - near]) / (2 * near + 1)
 
 
 def charts(run: Run) -> list[Chart]:

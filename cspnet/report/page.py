@@ -186,8 +186,8 @@ def _matrix(verdict: Verdict) -> str:
                 if count
                 else "<td>"
             )
-        rows.append(f"<tr><th>{escape(name)}{''.join(cells)}")
-    head = "".join(f"<th><span>{escape(name)}</span>" for name in names)
+        rows.append(f'<tr><th title="{escape(name)}">{escape(name)}{"".join(cells)}')
+    head = "".join(f'<th title="{escape(name)}"><span>{escape(name)}</span>' for name in names)
     return (
         "<p>Images of a class (row) by the class that they were taken for (column). Blue: right, "
         "by the share of the class; orange: mistaken, the deepest the largest such share"

@@ -61,13 +61,14 @@ th, td { padding: 3px 14px 3px 0; vertical-align: top; border-bottom: 1px solid 
 code { font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap }
 #time td { min-width: 3em } #time td:nth-child(2) { white-space: nowrap }
 #time td:last-child { min-width: 16em } #environment td:first-child { white-space: nowrap }
-.matrix th, .matrix td { padding: 0; min-width: 30px; height: 30px; text-align: center;
+.matrix th, .matrix td { padding: 0; min-width: 32px; white-space: nowrap;
+  height: 30px; text-align: center;
   vertical-align: middle; border: 1px solid var(--line); font-variant-numeric: tabular-nums }
 .matrix tbody th { position: sticky; left: 0; z-index: 1; padding: 0 8px; text-align: right;
   max-width: 180px; overflow: hidden; text-overflow: ellipsis; background: var(--paper) }
 .matrix thead th { vertical-align: bottom; padding: 6px 0 } .matrix thead td { border: 0 }
 .matrix thead span { writing-mode: vertical-rl; transform: rotate(180deg); max-height: 180px;
-  overflow: hidden }
+  overflow: hidden; text-overflow: ellipsis }
 .right { background: rgb(var(--blue) / var(--p)) }
 .wrong { background: rgb(var(--orange) / var(--p)) }
 .deep { color: #fff }
@@ -91,6 +92,7 @@ pre.recipe { columns: 260px; white-space: pre-wrap }
   #time td:nth-child(4)::before { content: "step " }
   #time td:nth-child(5):not(:empty)::before { content: "after " }
   th { white-space: normal } meter { display: none } th, td { padding-right: 10px }
+  .matrix tbody th { max-width: 110px } .matrix thead span { max-height: 120px }
   .recipe td:first-child { min-width: 190px }
 }
 @media print { nav { position: static } details > * { display: block } }
