@@ -390,3 +390,19 @@ def test_the_record_alone_and_a_full_device(copy, trained, capsys, monkeypatch):
     monkeypatch.setattr(verdicts, "evaluate", full)
     verdict, remarks = judge(read_run(trained), device="cpu")
     assert verdict is None and "--device cpu" in remarks[0]
+
+
+def test_a_full_disk_leaves_the_report_before(copy, monkeypatch):
+    run = read_run(copy)
+    before = publish(run, None, [], copy / "report").read_bytes()
+
+    def full(self, content):
+        with open(self, "wb") as file:
+            file.write(content[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(RecipeError, match=r"cannot be written to .*No space left"):
+        publish(run, None, ["another"], copy / "report")
+    assert (copy / "report" / "report.html").read_bytes() == before
+    assert not list((copy / "report").glob(".*"))

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from cspnet.errors import RecipeError
 from cspnet.report.curves import HEADROOM, number, plain, save, smooth, thin
+from cspnet.report.files import replace_file
 from cspnet.report.history import Run, read_run
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -137,8 +138,6 @@ def draw(runs: list[Run], path: Path) -> None:
         axes.xaxis.set_major_formatter(lambda value, _: number(value))
     accuracy.legend(fontsize=8)
     try:
-        temporary = path.with_name(f".{path.name}.tmp")
-        save(figure, temporary)
-        os.replace(temporary, path)
+        replace_file(path, lambda temporary: save(figure, temporary))
     except OSError as error:
         raise RecipeError(f"{path} cannot be written: {error.strerror}") from None

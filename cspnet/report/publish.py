@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cspnet.errors import RecipeError
 from cspnet.report import classes, curves, figures, mistakes
+from cspnet.report.files import replace_file
 from cspnet.report.history import Run
 from cspnet.report.page import render, stops
 from cspnet.report.verdict import Verdict
@@ -53,17 +54,10 @@ def publish(run: Run, verdict: Verdict | None, remarks: list[str], folder: Path)
         folder.mkdir(exist_ok=True)
         for name, draw in pictures.items():
             if draw:
-                _replace(folder / name, draw)
+                replace_file(folder / name, draw)
             else:
                 (folder / name).unlink(missing_ok=True)
-        _replace(folder / "report.html", lambda path: path.write_bytes(page))
+        replace_file(folder / "report.html", lambda path: path.write_bytes(page))
     except OSError as error:
         raise RecipeError(f"the report cannot be written to {folder}: {error.strerror}") from None
     return folder / "report.html"
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """A kill leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
