@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -164,7 +163,9 @@ def _processes(workers: int | None) -> int:
     """How many are asked for, or as many as there are cores."""
     if workers is not None and workers < 0:
         raise RecipeError(f"--workers {workers}: must be 0 (none) or more")
-    return min(16, len(os.sched_getaffinity(0))) if workers is None else workers
+    from cspnet.data.worker import cores
+
+    return min(16, cores()) if workers is None else workers
 
 
 @contextlib.contextmanager

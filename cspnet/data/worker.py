@@ -1,9 +1,17 @@
-"""What a process that decodes does first: it leaves signals to the main one, and ends with it."""
+"""Processes that decode: how many there may be, and what each does first.
+
+It leaves signals to the main one, and ends with it.
+"""
 
 import multiprocessing
 import os
 import signal
 import threading
+
+
+def cores() -> int:
+    """Cores that this process may use; of those that there are only Linux tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def begin(*ignored: signal.Signals) -> None:

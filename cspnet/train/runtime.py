@@ -5,7 +5,6 @@ None of this is in the recipe and, precision apart, none of it changes the numbe
 
 import contextlib
 import math
-import os
 import signal
 import time
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from cspnet.data.worker import cores
 from cspnet.errors import RecipeError
 from cspnet.train.world import ALONE, World
 
@@ -84,8 +84,8 @@ def find_workers(asked: int | None, device: torch.device, world: World = ALONE) 
         if asked < 0:
             raise RecipeError(f"--workers {asked}: must be 0 (none, decode in the loop) or more")
         return asked
-    cores = len(os.sched_getaffinity(0)) // world.local_size
-    return min(16, max(1, cores)) if device.type == "cuda" else 0
+    share = cores() // world.local_size
+    return min(16, max(1, share)) if device.type == "cuda" else 0
 
 
 @dataclass(frozen=True)
