@@ -1,3 +1,4 @@
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from cspnet import cli
 from cspnet import recipe as recipes
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +57,21 @@ def command():
         )
 
     return run
+
+
+def call(line: str) -> int:
+    """Runs a command line in this process; its exit code."""
+    name, *arguments = shlex.split(line)
+    mains = {"cspnet": cli.main, "cspnet-train": cli.main_train, "cspnet-eval": cli.main_eval}
+    before = sys.argv
+    sys.argv = [name, *arguments]
+    try:
+        mains[name]()
+    except SystemExit as end:
+        return end.code or 0
+    finally:
+        sys.argv = before
+    return 0
 
 
 def picture(seed: int, height: int = 60, width: int = 80) -> np.ndarray:

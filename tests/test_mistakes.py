@@ -4,13 +4,11 @@ import contextlib
 import re
 import shlex
 import shutil
-import sys
 
 import cv2
 import pytest
 
-from cspnet import cli
-from tests.conftest import TINY, picture
+from tests.conftest import TINY, call, picture
 
 TRAIN = "cspnet-train --recipe digits"
 EVAL = "cspnet-eval --checkpoint run/checkpoints/best.pt"
@@ -177,21 +175,6 @@ MISTAKES = [
     (f"{PREVIEW} --step -1", "Invalid value for '--step'"),
     (f"{PREVIEW} --checkpoint none.pt", "the checkpoint none.pt does not exist"),
 ]
-
-
-def call(line: str) -> int:
-    """Runs a command line in this process; its exit code."""
-    name, *arguments = shlex.split(line)
-    mains = {"cspnet": cli.main, "cspnet-train": cli.main_train, "cspnet-eval": cli.main_eval}
-    before = sys.argv
-    sys.argv = [name, *arguments]
-    try:
-        mains[name]()
-    except SystemExit as end:
-        return end.code or 0
-    finally:
-        sys.argv = before
-    return 0
 
 
 @pytest.fixture(scope="module")
