@@ -34,6 +34,10 @@ def root_linked_to_nowhere(root):
     return train
 
 
+def address(root):
+    return lambda root: train("s3://bucket/imagenet")
+
+
 def root_is_a_file(root):
     gone(root)
     root.write_text("x")
@@ -228,6 +232,7 @@ def another_number(root):
 MISTAKES = {
     gone: "does not exist. Give one with --data DIR",
     root_linked_to_nowhere: "is a link to gone, which is not there. Give one with --data DIR",
+    address: "is an address, not a folder on this machine's disks.",
     root_is_a_file: "is a file. Give one with --data DIR",
     zipped: "is an archive. Unpack it, and give the folder that comes out.",
     closed_above: "cannot be reached: Permission denied",

@@ -113,6 +113,7 @@ MISTAKES = [
     ("cspnet data coco", "there are imagenet, imagenette, cifar10"),
     ("cspnet data imagenet", "ILSVRC2012_img_train.tar (147,897,477,120 bytes) is not there"),
     ("cspnet data cifar10 --to file", "file is not a folder"),
+    ("cspnet data cifar10 --to file/sub", "the folder file/sub cannot be made: Not a directory"),
     ("cspnet data imagenet --archives file", "file is not a folder"),
     ("cspnet data imagenet --to data", "data/train is there with 3 class folders"),
     # Where it runs

@@ -122,7 +122,10 @@ def _instead(folder: Path, names: tuple[str, ...], alike: tuple[str, ...]) -> st
         return f"It has {some(found, 'class folder')} itself: move them into {folder / 'train'}."
     packed = [entry.name for entry in entries(folder) if entry.name.endswith(ARCHIVES)]
     if packed:
-        return f"It holds {some(packed, 'archive')}: unpack; data/README.md says how for ImageNet."
+        how = "."
+        if any(name.startswith("ILSVRC2012") for name in packed):
+            how = f", with `cspnet data imagenet --to {folder}`."
+        return f"It holds {some(packed, 'archive')}: unpack{how}"
     return f"{HOLDS}; found there: {listing(folder)}"
 
 
