@@ -65,7 +65,7 @@ def find(name: str) -> Path:
             path = folder / candidate
             if path.is_file():
                 return path
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         raise RecipeError(f"the recipe {name} is a folder: give a .yaml file, or a shipped name")
     known = shipped()
     near = difflib.get_close_matches(Path(name).stem, known, n=1)
@@ -175,6 +175,8 @@ def _merge(
                 reason = str(error).splitlines()[0]
                 if value is None:
                     reason = "needs a value"
+                elif "TupleConfig" in reason:
+                    reason = f"needs two numbers, {key}=[LOW,HIGH]"
                 elif isinstance(value, float) and value.is_integer():
                     reason += f": write {int(value)}"
                 problems.append(f"{origin}{key}: {reason}")
@@ -259,7 +261,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
             )
         if mix.mosaic and group < 4:
             problems.append(f"mix.mosaic takes four images from a group, group is {group}")
-        if mix.probability < 1 and group % mix.share:
+        if mix.probability < 1 and mix.share > 0 and group % mix.share:
             problems.append(f"group ({group}) is not a multiple of mix.share ({mix.share})")
     if recipe.adversarial.strength > 0:
         steps, warmup = recipe.schedule.steps, recipe.schedule.warmup_steps

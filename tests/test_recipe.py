@@ -56,7 +56,7 @@ def test_overrides_win_over_the_file(tmp_path):
         ("mix=3", "mix is a section"),
         ("mix.cutmix.on=3", "unknown key 'mix.cutmix.on'"),
         ("augment.resize=1", "augment.resize"),
-        ("augment.resize=[1,2,3]", "length 3"),
+        ("augment.resize=[1,2,3]", "needs two numbers"),
         ("augment.resize=[2,1]", "the smaller bound comes first"),
         ("optim.momentum=1", "must be between 0 and 0.9999"),
         ("optim.learning_rate=nan", "must be between"),
@@ -203,3 +203,11 @@ def test_the_published_recipes_differ_only_where_the_cfgs_do():
     assert different(plain, gamma) == {"mix.probability", "loss.smoothing", "schedule.steps"}
     assert different(gamma, omega) == {"model.activation"}
     assert different(omega, sat) == {"adversarial.strength"}
+
+
+def test_names_of_other_trainers_lead_to_fields():
+    from cspnet.recipe import ELSEWHERE, flatten
+
+    known = {key for key, _ in flatten(recipes.Recipe())}
+    assert set(ELSEWHERE.values()) <= known
+    assert not set(ELSEWHERE) & {key.rpartition(".")[2] for key in known}

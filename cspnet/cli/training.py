@@ -173,7 +173,10 @@ def preview(
         )
         * bool(resolved.adversarial.strength),
     )
-    write_png(out, page)
     schedule = out.with_name(f"{out.stem}-schedule.png")
-    draw_schedule(resolved, schedule)
+    try:
+        write_png(out, page)
+        draw_schedule(resolved, schedule)
+    except OSError as error:
+        raise RecipeError(f"--out {out} cannot be written: {error.strerror}") from None
     print(f"{out} and {schedule} written")
