@@ -14,6 +14,8 @@ help:  ## show this list
 demo: .venv/ready  ## train on the embedded digits (minutes on two cores), then evaluate
 	$(BIN)/cspnet-train --recipe digits --output runs/demo --resume
 	$(BIN)/cspnet-eval --checkpoint runs/demo/checkpoints/best.pt --data digits
+	$(BIN)/cspnet report runs/demo
+	@echo "next: open that page; $(BIN)/cspnet status runs/demo; $(BIN)/cspnet --help"
 
 demo-clean:  ## forget the demo's run, so that the next `make demo` trains again
 	rm -rf runs/demo

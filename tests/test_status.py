@@ -92,7 +92,8 @@ def test_a_real_run_is_read_by_the_command(tmp_path, command):
     done = command("main_train", "--quiet", "--recipe", "digits", "--output", run, *small)
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.splitlines() == [
-        f"done; evaluate: cspnet-eval --checkpoint {run}/checkpoints/best.pt --data digits"
+        f"done; evaluate: cspnet-eval --checkpoint {run}/checkpoints/best.pt --data digits",
+        f"a page about it: cspnet report {run}",
     ]
     done = command("main", "status", run)
     assert done.returncode == 0, done.stderr

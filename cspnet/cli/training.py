@@ -110,6 +110,7 @@ def train(
     best = place.output / "checkpoints" / "best.pt"
     if is_first():
         print(f"done; evaluate: cspnet-eval --checkpoint {best} --data {resolved.data.root}")
+        print(f"a page about it: cspnet report {place.output}")
 
 
 def passes_of(text: str | None) -> int | str | None:

@@ -133,7 +133,7 @@ class Report:
             "lr": float(rate),
             "images_per_second": speed,
             "data_wait": self._waited / seconds,
-            "memory_gb": _memory_gb(),
+            "memory_gb": memory_gb(),
             "loss_scale": state.scaler.get_scale(),
             "skipped": state.step - int(state.updates),
             "unreadable": len(self.unreadable),
@@ -191,7 +191,7 @@ class Report:
             "top5": scores.top5,
             "loss": scores.loss,
             "images": scores.images,
-            "memory_gb": _memory_gb(),
+            "memory_gb": memory_gb(),
         }
         self._write("val", metrics)
         confused = ""
@@ -266,7 +266,7 @@ class Report:
             )
 
 
-def _memory_gb() -> float:
+def memory_gb() -> float:
     """Peak so far, 10^9 bytes: of device memory that torch has reserved, or of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved() / 1e9

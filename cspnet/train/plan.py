@@ -21,6 +21,7 @@ from rich.console import Console
 from cspnet.data.loader import training_groups
 from cspnet.data.sources import Source
 from cspnet.errors import Incomplete, Stopped
+from cspnet.report.metrics import memory_gb
 from cspnet.report.outlook import find_bottleneck
 from cspnet.report.record import read_lines
 from cspnet.schema import Recipe
@@ -42,7 +43,7 @@ class Trial:
     seconds: float  # a step, with its wait
     data_wait: float  # share of that
     memory_gb: float
-    validation_gb: float
+    validation_gb: float  # with the saves around it
     validation_rate: float  # images/s
     save_seconds: float
     setup_seconds: float  # before the first step: kernels, the first pictures
@@ -145,11 +146,12 @@ def _trial(
     recipe: Recipe, place: Place, size: int, seconds: float, attack: bool, stop: Stop
 ) -> Trial:
     """Steps for about so many seconds; a pilot says how many these are."""
-    pilot = _run(_short(recipe, size, PILOT, attack), place, stop)
+    pilot = _run(_short(recipe, size, PILOT, attack), place, stop, 2 * recipe.batch)
     steps = min(MOST, int(seconds / pilot.seconds))
     if steps <= PILOT:
         return pilot
-    full = _run(_short(recipe, size, steps, attack), place, stop)
+    images = max(2 * recipe.batch, int(pilot.validation_rate * seconds / 2))
+    full = _run(_short(recipe, size, steps, attack), place, stop, images)
     return replace(full, setup_seconds=pilot.setup_seconds)  # the first one, with all it loads
 
 
@@ -168,8 +170,11 @@ def _short(recipe: Recipe, size: int, steps: int, attack: bool) -> Recipe:
     )
 
 
-def _run(recipe: Recipe, place: Place, stop: Stop) -> Trial:
-    """A run of its own in a folder beside the real one, as far as that can be written."""
+def _run(recipe: Recipe, place: Place, stop: Stop, images: int) -> Trial:
+    """A run of its own in a folder beside the real one, as far as that can be written.
+
+    It validates on the first `images` images.
+    """
     above = existing_above(place.output.absolute().parent)
     if not os.access(above, os.W_OK):
         above = Path(tempfile.gettempdir())
@@ -177,12 +182,12 @@ def _run(recipe: Recipe, place: Place, stop: Stop) -> Trial:
         begun = time.perf_counter()
         output = Path(folder) / "run"
         job = prepare(recipe, replace(place, output=output, resume=False), Console(quiet=True))
-        count = recipe.batch * (16 if job.device.type == "cuda" else 2)
         saves = _Timed(output / "checkpoints")
-        job = replace(job, checkpoints=saves, validation=First(job.validation, count))
+        job = replace(job, checkpoints=saves, validation=First(job.validation, images))
         scores = run(job, start(job), stop)
         whole = time.perf_counter() - begun
-        *lines, last = read_lines(output / "metrics.jsonl")
+        peak_gb = memory_gb()  # with the last save
+        lines = read_lines(output / "metrics.jsonl")[:-1]
         checkpoint_gb = saves.last.stat().st_size / 1e9
     spent = [recipe.batch / line["images_per_second"] for line in lines]
     # What was loaded ahead of the first steps comes for nothing, and they find caches empty.
@@ -193,7 +198,7 @@ def _run(recipe: Recipe, place: Place, stop: Stop) -> Trial:
         seconds=statistics.mean(spent[settled]),
         data_wait=sum(waits) / sum(spent[settled]),
         memory_gb=lines[-1]["memory_gb"],
-        validation_gb=last["memory_gb"],
+        validation_gb=peak_gb,
         validation_rate=scores.images_per_second,
         save_seconds=statistics.mean(saves.seconds),
         setup_seconds=whole - sum(spent) - scores.seconds - sum(saves.seconds),
