@@ -327,7 +327,7 @@ def content(checkpoint: Path) -> dict:
 def numbers(folder: Path) -> list[dict]:
     """The record without what a clock says."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    clock = ("images_per_second", "data_wait")
+    clock = ("images_per_second", "data_wait", "memory_gb")
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]
 
 
