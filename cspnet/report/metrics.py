@@ -268,6 +268,6 @@ class Report:
 
 def memory_gb() -> float:
     """Peak so far, 10^9 bytes: of device memory that torch has reserved, or of the process."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # a GPU may be there and not be used
         return torch.cuda.max_memory_reserved() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -77,12 +77,3 @@ def last_line(path: Path) -> dict | None:
     """The last line of a record; None where there is none."""
     lines = path.read_text().splitlines() if path.exists() else []
     return json.loads(lines[-1]) if lines else None
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The lines of a file of JSON objects, without those that a kill has torn. OSError."""
-    found = []
-    for line in path.read_text().splitlines():
-        with suppress(ValueError):
-            found.append(json.loads(line))
-    return [line for line in found if isinstance(line, dict)]

@@ -55,8 +55,8 @@ CARDS = {
     "h100": Card("H100 80 GB SXM", 80, 132, 1.830, 4096, 3350, "bf16", "H100 data sheet, 2023"),
 }
 # Passes over a convolution's output in memory that a training step makes beside the convolutions:
-# BatchNorm, Mish, residuals, concatenation, and their gradients.
-BETWEEN = {"compiled": 8.5, "eager": 15.0}
+# BatchNorm, Mish, residuals, concatenation, and their gradients, in kernels fused by Inductor.
+BETWEEN = 8.5
 # What a compiled net keeps for the backward pass, as a share of its convolutions' outputs, by
 # preset of --memory: counted for cspdarknet53 with Mish by benchmarks/memory.py.
 KEPT = {"fast": 1.916, "fit": 1.012, "tiny": 0.563}
@@ -135,7 +135,7 @@ def _rate(layers: list, card: Card, arithmetic: float, traffic: float) -> float:
         max(3 * 2 * macs / flops, 3 * 2 * (into + out) / bytes_) for macs, into, out in layers
     )
     outputs = 2 * sum(out for *_, out in layers)  # bytes
-    return 1 / (seconds + BETWEEN["compiled"] * outputs / bytes_)
+    return 1 / (seconds + BETWEEN * outputs / bytes_)
 
 
 def stages(recipe: Recipe) -> Iterator[tuple[int, int]]:

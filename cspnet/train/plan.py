@@ -6,6 +6,7 @@ schedule are changed, none of which costs time.
 """
 
 import contextlib
+import json
 import os
 import shutil
 import statistics
@@ -23,7 +24,6 @@ from cspnet.data.sources import Source
 from cspnet.errors import Incomplete, Stopped
 from cspnet.report.metrics import memory_gb
 from cspnet.report.outlook import find_bottleneck
-from cspnet.report.record import read_lines
 from cspnet.schema import Recipe
 from cspnet.train.checkpoint import Checkpoints
 from cspnet.train.forecast import attacked_share, stages
@@ -187,7 +187,8 @@ def _run(recipe: Recipe, place: Place, stop: Stop, images: int) -> Trial:
         scores = run(job, start(job), stop)
         whole = time.perf_counter() - begun
         peak_gb = memory_gb()  # with the last save
-        lines = read_lines(output / "metrics.jsonl")[:-1]
+        record = (output / "metrics.jsonl").read_text().splitlines()
+        lines = [json.loads(line) for line in record[:-1]]  # the last one is the validation's
         checkpoint_gb = saves.last.stat().st_size / 1e9
     spent = [recipe.batch / line["images_per_second"] for line in lines]
     # What was loaded ahead of the first steps comes for nothing, and they find caches empty.
