@@ -45,7 +45,7 @@ def parts(gpu: bool, data: str | None) -> list[tuple[str, list[str], int]]:
         ("step-compiled", [*step, *compiled, "timm-compiled"], 200),
         ("step-8gb", [*step, *(compiled if gpu else ["--variants", "ours"]), *capped], 120),
         *(with_files if data else []),
-        ("infer", [str(HERE / "infer.py")], 60),
+        ("infer", [str(HERE / "infer.py"), *([] if gpu else ["--cases", "64x1", "64x4"])], 60),
         ("memory", [str(HERE / "memory.py")], 180),
     ]
 

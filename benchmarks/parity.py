@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="cspdarknet53-omega")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", nargs="+", choices=tuple(TOLERANCE))
+    parser.add_argument("--rates", nargs="+", choices=tuple(RATES), default=list(RATES))
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*", help="of the recipe")
     options = parser.parse_args()
@@ -87,9 +88,13 @@ def main() -> None:
         options.overrides = ["batch=16", "group=8", "data.size=128", *options.overrides]
     record = about(options) | {"steps": STEPS, "results": {}}
     for precision in options.precision or (["fp32", "bf16"] if small else list(TOLERANCE)):
-        for name, rates in RATES.items():
+        for name in options.rates:
+            rates = RATES[name]
             expected, momentum = run(options, precision, "plain", rates)
-            print(f"{precision}, rate {name}: losses {expected[0]:.4f} … {expected[-1]:.4f}")
+            print(
+                f"{precision}, rate {name}: losses {expected[0]:.4f} … {expected[-1]:.4f}",
+                flush=True,
+            )
             for path in ("eager", "compiled", "control"):
                 losses, ours = run(options, precision, path, rates)
                 worst = max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+import cspnet
 from tests.conftest import ROOT, TINY
 
 
@@ -27,9 +28,14 @@ def trained(tmp_path_factory):
 
 
 def test_training_prints_the_recipe_and_the_way_on(trained):
-    _, output = trained
+    run, output = trained
     assert "activation: mish" in output and "validation at step 7: top-1" in output
     assert "fp32 (the device is a CPU)" in output
+    disk = re.search(r"at most (\d+) checkpoints of ([\d,]+) MB at once", output)
+    count, megabytes = disk.groups()
+    saved = list((run / "checkpoints").iterdir())
+    assert int(count) > len(saved), "and one being written"
+    assert int(megabytes) == round(saved[0].stat().st_size / 1e6)
     assert "cspnet-eval --checkpoint run/checkpoints/best.pt --data digits" in output
 
 
@@ -55,6 +61,12 @@ def test_umbrella_command_is_the_same(command, tmp_path):
     assert done.returncode == 0 and "batch: 128" in done.stdout
     assert not list(tmp_path.iterdir()), "--check touches nothing"
     assert "train" in (help_ := command("main", "--help").stdout) and "eval" in help_
+
+
+def test_version_names_what_a_bug_report_needs(command):
+    done = command("main", "--version")
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"cspnet {cspnet.__version__} (torch {torch.__version__}")
 
 
 def test_resume_needs_only_the_folder(trained, command, tmp_path):

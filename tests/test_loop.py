@@ -519,6 +519,15 @@ def test_bf16_trains_and_keeps_float32_state(tiny, tmp_path):
     assert all(t.dtype == torch.float32 and t.isfinite().all() for t in floats)
 
 
+@pytest.mark.parametrize("capability, slow", [("AVX2", True), ("AVX512", False)])
+def test_bf16_on_a_cpu_without_it_is_told_to_be_slow(tiny, tmp_path, monkeypatch, capability, slow):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    console = Console(record=True, width=500)
+    job.start(job.prepare(tiny("precision=bf16"), Place(tmp_path / "run"), console))
+    told = console.export_text()
+    assert "bf16 (asked for" in told and ("fp32 is ten times as fast" in told) == slow
+
+
 def test_the_seed_makes_the_first_weights(tiny):
     a, b, c = (build_net(tiny(f"seed={seed}"), 10).state_dict() for seed in (0, 0, 1))
     assert same(a, b) and not same(a, c)

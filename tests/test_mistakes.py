@@ -110,6 +110,7 @@ MISTAKES = [
     ("cspnet pack data --to data", "data"),
     ("cspnet pack data --to data/packed", "data/packed"),
     ("cspnet pack data --to file", "file"),
+    ("cspnet pack data --to /proc/packed", "--to /proc/packed cannot be made"),
     ("cspnet pack data --to packed --labels foo", "--labels foo: must be name or index"),
     ("cspnet pack data --to packed --short 8", "Invalid value for '--short'"),
     ("cspnet pack data --to packed --quality 101", "Invalid value for '--quality'"),

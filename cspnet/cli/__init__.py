@@ -4,10 +4,14 @@ torch is imported inside the commands: `--help` answers at once.
 """
 
 import os
+import platform
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
+from cspnet import __version__
 from cspnet.cli.datasets import check, data, index, pack
 from cspnet.cli.options import is_first, restarts
 from cspnet.cli.planning import plan, status
@@ -22,11 +26,29 @@ def _app(*commands: tuple[str, object]) -> typer.Typer:
         pretty_exceptions_enable=False,
         no_args_is_help=True,
         context_settings={"help_option_names": ["-h", "--help"]},
-        help="Train CSPDarknet53 by a recipe, and hand on the result.",
     )
     for name, command in commands:
         app.command(name, no_args_is_help=True)(command)
     return app
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        import torch  # its own word has the build, +cu132 or +cpu; its package's has not
+
+        others = ", ".join(f"{name} {version(name)}" for name in ("torchvision", "timm"))
+        python = platform.python_version()
+        print(f"cspnet {__version__} (torch {torch.__version__}, {others}, Python {python})")
+        raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print versions, exit."),
+    ] = False,
+) -> None:
+    """Train CSPDarknet53 by a recipe, and hand on the result."""
 
 
 def _run(app: typer.Typer) -> None:
@@ -53,23 +75,23 @@ def _run(app: typer.Typer) -> None:
 
 def main() -> None:
     """The command `cspnet`."""
-    _run(
-        _app(
-            ("train", train),
-            ("eval", evaluate),
-            ("predict", predict),
-            ("data", data),
-            ("check", check),
-            ("index", index),
-            ("pack", pack),
-            ("plan", plan),
-            ("status", status),
-            ("preview", preview),
-            ("export", export),
-            ("report", report),
-            ("compare", compare),
-        )
+    app = _app(
+        ("train", train),
+        ("eval", evaluate),
+        ("predict", predict),
+        ("data", data),
+        ("check", check),
+        ("index", index),
+        ("pack", pack),
+        ("plan", plan),
+        ("status", status),
+        ("preview", preview),
+        ("export", export),
+        ("report", report),
+        ("compare", compare),
     )
+    app.callback()(_options)
+    _run(app)
 
 
 def main_train() -> None:

@@ -163,7 +163,12 @@ class _Journal:
         self.parts: dict[str, list[Shard]] = {name: [] for name in sources}
         if to.exists() and not to.is_dir():
             raise DataError(f"--to {to} is a file. Give a folder")
-        to.mkdir(parents=True, exist_ok=True)
+        try:
+            to.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"--to {to} cannot be made: {error.strerror}") from None
+        if not os.access(to, os.R_OK | os.W_OK | os.X_OK):
+            raise DataError(f"--to {to} cannot be read and written. Give another folder")
         if self.file.exists():
             self._go_on()
         elif set(os.listdir(to)) - {_partial(self.file).name}:

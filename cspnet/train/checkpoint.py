@@ -44,11 +44,19 @@ class Checkpoints:
         found = [p for p in self.folder.glob("step-*.pt") if re.fullmatch(r"step-\d+", p.stem)]
         return sorted(found, key=lambda path: int(path.stem.removeprefix("step-")))
 
+    @property
+    def most(self) -> int:
+        """Files at once: last, previous, best, one being written, and the archives."""
+        return 4 + (self.archive_keep if self.archive_every else 0)
+
+    def free(self) -> int:
+        """Bytes that are free on the disk."""
+        return shutil.disk_usage(existing_above(self.folder)).free
+
     def shortage(self) -> int:
         """Bytes that are missing on the disk for all the files that the run will have at once."""
-        wanted = 4 + (self.archive_keep if self.archive_every else 0)  # with the one being written
         there = len({path.stat().st_ino for path in self._all()})
-        return (wanted - there) * self.size - shutil.disk_usage(_existing(self.folder)).free
+        return (self.most - there) * self.size - self.free()
 
     def clean(self) -> None:
         """Removes what a save that was killed has left half-written."""
@@ -68,7 +76,7 @@ class Checkpoints:
         temporary = self.folder / ".last.pt.tmp"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.folder).free
+            free = self.free()
             if free < self.size:
                 raise OSError(
                     0, f"No space left: {free / 1e6:,.0f} MB free, {self.size / 1e6:,.0f} needed"
@@ -182,9 +190,9 @@ def _digest(blocks: Iterator[bytes]) -> bytes:
     return state.hexdigest().encode()
 
 
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+def existing_above(folder: Path) -> Path:
+    """The folder itself, or the nearest one above it that there is."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
 
 
 def _link(source: Path, target: Path) -> None:

@@ -8,7 +8,6 @@ schedule are changed, none of which costs time.
 import contextlib
 import json
 import os
-import shutil
 import statistics
 import tempfile
 import time
@@ -25,7 +24,7 @@ from cspnet.errors import Incomplete, Stopped
 from cspnet.report.metrics import memory_gb
 from cspnet.report.outlook import find_bottleneck
 from cspnet.schema import Recipe
-from cspnet.train.checkpoint import Checkpoints
+from cspnet.train.checkpoint import Checkpoints, existing_above
 from cspnet.train.forecast import attacked_share, stages
 from cspnet.train.job import Job, prepare, start
 from cspnet.train.loop import run
@@ -265,8 +264,8 @@ def _put_together(
         setup_seconds=setup,
         seconds=setup + steps + validations * validation_seconds + saves * full.save_seconds,
         checkpoint_gb=full.checkpoint_gb,
-        checkpoints=4 + recipe.archive_keep * bool(recipe.archive_every),
-        free_gb=shutil.disk_usage(existing_above(place.output)).free / 1e9,
+        checkpoints=job.checkpoints.most,
+        free_gb=job.checkpoints.free() / 1e9,
     )
 
 
@@ -278,11 +277,6 @@ def occasions(recipe: Recipe) -> tuple[int, int]:
     for often in (recipe.save_every, recipe.archive_every):
         saves.update(range(often, last + 1, often) if often else ())
     return len(validations), len(saves) + len(validations)
-
-
-def existing_above(path: Path) -> Path:
-    """The folder itself, or the nearest one above it that there is."""
-    return next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
 
 
 def _available_gb(job: Job) -> float:
