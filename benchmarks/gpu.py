@@ -30,8 +30,9 @@ def parts(gpu: bool, data: str | None) -> list[tuple[str, list[str], int]]:
     compiled = ["--variants", "ours-compiled"]
     capped = ["--precision", "fp16", "--memory", "fit", "--cap-gb", "7.4"] if gpu else []
     small = [] if gpu else ["data.size=32", "model.width=0.25"]
+    rounding = ["--rates", "1.6e-8", "--precision", "fp32", "fp16" if gpu else "bf16"]
     with_files = [
-        ("parity", [str(HERE / "parity.py"), "--data", str(data), *small], 120),
+        ("parity", [str(HERE / "parity.py"), "--data", str(data), *small, *rounding], 180),
         ("end-to-end", [str(HERE / "end_to_end.py"), "--data", str(data), *small], 90),
         (
             "validate",
