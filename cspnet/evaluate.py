@@ -67,7 +67,7 @@ def evaluate(
     device = next(net.parameters()).device
     # Top-1, top-5, loss, images, and unreadable ones among these.
     totals = torch.zeros(5, dtype=torch.float64, device=device)
-    confusion: torch.Tensor | None = None
+    taken: list[torch.Tensor] = []  # place in the confusion matrix, by image; -1 outside the mask
     batch = batch or recipe.batch
     start = time.perf_counter()
     with contextlib.closing(
@@ -85,15 +85,14 @@ def evaluate(
             totals[:4] += _count(logits, labels, mask)
             totals[4] += len(loaded.unreadable)
             classes = logits.shape[1]
-            if confusion is None:
-                confusion = torch.zeros(classes**2, dtype=torch.int64, device=device)
-            confusion.scatter_add_(0, labels * classes + logits.argmax(1), mask.long())
+            taken.append(torch.where(mask, labels * classes + logits.argmax(1), -1))
             if seen:
                 real = int(loaded.mask.sum())
                 seen((number * world.size + world.rank) * batch, logits[:real], labels[:real])
             progress(min((number + 1) * batch * world.size, len(source)))
     top1, top5, loss, images, unreadable = world.sum_(totals).tolist()
-    confusion = world.sum_(confusion).reshape(classes, classes)
+    places = np.concatenate(world.gather(torch.cat(taken).cpu().numpy()))
+    confusion = np.bincount(places[places >= 0], minlength=classes**2).reshape(classes, classes)
     net.train(was_training)
     assert images == len(source), "the mask must let every image through once"
     return Scores(
@@ -103,7 +102,7 @@ def evaluate(
         images=int(images),
         unreadable=int(unreadable),
         seconds=time.perf_counter() - start,
-        confusion=confusion.cpu().numpy(),
+        confusion=confusion,
     )
 
 

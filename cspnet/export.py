@@ -126,7 +126,9 @@ def _onnx(trained: Trained, to: Path, pyramid: bool) -> list[str]:
         import onnx
         import onnxscript  # noqa: F401  torch's exporter needs it
     except ImportError:
-        raise ExportError("ONNX needs more packages: pip install 'cspnet[onnx]'") from None
+        raise ExportError(
+            "ONNX needs more packages: pip install '.[onnx]' in cspnet's folder"
+        ) from None
     net = _Pyramid(trained.net).eval() if pyramid else trained.net
     size = trained.recipe.data.size
     images = torch.randn(2, 3, size, size)

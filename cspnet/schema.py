@@ -3,6 +3,7 @@
 The sources of the values are in docs/recipe-sources.md.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -180,6 +181,22 @@ class Recipe:
         stages = (last - first) // 32  # before the last one
         done = step / (self.data.full_size_from * self.schedule.steps or 1)
         return first + 32 * min(stages, int(done * stages))
+
+    def stages(self, first: int = 0) -> Iterator[tuple[int, int]]:
+        """Sides of the training images from step `first` on, pixels, each with its steps."""
+        steps = self.schedule.steps
+        while first < steps:
+            size = self.size_at(first)
+            low, high = first, steps  # the last step of that size lies in between
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (middle, high) if self.size_at(middle) == size else (low, middle)
+            yield size, high - first
+            first = high
+
+    def work(self, first: int = 0) -> float:
+        """Of all steps from step `first` on, in steps at the full size, by pixels."""
+        return sum(steps * (size / self.data.size) ** 2 for size, steps in self.stages(first))
 
 
 def _foreign(recipe: Recipe) -> str:

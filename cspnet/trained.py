@@ -264,7 +264,7 @@ def _darknet_labels(path: Path, classes: int) -> list[str] | None:
     if not data.is_file():
         return None
     options = dict(
-        line.replace(" ", "").split("=", 1) for line in data.read_text().splitlines() if "=" in line
+        map(str.strip, line.split("=", 1)) for line in data.read_text().splitlines() if "=" in line
     )
     named = options.get("labels") or options.get("names")
     for candidate in (Path(named or ""), path.parent / Path(named or "").name):

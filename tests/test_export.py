@@ -120,9 +120,9 @@ def test_mean_and_deviation_are_folded_for_darknet(tmp_path):
 def test_labels_that_are_not_sorted_are_put_in_order(tmp_path):
     """As Darknet's imagenet.labels.list: index by index another class than ours."""
     out = trained(classes=3)
-    export(out, tmp_path / "net.weights")
-    (tmp_path / "net.labels").write_text("cherry\napple\nbanana\n")
-    back = open_trained(str(tmp_path / "net.weights"))
+    export(out, tmp_path / "my net.weights")
+    (tmp_path / "my net.labels").write_text("cherry\napple\nbanana\n")
+    back = open_trained(str(tmp_path / "my net.weights"))
     assert back.classes == ["apple", "banana", "cherry"]
     images = views(2)
     with torch.no_grad():

@@ -20,7 +20,7 @@ from cspnet.train import step as train_step
 from cspnet.train.adversarial import attacked
 from cspnet.train.checkpoint import load
 from cspnet.train.optim import build_optimizer
-from cspnet.train.runtime import Place, Precision
+from cspnet.train.runtime import Place, Precision, precision_to_look
 from cspnet.trained import build_net
 
 # A process that trains by a recipe's text and, after a given step is saved, kills itself.
@@ -471,17 +471,49 @@ def test_a_class_count_that_the_data_does_not_have(tiny, tmp_path):
 def test_unreadable_images_are_listed_and_too_many_stop_the_run(tiny, folder, tmp_path):
 
     torn = folder / "train" / "bear" / "3.jpg"
-    torn.write_bytes(torn.read_bytes()[:20])
+    whole = torn.read_bytes()
+    torn.write_bytes(whole[:20])
     allowed = [f"data.root={folder}", "model.classes=auto", "data.max_unreadable=1"]
     recipe = tiny(*allowed)
     with pytest.raises(DataError, match=r"1 of 36 .* more than data\.max_unreadable=0\.01"):
         run(tiny(*allowed[:2]), tmp_path / "strict")
+    torn.write_bytes(whole)
+    run(tiny(*allowed[:2]), tmp_path / "strict", resume=True)
+    assert metrics(tmp_path / "strict")[-1]["step"] == recipe.schedule.steps, "repaired, it goes on"
+    torn.write_bytes(whole[:20])
     run(recipe, tmp_path / "run")
     assert (tmp_path / "run" / "unreadable.txt").read_text().splitlines() == [str(torn)]
     for path in (folder / "train").rglob("*.jpg"):
         path.write_bytes(b"")
     with pytest.raises(DataError, match="unreadable images in one group of 8"):
         run(recipe, tmp_path / "other")
+
+
+def test_an_unreadable_file_may_have_any_name(tiny, folder, tmp_path):
+    torn = folder / "train" / "bear" / os.fsdecode(b"caf\xe9.jpg")
+    (folder / "train" / "bear" / "3.jpg").rename(torn)
+    torn.write_bytes(b"")
+    recipe = tiny(f"data.root={folder}", "model.classes=auto", "data.max_unreadable=1")
+    console = Console(record=True, width=500, file=open(os.devnull, "w"))  # noqa: SIM115
+    loop.train(recipe, Place(tmp_path / "run", device="cpu", workers=0), console)
+    assert (tmp_path / "run" / "unreadable.txt").read_bytes() == os.fsencode(torn) + b"\n"
+    assert "caf\\udce9.jpg" in console.export_text()
+
+
+def test_two_processes_do_not_train_in_one_folder(tiny, tmp_path):
+    folder = tmp_path / "run"
+    run(tiny(), folder)
+    hold = "import pathlib, sys; from cspnet.train.runtime import Claim; c = Claim(); "
+    hold += "c.take(pathlib.Path(sys.argv[1])); print('taken', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"taken\n"
+        before = (folder / "history.jsonl").read_text()
+        with pytest.raises(RecipeError, match="another process trains in"):
+            run(tiny(), folder, resume=True)
+        assert (folder / "history.jsonl").read_text() == before
+        other.kill()
+    assert run(tiny(), folder, resume=True) is None, "complete, and free again"
 
 
 def test_the_run_folder_holds_what_the_design_says(tiny, tmp_path):
@@ -526,6 +558,12 @@ def test_bf16_on_a_cpu_without_it_is_told_to_be_slow(tiny, tmp_path, monkeypatch
     job.start(job.prepare(tiny("precision=bf16"), Place(tmp_path / "run"), console))
     told = console.export_text()
     assert "bf16 (asked for" in told and ("fp32 is ten times as fast" in told) == slow
+
+
+def test_a_net_trained_in_fp16_can_be_looked_at_on_a_cpu():
+    found = precision_to_look("fp16", torch.device("cpu"))
+    assert found.name == "fp32" and found.reason.endswith("trained in fp16")
+    assert precision_to_look("bf16", torch.device("cpu")).name == "bf16"
 
 
 def test_the_seed_makes_the_first_weights(tiny):

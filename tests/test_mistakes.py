@@ -122,6 +122,9 @@ MISTAKES = [
     ("cspnet data imagenet --archives file", "file is not a folder"),
     ("cspnet data imagenet --to data", "data/train is there with 3 class folders"),
     # Where it runs
+    ("cspnet plan --recipe digits --gpu gtx970", "--gpu gtx970: there are figures for rtx2070"),
+    ("cspnet plan --recipe digits --gpu 2070 --workers 4", "nothing: leave out --workers"),
+    ("cspnet plan --recipe digits --gpu 2070 precision=bf16", "precision is bf16: of GeForce RTX"),
     (f"{TRAIN} --device gpu", "--device gpu: must be auto, cpu, cuda or cuda:N"),
     (f"{TRAIN} --device 0", "--device 0: must be auto, cpu, cuda or cuda:N"),
     (f"{TRAIN} --device cuda:x", "must be auto, cpu, cuda or cuda:N"),
@@ -179,6 +182,8 @@ MISTAKES = [
     (f"{EXPORT} --to net.weights --cut 0", "--cut must be 1 to 108"),
     (f"{EXPORT} --to net.weights --pyramid", "--pyramid is for .onnx"),
     (f"{PREVIEW} --out preview.jpg", "--out preview.jpg: must be a .png file"),
+    (f"{PREVIEW} --out void.png", "--out void.png: must be a .png file"),
+    (f"{PREVIEW} --out text.png", "--out text.png is a file, and no PNG: name another"),
     (f"{PREVIEW} --out no/preview.png", "--out no/preview.png: must be a .png file in a folder"),
     (f"{PREVIEW} --out /proc/preview.png", "--out /proc/preview.png cannot be written"),
     (f"{PREVIEW} --step 600", "--step 600: the last one is 599"),
@@ -200,10 +205,12 @@ def home(tmp_path_factory):
         ("empty.yaml", ""),
         ("wrong.yaml", "learning_rate: 0.1\n"),
         ("data.zip", "PK"),
+        ("text.png", "precious"),
     ):
         (home / name).write_text(text)
     (home / "void").mkdir()
     (home / "void.onnx").mkdir()
+    (home / "void.png").mkdir()
     cv2.imwrite(str(home / "photo.jpg"), picture(0))
     for split in ("train", "val"):
         for number, name in enumerate(("apple", "bear", "cat")):

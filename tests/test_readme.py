@@ -17,19 +17,19 @@ SMALL = [
 ]
 DOCUMENTS = ["README.md", "data/README.md"]
 DOCUMENTS += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
-# Commands that are not there yet.
 # Commands that cannot be run here as they stand, and why.
 EXCEPT = {
     "cspnet data imagenet": "wants the archives; tests/test_fetch.py has small ones",
     "cspnet data cifar10": "wants the network; tests/test_fetch.py",
     "cspnet data imagenette": "wants the network; tests/test_fetch.py",
     "cspnet-train --recipe cspdarknet53-omega --data data/imagenet --device cuda": "wants a GPU",
+    "cspnet-train --recipe cspdarknet53-omega --data data/imagenet --device cuda --resume": "too",
     "cspnet index data/packed": "wants tar files that `cspnet pack` has just made",
 }
 
-# Options of other programs, and of commands to come.
+# Options of other programs.
 ELSEWHERE = {
-    *("--install-completion", "--local-dir", "--index-url"),
+    *("--install-completion", "--local-dir", "--repo-type", "--index-url"),
     *("--nproc-per-node", "--max-restarts", "--no-python", "--dereference", "--hard-dereference"),
 }
 
@@ -72,13 +72,14 @@ def test_every_command_runs(document, home, monkeypatch, capsys):
         if line in EXCEPT:
             continue
         # A run that the document speaks of, and that none of its commands has trained.
-        behind = r"(?=/)" if line.startswith("cspnet-train") else ""
-        for name in re.findall(r"runs/[\w-]+" + behind, line):
+        trains = line.startswith("cspnet-train") and "--recipe" in line
+        named = re.findall(r"runs/[\w-]+" + r"(?=/)" * trains, line)
+        for name in named:
             if not Path(name).exists():
                 shutil.copytree("trained", name)
                 lent.add(name)
-        if line.startswith("cspnet-train"):
-            for name in lent - set(re.findall(r"runs/[\w-]+(?=/)", line)):
+        if trains:
+            for name in lent - set(named):
                 shutil.rmtree(name)
                 lent.remove(name)
         if "--recipe" in line:

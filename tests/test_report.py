@@ -332,6 +332,7 @@ def test_the_time_axis_tells_stops_and_kills(copy):
     assert 'class="lost" style="left:33.333%;width:50.000%"' in axis
     assert axis.count("<b ") == 1 and 'left:16.667%" title="2026-05-04 01:00:00: SIGTERM' in axis
     page = Page(page_of(copy))
+    assert "at most" in page.sections["summary"], "a kill has no time"
     assert "No stop was noted before: the run was killed. <i>careful</i>" in page.sections["time"]
     assert page.sections["summary"].split()[:3] == ["Summary", "state", "done"]
     running = replace(run, events=run.events[:4], written=run.events[3].time + timedelta(hours=2))

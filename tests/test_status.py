@@ -7,8 +7,10 @@ import pytest
 
 from cspnet.errors import RecipeError
 from cspnet.report.history import read_run
+from cspnet.report.outlook import spell
 from cspnet.report.status import describe
 
+RECIPE = "batch: 10\ngroup: 10\nlog_every: 10\nschedule: {steps: 1000}\n"
 START = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
 
@@ -28,11 +30,11 @@ def event(kind, step, minutes, *remarks):
     return json.dumps({"time": time, "event": kind, "step": step, "remarks": remarks})
 
 
-def a_run(folder, record, history, written=10):
+def a_run(folder, record, history, written=10, recipe=RECIPE):
     import os
 
     folder.mkdir()
-    (folder / "recipe.yaml").write_text("batch: 10\nschedule: {steps: 1000}\n")
+    (folder / "recipe.yaml").write_text(recipe)
     (folder / "metrics.jsonl").write_text("\n".join(record) + "\n")
     (folder / "history.jsonl").write_text("\n".join(history) + "\n")
     at = (START + timedelta(minutes=written)).timestamp()
@@ -54,7 +56,7 @@ def test_a_run_that_goes_on(tmp_path):
     text = told(a_run(tmp_path / "run", record, [event("start", 0, 0)]), 11)
     assert "running since" in text and "heard of 0:01:00 ago" in text
     assert "step        500 of 1,000 (50.0%), loss 2.5000" in text
-    assert "67 images/s, 25% of it waiting for images; 0:01:15 left" in text  # 5,000 images
+    assert "67 images/s, 25% of the time waiting for images; 0:01:15 left" in text  # 5,000 images
     assert "best 61.50 % at step 200, last 55.25 % at step 500" in text
     assert "last save   none yet" in text
 
@@ -77,6 +79,23 @@ def test_what_a_run_is_doing(tmp_path, history, minutes, expected):
     text = told(a_run(tmp_path / "run", [line(30)], history), minutes)
     assert expected in text.splitlines()[0]
     assert ("done at" in text) == ("running since" in text)
+
+
+def test_a_slow_run_is_not_silent_between_two_lines(tmp_path):
+    """100 images a window at 0.1 images/s: a line every 17 minutes."""
+    record = [line(30, images_per_second=0.1)]
+    run = a_run(tmp_path / "run", record, [event("start", 0, 0)])
+    assert "running since" in told(run, 10 + 49) and "silent" in told(run, 10 + 51)
+
+
+def test_what_is_left_counts_the_growth_of_the_images(tmp_path):
+    """Step 400 has 96×96, those from 500 on have 128×128: 100 steps at the speed of now, 500 of
+    (128 / 96)² of the work."""
+    sizes = "data: {start_size: 64, size: 128, full_size_from: 0.5}\n"
+    record = [line(400, images_per_second=500)]
+    left = (100 + 500 * (128 / 96) ** 2) * 10 / 500
+    run = a_run(tmp_path / "run", record, [event("start", 0, 0)], recipe=RECIPE + sizes)
+    assert f"; {spell(left)} left" in told(run, 11)
 
 
 def test_before_the_first_line_and_of_another_folder(tmp_path):

@@ -56,6 +56,11 @@ def plan(
     path = recipes.find(recipe)
     resolved = recipes.load(path, overrides or [], data)
     if gpu:
+        given = {"--output": output, "--workers": workers, "--passes": passes, "--compile": compile}
+        idle = [option for option, value in given.items() if value is not None]
+        idle += ["--device"] * (device != "auto")
+        if idle:
+            raise RecipeError(f"--gpu predicts, and runs nothing: leave out {', '.join(idle)}")
         content, lines = _predict(resolved, gpu, memory)
     else:
         from rich.console import Console
@@ -133,7 +138,8 @@ def _predict(recipe: "Recipe", gpu: str, memory: str) -> tuple[dict, list[str]]:
     card = find_card(gpu)
     if memory not in BUDGETS:
         raise RecipeError(f"--memory {memory}: must be {', '.join(BUDGETS)}")
-    classes = recipe.model.classes if isinstance(recipe.model.classes, int) else 1000
+    known = isinstance(recipe.model.classes, int)
+    classes = recipe.model.classes if known else 1000
     found: Forecast = forecast(recipe, card, classes, memory)
     size, low, high = recipe.data.size, *found.expected
     names = {"compiled": f"compiled, --memory {memory}", "eager": "eager, --no-compile"}
@@ -150,7 +156,8 @@ def _predict(recipe: "Recipe", gpu: str, memory: str) -> tuple[dict, list[str]]:
         f"kept        {'; '.join(fits)} at {size}×{size}",
         f"memory      {found.fixed_gb:.2f} GB beside that: weights, gradients, momentum"
         + ", averages" * bool(recipe.average.decay)
-        + ", workspace",
+        + f", workspace; {classes:,} classes"
+        + ", assumed: model.classes=N names another number" * (not known),
         f"images/s    {low:,.0f} to {high:,.0f} of the net, compiled; by the data sheet at most "
         f"{found.at_most:,.0f}",
         f"the run     {recipe.schedule.steps:,} steps of {recipe.batch}: "

@@ -83,7 +83,8 @@ def compare(
     """
     from rich.console import Console
 
-    from cspnet.report.compare import differing, draw, overview, read_runs, require_png
+    from cspnet.report.compare import differing, draw, overview, read_runs
+    from cspnet.report.files import require_png
 
     require_png(out)
     found = read_runs(runs)

@@ -30,7 +30,7 @@ def evaluate(
 
     from cspnet.data.sources import existing, open_validation
     from cspnet.evaluate import evaluate as score
-    from cspnet.train.runtime import find_device, find_precision, find_workers
+    from cspnet.train.runtime import find_device, find_workers, precision_to_look
     from cspnet.train.world import find_world, joined
     from cspnet.trained import open_trained, require_order
 
@@ -43,7 +43,7 @@ def evaluate(
     recipe = trained.recipe
     require_order(trained, checkpoint)
     source = open_validation(data, trained.classes, trained.net.classes)
-    precision = find_precision(recipe.precision, where)
+    precision = precision_to_look(recipe.precision, where)
     console = Console(soft_wrap=True, markup=False, highlight=False, quiet=not world.first)
     for line in facts(trained, precision):
         console.print(f"{checkpoint}: {line}")
@@ -112,13 +112,13 @@ def predict(
 
     from cspnet.predict import predict as look_at
     from cspnet.predict import to_csv, to_json, to_table
-    from cspnet.train.runtime import find_device, find_precision, find_workers
+    from cspnet.train.runtime import find_device, find_workers, precision_to_look
     from cspnet.trained import open_trained
 
     where = find_device(device)
     workers = find_workers(workers, where)
     trained = open_trained(checkpoint)
-    precision = find_precision(trained.recipe.precision, where)
+    precision = precision_to_look(trained.recipe.precision, where)
     trained.net.to(where)
     notes = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False)
     for line in facts(trained, precision):

@@ -142,6 +142,7 @@ def preview(
 
     from cspnet import recipe as recipes
     from cspnet.data.sources import display_names, require_classes
+    from cspnet.report.files import require_png
     from cspnet.report.preview import draw_schedule, sheet, write_png
     from cspnet.train.job import prepare
     from cspnet.train.loop import look
@@ -150,8 +151,7 @@ def preview(
 
     path = recipes.find(recipe)
     resolved = recipes.load(path, overrides or [], data)
-    if out.suffix.lower() != ".png" or not out.absolute().parent.is_dir():
-        raise RecipeError(f"--out {out}: must be a .png file in a folder that exists")
+    require_png(out)
     if step >= resolved.schedule.steps:
         raise RecipeError(f"--step {step:,}: the last one is {resolved.schedule.steps - 1:,}")
     job = prepare(resolved, Place(out.parent, device=device, workers=0), Console(quiet=True))

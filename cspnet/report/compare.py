@@ -13,7 +13,6 @@ from cspnet.report.curves import HEADROOM, number, plain, save, smooth, thin
 from cspnet.report.files import replace_file
 from cspnet.report.history import Run, read_run
 
-PNG = b"\x89PNG\r\n\x1a\n"
 ABSENT = "–"  # a field without effect in a run, which its recipe.yaml leaves out
 HEAD = ("run", "steps", "best top-1", "last top-1", "last loss", "images/s", "device")
 
@@ -28,21 +27,6 @@ def read_runs(folders: list[Path]) -> list[Run]:
         if other is not folder:
             raise RecipeError(f"{folder} is given twice" + f", as {other}" * (other != folder))
     return [read_run(folder) for folder in folders]
-
-
-def require_png(path: Path) -> None:
-    """Raises RecipeError unless a PNG can be written there without loss of another kind of file."""
-    if path.suffix.lower() != ".png" or path.is_dir() or not path.absolute().parent.is_dir():
-        raise RecipeError(f"--out {path}: must be a .png file in a folder that exists")
-    try:
-        with open(path, "rb") as file:
-            start = file.read(len(PNG))
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise RecipeError(f"--out {path}: {error.strerror}") from None
-    if start != PNG:
-        raise RecipeError(f"--out {path} is a file, and no PNG: name another")
 
 
 def run_names(runs: list[Run]) -> list[str]:

@@ -23,14 +23,13 @@ def worst_pairs(confusion: np.ndarray, names: list[str], most: int = 20) -> list
 
     Rows are the true classes. Equal counts stand in the order of the classes.
     """
-    mistaken = confusion.copy()
-    np.fill_diagonal(mistaken, 0)
-    order = np.argsort(-mistaken, axis=None, kind="stable")[:most]
+    true, other = np.nonzero(confusion)  # few: at most one an image
+    true, other = true[true != other], other[true != other]
+    images = confusion[true, other]
+    order = np.argsort(-images, kind="stable")[:most]
     counts = confusion.sum(1)
     return [
-        Pair(names[true], names[other], int(mistaken[true, other]), int(counts[true]))
-        for true, other in zip(*np.unravel_index(order, mistaken.shape), strict=True)
-        if mistaken[true, other]
+        Pair(names[true[i]], names[other[i]], int(images[i]), int(counts[true[i]])) for i in order
     ]
 
 

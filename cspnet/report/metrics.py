@@ -4,8 +4,8 @@ The device is asked for numbers here only, every `log_every` steps.
 """
 
 import math
-import os
 import resource
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -15,17 +15,20 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+from cspnet.data.layout import printable
 from cspnet.data.loader import Batch
 from cspnet.data.sources import Source, display_names
+from cspnet.data.worker import cores
 from cspnet.errors import DataError, SaveError
 from cspnet.evaluate import Scores
 from cspnet.report.board import Board
 from cspnet.report.confusion import to_markdown, worst_pairs
-from cspnet.report.outlook import find_bottleneck, spell, when
+from cspnet.report.outlook import find_bottleneck, seconds_left, spell, when
 from cspnet.report.record import Record, last_line
 from cspnet.train.state import TrainState
 from cspnet.train.world import ALONE, World
 
+NAMES = {"encoding": "utf-8", "errors": "surrogateescape"}  # of files: they may be any bytes
 BAD_SHARE = 0.5  # of a group: beyond it the data set is at fault, not an image
 
 
@@ -47,7 +50,8 @@ class Report:
         self.folder, self.state, self.source, self.console = folder, state, source, console
         self._world, self._workers = world, workers
         self._list = folder / "unreadable.txt"
-        self.unreadable = set(self._list.read_text().splitlines()) if self._list.exists() else set()
+        self.unreadable = _names(self._list)  # of all starts
+        self._met: set[str] = set()  # those of this start: what was repaired is no longer met
         self._news: list[str] = []  # unreadable images that only this process knows of
         self._bad_windows = 0
         self._windows = 0  # of this start
@@ -61,8 +65,8 @@ class Report:
             state.step + (not pending),
             lambda text: console.print(text, style="red"),
         )
-        line = last_line(path)
-        if pending and line and line["step"] == state.step:
+        line = last_line(path) if pending and world.first else None
+        if line and line["step"] == state.step:
             self._board.train(line)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -127,7 +131,7 @@ class Report:
         self._hear_of_unreadable()
         seconds = time.perf_counter() - self._since
         speed = self._steps * state.recipe.batch / seconds
-        left = (state.recipe.schedule.steps - state.step) * state.recipe.batch / speed
+        left = seconds_left(state.recipe, state.step, speed)
         metrics = {
             "loss": loss if math.isfinite(loss) else None,
             "lr": float(rate),
@@ -158,8 +162,8 @@ class Report:
     def _tell_outlook(self, metrics: dict, left: float) -> None:
         """Once, as soon as a run's speed can be told: `cspnet plan` in short."""
         device = self.state.loss_sum.device.type
-        cores = len(os.sched_getaffinity(0))
-        what, remedy = find_bottleneck(metrics["data_wait"], self._workers, cores, device)
+        own = max(1, cores() // self._world.local_size)
+        what, remedy = find_bottleneck(metrics["data_wait"], self._workers, own, device)
         self.console.print(
             f"at this speed done at {when(left)}, validations aside; "
             f"{metrics['memory_gb']:.1f} GB of memory; held up by {what}"
@@ -195,7 +199,7 @@ class Report:
         }
         self._write("val", metrics)
         confused = ""
-        if scores.confusion is not None and scores.top1 < 100:
+        if scores.confusion is not None and scores.top1 < 100 and self._world.first:
             names = display_names(self.source.classes)
             confused = to_markdown(worst_pairs(scores.confusion, names))
         self._board.validation(metrics, state.step, confused)
@@ -230,7 +234,7 @@ class Report:
         if group.replaced > BAD_SHARE * len(group.labels):
             raise DataError(
                 f"{group.replaced} unreadable images in one group of {len(group.labels)}, "
-                f"such as {self.source.name(group.unreadable[0])}. They are listed in "
+                f"such as {printable(self.source.name(group.unreadable[0]))}. They are listed in "
                 f"{self._list}; repair the data set, then --resume."
             )
         self._require_readable()
@@ -244,30 +248,39 @@ class Report:
         self._require_readable()
 
     def _note_unreadable(self, name: str) -> None:
-        if name in self.unreadable:
+        if name in self._met:
             return
-        self.unreadable.add(name)
+        self._met.add(name)
         self._news.append(name)
-        if self._world.first:
-            with suppress(OSError), open(self._list, "a") as file:
-                file.write(f"{name}\n")
-        if len(self.unreadable) <= 3:
+        if name not in self.unreadable:
+            self.unreadable.add(name)
+            if self._world.first:
+                with suppress(OSError), open(self._list, "a", **NAMES) as file:
+                    file.write(f"{name}\n")
+        if len(self._met) <= 3:
             self.console.print(
-                f"unreadable image, the next one stands in for it: {name}", style="yellow"
+                f"unreadable image, the next one stands in for it: {printable(name)}",
+                style="yellow",
             )
 
     def _require_readable(self) -> None:
         most = self.state.recipe.data.max_unreadable
-        if len(self.unreadable) > most * len(self.source):
+        if len(self._met) > most * len(self.source):
             raise DataError(
-                f"{len(self.unreadable):,} of {len(self.source):,} training images are unreadable "
+                f"{len(self._met):,} of {len(self.source):,} training images are unreadable "
                 f"so far, more than data.max_unreadable={most:g} of them. They are listed in "
                 f"{self._list}; repair the data set or allow more, then --resume."
             )
+
+
+def _names(path: Path) -> set[str]:
+    """The lines of a list of files; none where there is no list."""
+    return set(path.read_text(**NAMES).splitlines()) if path.exists() else set()
 
 
 def memory_gb() -> float:
     """Peak so far, 10^9 bytes: of device memory that torch has reserved, or of the process."""
     if torch.cuda.is_initialized():  # a GPU may be there and not be used
         return torch.cuda.max_memory_reserved() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB here
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -2,6 +2,8 @@
 
 from datetime import datetime, timedelta
 
+from cspnet.schema import Recipe
+
 HELD_UP = 0.1  # share of the time that the net waits: from there on the loader is to blame
 
 
@@ -24,6 +26,12 @@ def find_bottleneck(data_wait: float, workers: int, cores: int, device: str) -> 
     if workers < cores:
         return what, f"--workers {cores}; {smaller}"
     return what, f"{smaller}; where the processors are idle, a faster disk"
+
+
+def seconds_left(recipe: Recipe, step: int, speed: float) -> float:
+    """Of the steps after `step`, at so many images/s now; where images grow, by their pixels."""
+    now = (recipe.size_at(max(0, step - 1)) / recipe.data.size) ** 2  # of the work at full size
+    return recipe.work(step) / now * recipe.batch / speed
 
 
 def spell(seconds: float) -> str:

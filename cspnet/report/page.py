@@ -106,7 +106,8 @@ def _summary(run: Run, verdict: Verdict | None) -> str:
     cards.append(("device", run.device))
     if found := periods(run):
         spent = sum((period.until - period.begin.time for period in found), timedelta())
-        cards.append(("running for", lasting(spent)))
+        killed = any(period.end is None and not period.last for period in found)
+        cards.append(("running for", "at most " * killed + lasting(spent)))
     text = "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in cards)
     text = f"<dl>{text}</dl>"
     if verdict:

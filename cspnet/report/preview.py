@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from cspnet.report.files import replace_file
 from cspnet.schema import Recipe
 from cspnet.train.adversarial import strength
 from cspnet.train.optim import learning_rate
@@ -95,9 +96,10 @@ def _draw(rows: list[tuple[np.ndarray, list[list[str]]]], title: str) -> np.ndar
 
 
 def write_png(path: Path, picture: np.ndarray) -> None:
-    """An RGB picture, uint8 [H, W, 3], as a PNG file."""
+    """An RGB picture, uint8 [H, W, 3], as a PNG file. OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(str(path), picture[:, :, ::-1])
+    content = cv2.imencode(".png", picture[:, :, ::-1])[1].tobytes()
+    replace_file(path, lambda temporary: temporary.write_bytes(content))
 
 
 def draw_schedule(recipe: Recipe, path: Path) -> None:

@@ -5,11 +5,15 @@ from pathlib import Path
 
 import numpy as np
 
+from cspnet import recipe as recipes
+from cspnet.errors import RecipeError
 from cspnet.report.history import ENDS, Run
-from cspnet.report.outlook import spell, when
+from cspnet.report.outlook import seconds_left, spell, when
+from cspnet.schema import Recipe
 
 LINES = 10  # of the record, from which its present speed is told
 SILENCE = timedelta(minutes=10)  # without a line: longer than most windows and saves
+WINDOWS = 3  # of the record that may be silent, where they are longer
 
 
 def describe(run: Run, now: datetime | None = None) -> list[str]:
@@ -26,17 +30,16 @@ def describe(run: Run, now: datetime | None = None) -> list[str]:
     lines.append(f"step        {run.step:,}{share}{loss}")
     speeds = run.training["images_per_second"][-LINES:]
     speeds = speeds[np.isfinite(speeds) & (speeds > 0)]
-    batch = run.fields.get("batch")
     if len(speeds):
         speed = len(speeds) / float(np.sum(1 / speeds))  # of equal numbers of images
         wait = float(np.nanmean(run.training["data_wait"][-LINES:]))
         left = ""
-        if run.step < run.steps and isinstance(batch, int):
-            seconds = (run.steps - run.step) * batch / speed
+        if (recipe := _recipe(run)) and run.step < run.steps:
+            seconds = seconds_left(recipe, run.step, speed)
             left = f"; {spell(seconds)} left, validations aside"
             left += f", done at {when(seconds)}" * _is_running(run, now)
         lines.append(
-            f"speed       {speed:,.0f} images/s, {wait:.0%} of it waiting for images{left}"
+            f"speed       {speed:,.0f} images/s, {wait:.0%} of the time waiting for images{left}"
         )
     top1 = run.validation["top1"]
     if run.best is not None:
@@ -53,7 +56,19 @@ def _is_running(run: Run, now: datetime) -> bool:
     """Whether it began, did not end, and was heard of lately."""
     if not run.events or run.events[-1].kind in ENDS:
         return False
-    return now - max(run.written or run.events[-1].time, run.events[-1].time) < SILENCE
+    silence, speeds = SILENCE, run.training["images_per_second"][-1:]
+    if (recipe := _recipe(run)) and len(speeds) and speeds[0] > 0:
+        window = recipe.log_every * recipe.batch / float(speeds[0])
+        silence = max(silence, WINDOWS * timedelta(seconds=window))
+    return now - max(run.written or run.events[-1].time, run.events[-1].time) < silence
+
+
+def _recipe(run: Run) -> Recipe | None:
+    """Of the run; None where this cspnet cannot read it."""
+    try:
+        return recipes.from_text(run.recipe)
+    except RecipeError:
+        return None
 
 
 def _doing(run: Run, now: datetime) -> str:

@@ -13,7 +13,7 @@ from cspnet.evaluate import Scores, evaluate
 from cspnet.report.classes import labels
 from cspnet.report.history import Run
 from cspnet.report.mistakes import Mistake, Surest, view
-from cspnet.train.runtime import find_device, find_precision, find_workers
+from cspnet.train.runtime import find_device, find_workers, precision_to_look
 from cspnet.trained import Trained, open_trained
 
 OWN = ("best", "last")
@@ -64,7 +64,7 @@ def judge(
             trained.net.to(where),
             source,
             recipe,
-            find_precision(recipe.precision, where),
+            precision_to_look(recipe.precision, where),
             find_workers(workers, where),
             progress=lambda images: progress(images, len(source)),
             seen=surest,

@@ -6,7 +6,6 @@ convolution takes the longer of its arithmetic and its traffic; what lies betwee
 only. tests/test_plan.py holds the floors to those that were worked out by hand.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import nn
 from cspnet.errors import RecipeError
 from cspnet.schema import TIMM, Recipe
 from cspnet.train.adversarial import attacked
-from cspnet.train.saved import convolutions, eager
+from cspnet.train.saved import Convolution, convolutions, eager
 from cspnet.trained import create_own
 
 
@@ -93,24 +92,34 @@ def find_card(name: str) -> Card:
 
 
 def forecast(recipe: Recipe, card: Card, classes: int, memory: str = "fast") -> Forecast:
-    """Raises RecipeError for nets of timm's, of which nothing is known before they run."""
+    """Raises RecipeError for nets of timm's, of which nothing is known before they run, and for a
+    precision other than the card's."""
     if recipe.model.name.startswith(TIMM):
         raise RecipeError(f"model.name={recipe.model.name}: --gpu knows the nets of cspnet only")
+    if recipe.precision not in ("auto", card.precision):
+        raise RecipeError(
+            f"precision is {recipe.precision}: of {card.name} the figures are for {card.precision}"
+        )
     size, group = recipe.data.size, recipe.group
 
     def build() -> nn.Module:
-        return create_own(recipe, classes)
+        net = create_own(recipe, classes)
+        if recipe.model.freeze:
+            net.freeze(recipe.model.freeze)
+        return net
 
     layers = convolutions(build, group, size)
-    outputs = 2 * sum(out for *_, out in layers)  # bytes, in 16 bits
+    outputs = 2 * sum(layer.outputs for layer in layers if layer.trained)  # bytes, in 16 bits
     saved = {
         "compiled": KEPT[memory] * outputs / 1e6,
         "eager": eager(build, group, size) / 1e6,
     }
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in build().parameters())
-    copies = 3 + bool(recipe.average.decay)  # weights, gradients, momentum, averages
-    fixed = (4 * copies + 2) * parameters / 1e9 + WORKSPACE_GB
+        parameters = list(build().parameters())
+    weights = sum(p.numel() for p in parameters)
+    momentum = sum(p.numel() for p in parameters if p.requires_grad)  # and the gradients
+    stored = 4 * ((1 + bool(recipe.average.decay)) * weights + momentum)
+    fixed = (stored + 4 * momentum + 2 * weights) / 1e9 + WORKSPACE_GB
     room = USABLE * card.memory_gb - fixed
     fits = {
         name: max(
@@ -123,32 +132,20 @@ def forecast(recipe: Recipe, card: Card, classes: int, memory: str = "fast") -> 
     expected = tuple(share * practical for share in REACHED)
     work = relative_work(recipe)
     seconds = tuple(recipe.batch * work / rate for rate in reversed(expected))
-    checkpoint = (4 * (copies - 1) * parameters) / 1e9  # no gradients in it
-    return Forecast(card, saved, fixed, fits, at_most, expected, checkpoint, seconds)
+    return Forecast(card, saved, fixed, fits, at_most, expected, stored / 1e9, seconds)
 
 
-def _rate(layers: list, card: Card, arithmetic: float, traffic: float) -> float:
+def _rate(layers: list[Convolution], card: Card, arithmetic: float, traffic: float) -> float:
     """Images/s of a compiled training step, at shares of the card's peaks."""
     flops, bytes_ = card.tflops * 1e12 * arithmetic, card.gb_per_s * 1e9 * traffic
-    # Forward, gradient of the input, gradient of the weights; a multiply-add is two operations.
-    seconds = sum(
-        max(3 * 2 * macs / flops, 3 * 2 * (into + out) / bytes_) for macs, into, out in layers
-    )
-    outputs = 2 * sum(out for *_, out in layers)  # bytes
-    return 1 / (seconds + BETWEEN * outputs / bytes_)
-
-
-def stages(recipe: Recipe) -> Iterator[tuple[int, int]]:
-    """Sides of the training images, pixels, each with its number of steps."""
-    steps, first = recipe.schedule.steps, 0
-    while first < steps:
-        size = recipe.size_at(first)
-        low, high = first, steps  # the last step of that size lies in between
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if recipe.size_at(middle) == size else (low, middle)
-        yield size, high - first
-        first = high
+    seconds = 0.0
+    for macs, inputs, outputs, trained in layers:
+        # Forward, gradient of the input, gradient of the weights; a multiply-add is two operations,
+        # an element two bytes.
+        passes = 3 if trained else 1
+        seconds += passes * max(2 * macs / flops, 2 * (inputs + outputs) / bytes_)
+        seconds += passes / 3 * BETWEEN * 2 * outputs / bytes_
+    return 1 / seconds
 
 
 def attacked_share(recipe: Recipe, samples: int = 4000) -> float:
@@ -165,5 +162,4 @@ def relative_work(recipe: Recipe) -> float:
 
     An attack is a pass forward and one back to the images, two thirds of a training pass.
     """
-    work = sum(steps * (size / recipe.data.size) ** 2 for size, steps in stages(recipe))
-    return work * (1 + 2 / 3 * attacked_share(recipe))
+    return recipe.work() * (1 + 2 / 3 * attacked_share(recipe))

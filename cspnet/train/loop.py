@@ -1,6 +1,6 @@
 """The training loop, in the order of time."""
 
-from contextlib import closing
+from contextlib import closing, suppress
 
 import torch
 from rich.console import Console
@@ -19,7 +19,7 @@ from cspnet.train.health import is_finite, memory_told, not_finite, note_loss
 from cspnet.train.job import Job, check_folder, prepare, record, start
 from cspnet.train.optim import learning_rate
 from cspnet.train.optim import step as update
-from cspnet.train.runtime import Place, Stop, find_device
+from cspnet.train.runtime import Claim, Place, Stop, find_device
 from cspnet.train.state import TrainState
 from cspnet.train.step import at_most, attack_some, cross_entropy, forward, one_pass, to_device
 from cspnet.train.world import Statistics, alone_until, find_world, joined
@@ -33,10 +33,12 @@ def train(recipe: Recipe, place: Place, console: Console) -> Scores | None:
     """
     stop = Stop(place.max_hours)
     world = find_world()
-    with joined(world, find_device(place.device, world)):
+    with joined(world, find_device(place.device, world)), Claim() as claim:
         world.by_first(lambda: check_folder(place))
+        world.by_first(lambda: claim.take(place.output))
         job = prepare(recipe, place, console if world.first else Console(quiet=True), world)
         state = start(job)
+        world.by_first(lambda: claim.take(place.output))  # now that it is there
         try:
             scores = run(job, state, stop)
         except CspnetError as error:
@@ -223,5 +225,6 @@ def show_samples(job: Job, net: nn.Module, report: Report) -> None:
     recipe = job.recipe
     names = display_names(job.training.classes)
     page = sheet(*look(job, net, 0), names, recipe.loss.smoothing, "step 0, group 0")
-    write_png(job.folder / "preview" / "step-0000000.png", page)
+    with suppress(OSError):  # a full disk; TensorBoard may have it
+        write_png(job.folder / "preview" / "step-0000000.png", page)
     report.picture("train/images", page)

@@ -20,12 +20,13 @@ from rich.console import Console
 
 from cspnet.data.loader import training_groups
 from cspnet.data.sources import Source
+from cspnet.data.worker import cores
 from cspnet.errors import Incomplete, Stopped
 from cspnet.report.metrics import memory_gb
 from cspnet.report.outlook import find_bottleneck
 from cspnet.schema import Recipe
 from cspnet.train.checkpoint import Checkpoints, existing_above
-from cspnet.train.forecast import attacked_share, stages
+from cspnet.train.forecast import attacked_share
 from cspnet.train.job import Job, prepare, start
 from cspnet.train.loop import run
 from cspnet.train.runtime import Place, Stop
@@ -124,7 +125,7 @@ def plan(
     attack_seconds, trials = 0.0, {}
     with Stop() as stop:
         try:
-            for size, _ in reversed(list(stages(recipe))):
+            for size, _ in reversed(list(recipe.stages())):
                 tell(f"steps of {recipe.batch} images, {size}×{size}")
                 trials[size] = _trial(recipe, place, size, seconds, False, stop)
             full = trials[recipe.data.size]
@@ -237,13 +238,11 @@ def _put_together(
     begun: float,
 ) -> Plan:
     full = trials[recipe.data.size]
-    bottleneck, advice = find_bottleneck(
-        full.data_wait, job.workers, os.cpu_count(), job.device.type
-    )
+    bottleneck, advice = find_bottleneck(full.data_wait, job.workers, cores(), job.device.type)
     validation_seconds = len(job.validation) / full.validation_rate
     setup = begun + full.setup_seconds
-    steps = sum(count * trials[size].seconds for size, count in stages(recipe))
-    steps += recipe.schedule.steps * attacked_share(recipe) * attack_seconds
+    steps = sum(count * trials[size].seconds for size, count in recipe.stages())
+    steps += recipe.work() * attacked_share(recipe) * attack_seconds  # measured at the full size
     validations, saves = occasions(recipe)
     return Plan(
         device=str(job.device),

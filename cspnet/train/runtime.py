@@ -1,15 +1,16 @@
-"""Where a run happens: device, precision and its reason, workers, the wish to stop.
+"""Where a run happens: device, precision and its reason, workers, the wish to stop, the folder.
 
 None of this is in the recipe and, precision apart, none of it changes the numbers.
 """
 
 import contextlib
+import fcntl
 import math
 import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import torch
 
@@ -132,6 +133,15 @@ def find_precision(asked: str, device: torch.device) -> Precision:
     return Precision(asked, "asked for by the recipe")
 
 
+def precision_to_look(asked: str, device: torch.device) -> Precision:
+    """For a trained net: the one of its recipe, or what `auto` is where the device lacks that."""
+    try:
+        return find_precision(asked, device)
+    except RecipeError:
+        found = find_precision("auto", device)
+        return Precision(found.name, f"{found.reason}; trained in {asked}")
+
+
 class Stop(contextlib.AbstractContextManager):
     """Turns signals and a time limit into a wish that the loop reads.
 
@@ -168,3 +178,35 @@ class Stop(contextlib.AbstractContextManager):
         if number == signal.SIGINT and self.signal == "SIGINT":
             raise KeyboardInterrupt
         self.signal = signal.Signals(number).name
+
+
+class Claim(contextlib.AbstractContextManager):
+    """Keeps a run folder for one process: two of them would cut back each other's record.
+
+    A lock of POSIX on the file `.lock`, which goes with the process however that ends, and which
+    its workers do not inherit.
+    """
+
+    def __init__(self):
+        self._file: IO | None = None
+
+    def take(self, folder: Path) -> None:
+        """Takes a folder that holds a run; one without is nobody's yet. RecipeError: it is taken.
+
+        Where the disk knows no locks, nothing is taken.
+        """
+        if self._file or not (folder / "recipe.yaml").is_file():
+            return
+        with contextlib.suppress(OSError):
+            self._file = open(folder / ".lock", "a")  # noqa: SIM115
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise RecipeError(
+                    f"another process trains in {folder}: wait for its end, or name another folder "
+                    "with --output"
+                ) from None
+
+    def __exit__(self, *_) -> None:
+        if self._file:
+            self._file.close()

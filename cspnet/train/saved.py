@@ -5,6 +5,7 @@ Exact and the same on every machine: no kernel runs, and no GPU is needed.
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -27,7 +28,7 @@ def prepared(build: Callable[[], nn.Module], images: int, size: int) -> tuple[nn
     for module in net.modules():  # Module.to() cannot do it to fake parameters
         if isinstance(module, nn.Conv2d):
             weight = module.weight.detach().contiguous(memory_format=torch.channels_last)
-            module.weight = nn.Parameter(weight)
+            module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
     return net, torch.randn(images, 3, size, size).to(memory_format=torch.channels_last)
 
 
@@ -50,15 +51,23 @@ def eager(build: Callable[[], nn.Module], images: int, size: int) -> float:
     return (saved(2 * images) - saved(images)) / images
 
 
-def convolutions(
-    build: Callable[[], nn.Module], images: int, size: int
-) -> list[tuple[int, int, int]]:
-    """Of each convolution, for one image: multiply-adds of a forward pass; elements in and out."""
+class Convolution(NamedTuple):
+    """Of one image."""
+
+    macs: int  # multiply-adds of a forward pass
+    inputs: int  # elements
+    outputs: int
+    trained: bool
+
+
+def convolutions(build: Callable[[], nn.Module], images: int, size: int) -> list[Convolution]:
+    """Those of a net, in their order."""
     found = []
 
     def note(module: nn.Conv2d, given: tuple[torch.Tensor], out: torch.Tensor) -> None:
         macs = module.weight[0].numel() * out[0].numel()
-        found.append((macs, given[0][0].numel(), out[0].numel()))
+        trained = module.weight.requires_grad
+        found.append(Convolution(macs, given[0][0].numel(), out[0].numel(), trained))
 
     with fake("cuda"), torch.no_grad():
         net, x = prepared(build, images, size)
