@@ -124,6 +124,8 @@ def test_report_writes_one_page_that_needs_nothing(trained, command, tmp_path):
     assert list(page.sections) == [
         *("summary", "curves", "time", "confusion", "mistakes", "classes", "recipe", "environment")
     ]
+    assert read_run(trained).fields["loss.smoothing"] == 0.1
+    assert "smoothed labels, which cannot all be met" in page.sections["curves"]
     assert NASTY in page.sections["classes"] and NASTY in page.sections["confusion"]
     assert NASTY not in text and "&lt;b&gt;&amp;&quot;" in text
     assert any(NASTY in title for title in page.titles)

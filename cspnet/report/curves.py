@@ -117,6 +117,10 @@ def _losses(run: Run) -> Chart:
         # An average of weights is far off in the first steps, and would leave no room for the rest.
         ceiling = HEADROOM * float(raw.values.max())
         note += f" Validation had up to {tested.values.max():,.4g}: drawn at the upper edge."
+    kinds = {"mix.probability": "mixed", "loss.smoothing": "smoothed"}
+    softened = " and ".join(word for key, word in kinds.items() if run.fields.get(key))
+    if softened:
+        note += f" Training's is of {softened} labels, which cannot all be met: it lies above."
     broken = int(np.isnan(run.training["loss"]).sum())
     if broken:
         note += f" {broken:,} lines of the record have a loss that is no number."
