@@ -95,7 +95,9 @@ def test_the_loop_of_the_documentation_ends_a_run_by_time_limits(tmp_path):
     text = (ROOT / "docs" / "resuming.md").read_text()
     (script,) = re.findall(r"```sh\n(until cspnet-train .*?)```", text, re.DOTALL)
     command = f'{sys.executable} -c "{TRAIN}" {" ".join(TINY)} schedule.steps=3 -j 0'
-    script = script.replace("cspnet-train --recipe cspdarknet53 --data data/imagenet", command)
+    script = script.replace(
+        "cspnet-train --recipe cspdarknet53-omega --data data/imagenet", command
+    )
     script = script.replace("until", "until echo round &&").replace(
         "--max-hours 8", "--max-hours 0.00001 --recipe digits"
     )
