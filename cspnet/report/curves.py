@@ -120,7 +120,7 @@ def _losses(run: Run) -> Chart:
     kinds = {"mix.probability": "mixed", "loss.smoothing": "smoothed"}
     softened = " and ".join(word for key, word in kinds.items() if run.fields.get(key))
     if softened:
-        note += f" Training's is of {softened} labels, which cannot all be met: it lies above."
+        note += f" Training's is of {softened} labels, which cannot all be met: do not compare."
     broken = int(np.isnan(run.training["loss"]).sum())
     if broken:
         note += f" {broken:,} lines of the record have a loss that is no number."

@@ -23,7 +23,9 @@ def describe(run: Run, now: datetime | None = None) -> list[str]:
     have been killed, or validate.
     """
     now = now or datetime.now(UTC)
-    lines = [f"{run.folder}: {_doing(run, now)}"]
+    recipe = _recipe(run)
+    running = _is_running(run, recipe, now)
+    lines = [f"{run.folder}: {_doing(run, running, now)}"]
     steps = run.training["step"]
     share = f" of {run.steps:,} ({run.step / run.steps:.1%})" if run.steps else ""
     loss = f", loss {run.training['loss'][-1]:.4f}" if len(steps) else ", none logged yet"
@@ -34,10 +36,10 @@ def describe(run: Run, now: datetime | None = None) -> list[str]:
         speed = len(speeds) / float(np.sum(1 / speeds))  # of equal numbers of images
         wait = float(np.nanmean(run.training["data_wait"][-LINES:]))
         left = ""
-        if (recipe := _recipe(run)) and run.step < run.steps:
+        if recipe and run.step < run.steps:
             seconds = seconds_left(recipe, run.step, speed)
             left = f"; {spell(seconds)} left, validations aside"
-            left += f", done at {when(seconds)}" * _is_running(run, now)
+            left += f", done at {when(seconds)}" * running
         lines.append(
             f"speed       {speed:,.0f} images/s, {wait:.0%} of the time waiting for images{left}"
         )
@@ -52,12 +54,12 @@ def describe(run: Run, now: datetime | None = None) -> list[str]:
     return lines
 
 
-def _is_running(run: Run, now: datetime) -> bool:
+def _is_running(run: Run, recipe: Recipe | None, now: datetime) -> bool:
     """Whether it began, did not end, and was heard of lately."""
     if not run.events or run.events[-1].kind in ENDS:
         return False
     silence, speeds = SILENCE, run.training["images_per_second"][-1:]
-    if (recipe := _recipe(run)) and len(speeds) and speeds[0] > 0:
+    if recipe and len(speeds) and speeds[0] > 0:
         window = recipe.log_every * recipe.batch / float(speeds[0])
         silence = max(silence, WINDOWS * timedelta(seconds=window))
     return now - max(run.written or run.events[-1].time, run.events[-1].time) < silence
@@ -71,7 +73,7 @@ def _recipe(run: Run) -> Recipe | None:
         return None
 
 
-def _doing(run: Run, now: datetime) -> str:
+def _doing(run: Run, running: bool, now: datetime) -> str:
     if not run.events:
         return "begun by nobody"
     last = run.events[-1]
@@ -82,7 +84,7 @@ def _doing(run: Run, now: datetime) -> str:
         return f"stopped at {_local(last.time)}{why}"
     heard = max(run.written or last.time, last.time)
     ago = f"heard of {spell((now - heard).total_seconds())} ago"
-    if _is_running(run, now):
+    if running:
         return f"running since {_local(last.time)} on {run.device}, {ago}"
     return f"silent, {ago}: killed, or in a long validation. --resume goes on with a killed run"
 

@@ -34,8 +34,7 @@ def train(recipe: Recipe, place: Place, console: Console) -> Scores | None:
     stop = Stop(place.max_hours)
     world = find_world()
     with joined(world, find_device(place.device, world)), Claim() as claim:
-        world.by_first(lambda: check_folder(place))
-        world.by_first(lambda: claim.take(place.output))
+        world.by_first(lambda: (check_folder(place), claim.take(place.output)))
         job = prepare(recipe, place, console if world.first else Console(quiet=True), world)
         state = start(job)
         world.by_first(lambda: claim.take(place.output))  # now that it is there
