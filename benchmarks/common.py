@@ -5,7 +5,7 @@ import json
 import os
 import platform
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -26,6 +26,17 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
+def versions() -> dict[str, str | None]:
+    """Of Python and the packages; None for one that runs from its sources."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
 def about(arguments) -> dict:
     """Date, machine, versions and arguments of a benchmark."""
     return {
@@ -34,7 +45,7 @@ def about(arguments) -> dict:
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+        "versions": versions(),
         "arguments": {key: str(value) for key, value in vars(arguments).items()},
     }
 

@@ -67,7 +67,7 @@ def main() -> None:
             mock.patch.object(loop, "training_groups", alternating(window)),
             mock.patch.object(loop, "is_validation_due", lambda state: False),
         ):
-            loop.train(recipe, place, Console(soft_wrap=True, quiet=not small))
+            loop.train(recipe, place, Console(soft_wrap=True))
         text = (place.output / "metrics.jsonl").read_text()
     lines = [line for line in map(json.loads, text.splitlines()) if line["split"] == "train"]
     kinds = {"loader": lines[2::2], "memory": lines[3::2]}

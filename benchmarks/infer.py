@@ -8,15 +8,13 @@ the median of the windows counts, and their range is its spread.
 """
 
 import argparse
-import datetime
-import json
-import platform
 import statistics
 import time
 from pathlib import Path
 
 import timm
 import torch
+from common import about, write
 from torch import nn
 
 from cspnet.nets import create
@@ -82,15 +80,11 @@ def main() -> None:
     device = find_device(options.device)
     torch.backends.cudnn.benchmark = True
     precision = find_precision(options.precision, device).name
-    machine = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        machine = torch.cuda.get_device_name(device)
-    versions = {"torch": str(torch.__version__), "timm": timm.__version__}
-    print(f"{machine}, torch {versions['torch']}, timm {versions['timm']}, {precision}")
+    record = about(options) | {"precision": precision, "results": {}}
+    print(f"{record['machine']}, torch {torch.__version__}, timm {timm.__version__}, {precision}")
     nets = build(options.net, DTYPES[precision], device)
     if options.compile:
         nets = {name: torch.compile(net, dynamic=False) for name, net in nets.items()}
-    results = {}
     for case in options.cases or CASES[device.type]:
         size, batch = (int(number) for number in case.split("x"))
         images = torch.randn(batch, 3, size, size).to(device, DTYPES[precision])
@@ -98,7 +92,7 @@ def main() -> None:
         with torch.inference_mode():
             windows = measure(nets, images, options)
         medians = {name: statistics.median(speeds) for name, speeds in windows.items()}
-        results[case] = {
+        record["results"][case] = {
             name: {"frames_per_second": medians[name], "windows": speeds}
             for name, speeds in windows.items()
         }
@@ -108,18 +102,7 @@ def main() -> None:
                 f"  {name:12} {medians[name]:9.2f} frames/s ({min(speeds):.2f} to "
                 f"{max(speeds):.2f})  {medians[name] / medians['timm']:5.2f} of timm's"
             )
-    if options.json:
-        content = {
-            "date": datetime.date.today().isoformat(),
-            "machine": machine,
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            **versions,
-            "precision": precision,
-            **{key: getattr(options, key) for key in ("net", "seconds", "compile")},
-            "results": results,
-        }
-        options.json.write_text(json.dumps(content, indent=2) + "\n")
+        write(options.json, record)
 
 
 if __name__ == "__main__":

@@ -11,17 +11,13 @@ a crop, which other programs on the machine disturb far less.
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import os
-import platform
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import date
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
@@ -30,6 +26,7 @@ import PIL.Image
 import timm.data
 import torch
 import torchvision.io
+from common import about, write
 from torchvision.transforms import v2
 
 from cspnet import recipe as recipes
@@ -43,7 +40,6 @@ CROP = 0.887  # timm's for cspdarknet53
 OURS = "ours"
 CPU = torch.device("cpu")
 AHEAD = 12  # batches before a window begins: more than any pipeline makes ahead
-PACKAGES = ("torch", "torchvision", "timm", "pillow", "opencv-python-headless", "numpy")
 
 
 @dataclass
@@ -308,14 +304,6 @@ def table(title: str, pipelines: list[Pipeline]) -> list[dict]:
     return records
 
 
-def processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="folder with train/ and val/")
@@ -334,12 +322,7 @@ def main() -> None:
         *(arguments.size, arguments.workers),
     )
     load = os.getloadavg()
-    record = {
-        "date": str(date.today()),
-        "machine": f"{processor()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
-        "arguments": {key: str(value) for key, value in vars(arguments).items()},
-    }
+    record = about(arguments)
     print(
         f"{record['machine']}; {workers} workers, batches of {batch}, {size}²; load {load[0]:.1f}"
     )
@@ -356,8 +339,7 @@ def main() -> None:
         print("  " + "  ".join(f"{megabytes:.1f}" for megabytes in held))
     record["load_before_and_after"] = [load, os.getloadavg()]
     print(f"load of the machine, before and after: {load[0]:.1f}, {os.getloadavg()[0]:.1f}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+    write(arguments.json, record)
 
 
 if __name__ == "__main__":

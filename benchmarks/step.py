@@ -11,9 +11,6 @@ the median of the windows is what counts.
 """
 
 import argparse
-import datetime
-import json
-import platform
 import statistics
 import time
 import warnings
@@ -22,6 +19,7 @@ from pathlib import Path
 
 import timm
 import torch
+from common import about, write
 from timm.optim import create_optimizer_v2
 from timm.utils import NativeScaler
 
@@ -52,6 +50,7 @@ def ours(options, images, targets, precision: Precision, compiled: bool) -> Call
 
     def step() -> None:
         nonlocal updates
+        torch.backends.cudnn.benchmark = options.autotune
         rate = learning_rate(updates + 1, recipe)
         for parameters in optimizer.param_groups:
             parameters["lr"] = rate
@@ -84,6 +83,7 @@ def timms(options, images, targets, precision: Precision, compiled: bool) -> Cal
     )
 
     def step() -> None:
+        torch.backends.cudnn.benchmark = True  # train.py's setting
         pixels = images.permute(0, 3, 1, 2).float().sub_(mean).div_(std)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         with precision.autocast(images.device):
@@ -108,10 +108,14 @@ def count_waits(step: Callable[[], None], steps: int = 3) -> float:
         for _ in range(steps):
             step()
         torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in caught) / steps
+    # Switching the mode on warns too, that it does not see all.
+    return sum("called a synchronizing" in str(warning.message) for warning in caught) / steps
 
 
-def measure(options, device: torch.device, precision: Precision) -> dict:
+def measure(
+    options, device: torch.device, precision: Precision, keep: Callable[[dict], None]
+) -> dict:
+    """Warm-up and windows by variant, of which `keep` gets what there is after each round."""
     generator = torch.Generator().manual_seed(0)
     size, batch = options.size, options.recipe.batch
     images = torch.randint(0, 256, (batch, size, size, 3), generator=generator, dtype=torch.uint8)
@@ -142,6 +146,7 @@ def measure(options, device: torch.device, precision: Precision) -> dict:
             synchronise()
             speed = options.steps * batch / (time.perf_counter() - start)
             results[name]["windows"].append(speed)
+        keep(results)
     if device.type == "cuda":
         for name in options.variants:
             results[name]["host_waits_per_step"] = count_waits(steps[name])
@@ -164,6 +169,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="a window")
     parser.add_argument("--warmup", type=int)
     parser.add_argument("--cap-gb", type=float, help="memory that torch may reserve, 10^9 bytes")
+    parser.add_argument("--autotune", action="store_true", help="cuDNN's, for ours, as timm has it")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     device = find_device(options.device)
@@ -180,11 +186,16 @@ def main() -> None:
     given = (f"batch={options.batch}", f"group={options.group}", f"data.size={options.size}")
     options.recipe = recipes.load(None, [*given, "data.normalize=imagenet"])
     options.passes = options.passes or options.recipe.groups
-    results = measure(options, device, precision)
-    machine = torch.cuda.get_device_name() if not small else platform.processor() or "CPU"
+    record = about(options) | {"precision": precision.name, "groups at once": options.passes}
+
+    def keep(results: dict) -> None:
+        write(options.json, {**record, "results": results})
+
+    results = measure(options, device, precision, keep)
+    keep(results)
     print(
-        f"{machine}, torch {torch.__version__}, timm {timm.__version__}, {precision.name}, "
-        f"{options.size}x{options.size}, batch {options.batch} in passes of "
+        f"{record['machine']}, torch {torch.__version__}, timm {timm.__version__}, "
+        f"{precision.name}, {options.size}x{options.size}, batch {options.batch} in passes of "
         f"{options.passes * options.group}, {torch.get_num_threads()} threads"
     )
     reference = results.get("timm", next(iter(results.values())))["images_per_second"]
@@ -198,20 +209,6 @@ def main() -> None:
             f"{name:14} {result['images_per_second']:9.2f} images/s ({low:.2f} to {high:.2f})  "
             f"{result['images_per_second'] / reference:5.2f} of timm's{peak}"
         )
-    if options.json:
-        content = {
-            "date": datetime.date.today().isoformat(),
-            "machine": machine,
-            "torch": str(torch.__version__),
-            "timm": timm.__version__,
-            "precision": precision.name,
-            **{
-                k: getattr(options, k)
-                for k in ("size", "batch", "group", "passes", "memory", "cap_gb")
-            },
-            "results": results,
-        }
-        options.json.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":
