@@ -176,10 +176,11 @@ class Recipe:
     def size_at(self, step: int) -> int:
         """Side of the training images in a step, pixels."""
         first, last = self.data.start_size, self.data.size
-        if first is None:
+        growing = self.data.full_size_from * self.schedule.steps
+        if first is None or step >= growing:
             return last
         stages = (last - first) // 32  # before the last one
-        done = step / (self.data.full_size_from * self.schedule.steps or 1)
+        done = step / growing
         return first + 32 * min(stages, int(done * stages))
 
     def stages(self, first: int = 0) -> Iterator[tuple[int, int]]:

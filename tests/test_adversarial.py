@@ -1,9 +1,11 @@
 import pytest
 import torch
+from rich.console import Console
 
 from cspnet.nets import create
-from cspnet.train import adversarial
+from cspnet.train import adversarial, job, step
 from cspnet.train.adversarial import attack
+from cspnet.train.runtime import Place
 
 
 @pytest.fixture
@@ -102,6 +104,32 @@ def test_it_does_not_depend_on_the_loss_scale(net):
     a = attack(net, net, IMAGES, None, 0.1)
     b = attack(net, net, IMAGES, None, 0.1, torch.tensor(65536.0))
     torch.testing.assert_close(a, b)
+
+
+def test_the_surest_images_are_attacked_at_the_scale_that_fp16_steps_run_at(
+    tiny, tmp_path, monkeypatch
+):
+    """Logits are halves then: a gradient for each image that is not a part of a batch's overflows
+    at the scale where a batch's does not."""
+    recipe = tiny("batch=128", "adversarial.strength=10", "schedule.warmup_steps=1")
+    work = job.prepare(recipe, Place(tmp_path / "run", device="cpu"), Console(quiet=True))
+    state = job.start(work)
+    state.step = 6
+    images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    images = images.contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(3 * 32 * 32, 10, generator=torch.Generator().manual_seed(3))
+
+    def sure(work, net, images):
+        return (images.flatten(1) @ weight).half()
+
+    monkeypatch.setattr(step, "forward", sure)
+    assert (sure(work, None, images).float().softmax(1).amax(1) > 0.9).sum() > 4
+    exact = step.attack_group(work, state, state.net, images, None)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18)
+    moved = step.attack_group(work, state, state.net, images, None)
+    assert moved.is_contiguous(memory_format=torch.channels_last)
+    assert (moved != images).flatten(1).any(1).all()
+    torch.testing.assert_close(moved, exact, rtol=0, atol=1e-2)
 
 
 def test_strength_grows_with_the_step_after_the_warm_up(tiny):

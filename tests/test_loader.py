@@ -64,6 +64,7 @@ def test_groups_are_of_the_size_of_their_step(source):
     recipe = small("data.start_size=32", "data.full_size_from=0.5")
     sides = [group.images.shape[1] for group in training_groups(source, recipe, 0, 1, False)]
     assert sides == [32] * 20 + [64] * 20
+    assert small("data.start_size=32", "data.full_size_from=0").size_at(0) == 64
 
 
 def test_a_part_of_a_batch_is_enough_to_keep_it(source):

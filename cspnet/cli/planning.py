@@ -114,6 +114,7 @@ def _measured(recipe: "Recipe", plan: "Plan", output: Path) -> list[str]:
     short = "" if disk < plan.free_gb else ": TOO LITTLE ROOM"
     return [
         f"measured on {plan.device}, {plan.precision}, {plan.workers} workers",
+        *(f"kernels     {line}" for line in plan.kernels),
         f"memory      {peaks.replace('training', 'the steps')}, {where} {plan.available_gb:.1f}",
         f"images/s    the net alone {plan.net_rate:,.1f}, the loader alone "
         f"{plan.loader_rate:,.1f}, both {plan.both_rate:,.1f}",

@@ -3,15 +3,15 @@
 Both happen before the first step, with real images, and leave the state as it was.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from cspnet.errors import OutOfMemory
+from cspnet.train.health import is_out_of_memory
 from cspnet.train.job import Job, passes_of
 from cspnet.train.runtime import BUDGETS, Precision
 from cspnet.train.state import TrainState
@@ -23,66 +23,129 @@ TOLERANCE = 0.02
 # eager one the compiled one may be.
 WORSE = 2.0
 
-# Loss of a pass, already scaled and divided, its backward pass done: (job, net) -> loss
-Trial = Callable[[Job, nn.Module], torch.Tensor]
+# Loss of the job's first pass, its backward pass done, with gradients scaled as in the run or by a
+# number: (job, net, scale) -> loss
+OnePass = Callable[[Job, nn.Module, float | None], torch.Tensor]
+# What takes the most memory: (job, net) -> loss
+Fullest = Callable[[Job, nn.Module], torch.Tensor]
 
 
-def compile_tested(job: Job, state: TrainState, trial: Trial) -> tuple[Job, nn.Module]:
-    """The job and the net with compiled kernels; as they were, and loudly, where these are wrong.
+def accelerate(
+    job: Job, state: TrainState, one_pass: OnePass, fullest: Fullest
+) -> tuple[Job, nn.Module]:
+    """The job in passes that fit, and the net, with compiled kernels where they are asked for.
 
-    One group goes through both: loss and gradients must agree, in 16 bits as well as the eager ones
-    agree with float32's. On a machine without a compiler, or with a faulty one, training goes on in
-    eager mode.
+    In eager mode, and loudly, where there is no compiler, or what it makes is wrong: a pass as the
+    run has it must agree with the eager net's. Raises OutOfMemory.
     """
-    alone = replace(job, passes=passes_of(job.groups, 1))
-    kept = {name: tensor.clone() for name, tensor in state.net.state_dict().items()}
-    torch._functorch.config.activation_memory_budget = BUDGETS[job.place.memory]
-
-    def gradient(job: Job, net: nn.Module) -> tuple[float, list[torch.Tensor]]:
-        loss = float(trial(job, net))
-        gradients = [weight.grad for weight in state.net.parameters() if weight.requires_grad]
-        state.optimizer.zero_grad(set_to_none=True)
-        state.net.load_state_dict(kept)
-        return loss, gradients
-
-    # A graph for each size, number of groups and mode: more than torch expects of one function.
-    torch._dynamo.config.recompile_limit = 64
-    try:
-        fast = replace(alone, augment=torch.compile(job.augment, dynamic=False))
-        net = torch.compile(state.net, dynamic=False)
-        loss, expected = gradient(alone, state.net)
-        allowed = TOLERANCE
-        if job.precision.name != "fp32":
-            rounded, exact = expected, replace(alone, precision=Precision("fp32", "to compare"))
-            _, expected = gradient(exact, state.net)
-            allowed = WORSE * _distance(rounded, expected)
-        compiled_loss, compiled = gradient(fast, net)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # a missing compiler, an unsupported card: each has its own
-        first = str(error).strip().partition("\n")[0] or type(error).__name__
-        return job, _eager(job.console, state, f"torch.compile failed ({first[:200]})")
-    distance = _distance(compiled, expected)
-    if not (distance <= allowed and abs(compiled_loss - loss) <= TOLERANCE * abs(loss)):
-        reason = (
-            f"the compiled net is not the eager one: loss {compiled_loss:.6g} for {loss:.6g}, "
-            f"gradient off by {distance:.1e} of its norm, {allowed:.1e} is allowed"
+    if job.compile:
+        torch._functorch.config.activation_memory_budget = BUDGETS[job.place.memory]
+        # A graph for each size, number of groups and mode: more than torch expects of one function.
+        torch._dynamo.config.recompile_limit = 64
+        kept = _copy(state.net)
+        try:
+            fast = replace(job, augment=torch.compile(job.augment, dynamic=False))
+            net = torch.compile(state.net, dynamic=False)
+            if job.fit:
+                fast = fit_passes(fast, net, state, fullest)
+            reason = _fault(job, fast, net, state, one_pass)
+            _release(job)  # what the test took beyond the run's own is no peak of the run
+        except OutOfMemory:
+            raise
+        except Exception as error:  # a missing compiler, an unsupported card: each has its own
+            if is_out_of_memory(error):
+                raise _too_large(job) from None
+            first = str(error).strip().partition("\n")[0] or type(error).__name__
+            reason = f"torch.compile failed ({first[:200]})"
+            _undo(state, kept)
+        reason = job.world.agree(reason)  # one process in eager mode would hold up all
+        if reason is None:
+            return fast, net
+        job.console.print(
+            f"NOT COMPILED: {reason}. Training goes on in eager mode, slower and with more memory; "
+            "--no-compile says so from the start",
+            style="bold red",
         )
-        return job, _eager(job.console, state, reason)
-    job.console.print(
-        f"compiled, tested: gradient off by {distance:.1e} of its norm, {allowed:.1e} is allowed; "
-        f"--memory {job.place.memory}"
-    )
-    return replace(job, augment=fast.augment), net
+        job = replace(job, compile=False)
+    return (fit_passes(job, state.net, state, fullest) if job.fit else job), state.net
 
 
-def _eager(console: Console, state: TrainState, reason: str) -> nn.Module:
-    console.print(
-        f"NOT COMPILED: {reason}. Training goes on in eager mode, slower and with more memory; "
-        "--no-compile says so from the start",
-        style="bold red",
+class Outcome(NamedTuple):
+    """What a pass leaves, in the memory of the host."""
+
+    loss: float
+    gradients: list[torch.Tensor]
+    statistics: list[torch.Tensor]  # by how much BatchNorm's running ones have moved
+
+
+def _fault(job: Job, fast: Job, net: nn.Module, state: TrainState, one_pass: OnePass) -> str | None:
+    """Why the compiled net of `fast` is not to be trusted; None where it agrees with the eager one.
+
+    A pass goes through it, and group by group through the eager net: loss, gradients and running
+    statistics must agree, in 16 bits as well as the eager ones agree with float32's.
+    """
+    kept = _copy(state.net)
+
+    def outcome(job: Job, net: nn.Module, passes: list[range]) -> Outcome:
+        loss = sum(float(one_pass(replace(job, passes=[part]), net, scale)) for part in passes)
+        gradients = [weight.grad.cpu() for weight in state.net.parameters() if weight.requires_grad]
+        moved = [
+            tensor.cpu() - kept[name]
+            for name, tensor in state.net.state_dict().items()
+            if "running_" in name
+        ]
+        _undo(state, kept)
+        return Outcome(loss, gradients, moved)
+
+    def eager(job: Job) -> Outcome:
+        # float32 needs more memory than the run: what is kept for the backward pass waits outside.
+        to_host = torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: tensor.detach().cpu(), lambda tensor: tensor.to(job.device)
+        )
+        with to_host:
+            return outcome(job, state.net, passes_of(fast.passes[0], 1))
+
+    scale = state.scaler.get_scale()  # 1 where the loss is not scaled
+    rounded = exact = eager(job)
+    while scale > 1 and not all(bool(g.isfinite().all()) for g in rounded.gradients):
+        scale /= 16  # as the run itself will find out, in steps that are left out
+        rounded = exact = eager(job)
+    if job.precision.name != "fp32":
+        exact = eager(replace(job, precision=Precision("fp32", "to compare")))
+    compiled = outcome(fast, net, fast.passes[:1])
+    told = []
+    for what, distance in (("gradients", _distance), ("statistics", _largest_distance)):
+        ours, theirs, expected = (getattr(one, what) for one in (compiled, rounded, exact))
+        apart, allowed = distance(ours, expected), TOLERANCE
+        if exact is not rounded:
+            allowed = max(allowed, WORSE * distance(theirs, expected))
+        told.append((what, apart, allowed))
+    if all(apart <= allowed for _, apart, allowed in told) and (
+        abs(compiled.loss - rounded.loss) <= TOLERANCE * abs(rounded.loss)
+    ):
+        _, apart, allowed = told[0]
+        job.console.print(
+            f"compiled, tested: gradient off by {apart:.1e} of its norm, {allowed:.1e} is allowed; "
+            f"--memory {job.place.memory}"
+        )
+        return None
+    return (
+        f"the compiled net is not the eager one: loss {compiled.loss:.6g} for {rounded.loss:.6g}, "
+        + ", ".join(f"{what} off by {apart:.1e} ({allowed:.1e})" for what, apart, allowed in told)
+        + " of their norm (allowed)"
     )
-    return state.net
+
+
+def _copy(net: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights and statistics, in the memory of the host."""
+    return {name: tensor.cpu().clone() for name, tensor in net.state_dict().items()}
+
+
+def _undo(state: TrainState, kept: dict[str, torch.Tensor]) -> None:
+    """The state as it was before a trial."""
+    state.optimizer.zero_grad(set_to_none=True)
+    state.net.load_state_dict(kept)
+    state.net.train()
 
 
 def _distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
@@ -92,7 +155,13 @@ def _distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
     return (difference / norm) ** 0.5 if norm > 0 else float("nan")
 
 
-def fit_passes(job: Job, net: nn.Module, state: TrainState, trial: Trial) -> Job:
+def _largest_distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+    """The largest distance of a pair; of two that are 0, such as a frozen layer's moves, none."""
+    pairs = [(x, y) for x, y in zip(a, b, strict=True) if x.any() or y.any()]
+    return max((_distance([x], [y]) for x, y in pairs), default=0.0)
+
+
+def fit_passes(job: Job, net: nn.Module, state: TrainState, trial: Fullest) -> Job:
     """The job with the fewest passes that the device has memory for, said on the console.
 
     The trial runs twice, since the first step allocates what the second finds in its way. Raises
@@ -102,16 +171,16 @@ def fit_passes(job: Job, net: nn.Module, state: TrainState, trial: Trial) -> Job
     # So many groups at once that a step has 1, 2, 3 … passes: of 4 groups 4, 2 or 1.
     for at_once in sorted({-(-groups // passes) for passes in range(1, groups + 1)}, reverse=True):
         tried = replace(job, passes=passes_of(job.groups, at_once))
-        kept = copy.deepcopy(state.net.state_dict())
+        kept = _copy(state.net)
         try:
             for _ in range(2):
                 trial(tried, net)
             fits = True
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             fits = False
-        state.optimizer.zero_grad(set_to_none=True)
-        state.net.load_state_dict(kept)
-        del kept
+        _undo(state, kept)
         peak = _release(job)
         if fits:
             passes = len(tried.passes)
@@ -120,7 +189,12 @@ def fit_passes(job: Job, net: nn.Module, state: TrainState, trial: Trial) -> Job
                 + f", {peak / 1e9:.1f} GB" * bool(peak)
             )
             return tried
-    raise OutOfMemory(
+    raise _too_large(job)
+
+
+def _too_large(job: Job) -> OutOfMemory:
+    recipe = job.recipe
+    return OutOfMemory(
         f"a single group of {recipe.group} images of {recipe.data.size}×{recipe.data.size} does "
         f"not fit into the memory of {job.device}: free it of other processes, try --memory tiny, "
         f"or change the recipe: data.size={max(32, recipe.data.size - 32)}, for one"

@@ -118,6 +118,17 @@ def not_finite(
     )
 
 
+# What cuDNN and cuBLAS say, in a plain RuntimeError, where the device has no room for their own.
+FULL = ("unable to find an engine to execute", "ALLOC_FAILED", "out of memory")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether that error means that the device has too little memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in FULL)
+    )
+
+
 @contextlib.contextmanager
 def memory_told(at_once: int, state: TrainState) -> Iterator[None]:
     """Turns the device's running out of memory into one message with numbers and a cure.
@@ -126,7 +137,9 @@ def memory_told(at_once: int, state: TrainState) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         recipe = state.recipe
         numbers = ""
         if torch.cuda.is_available():

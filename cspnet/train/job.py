@@ -68,8 +68,6 @@ def prepare(recipe: Recipe, place: Place, console: Console, world: World = ALONE
             f"(batch={recipe.batch}, group={recipe.group}): start {' or '.join(worlds)}"
         )
     groups = world.share_of(recipe.groups)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if precision.name == "fp32":  # not TF32, which torch lets cuDNN use
         torch.backends.cudnn.allow_tf32 = False
     on_gpu = device.type == "cuda"

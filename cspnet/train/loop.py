@@ -14,7 +14,7 @@ from cspnet.report.metrics import Report
 from cspnet.report.preview import sheet, write_png
 from cspnet.schema import Recipe
 from cspnet.train.adversarial import attack, strength
-from cspnet.train.fast import compile_tested, fit_passes
+from cspnet.train.fast import accelerate
 from cspnet.train.health import is_finite, memory_told, not_finite, note_loss
 from cspnet.train.job import Job, check_folder, prepare, record, start
 from cspnet.train.optim import learning_rate
@@ -51,10 +51,15 @@ def run(job: Job, state: TrainState, stop: Stop) -> Scores | None:
     """The steps that are left, one by one."""
     recipe, world = job.recipe, job.world
     net, last = state.net, recipe.schedule.steps
-    if job.compile and state.step < last:
-        job, net = compile_tested(job, state, lambda job, net: one_pass(job, state, net))
-    if job.fit and state.step < last:
-        job = fit_passes(job, net, state, lambda job, net: at_most(job, state, net))
+    # The first sum on the device: what it takes of its memory is gone before passes are tried.
+    world.sum_(torch.zeros(1, device=job.device))
+    if state.step < last:
+        job, net = accelerate(
+            job,
+            state,
+            lambda job, net, scale: one_pass(job, state, net, scale=scale),
+            lambda job, net: at_most(job, state, net),
+        )
     scores = None
     stream = training_groups(
         job.training, recipe, state.step, job.workers, job.device.type == "cuda", job.groups
@@ -215,6 +220,7 @@ def look(
         images,
         targets if recipe.adversarial.target == "label" else None,
         strength(step, recipe) or recipe.adversarial.strength,
+        1024.0 if job.precision.scales_loss else 1.0,
     )
     return images, targets, changed
 

@@ -6,8 +6,10 @@ schedule are changed, none of which costs time.
 """
 
 import contextlib
+import io
 import json
 import os
+import re
 import statistics
 import tempfile
 import time
@@ -33,6 +35,7 @@ from cspnet.train.runtime import Place, Stop
 
 PILOT = 5  # steps that tell how many there is time for
 MOST = 400  # steps of a trial
+ACCELERATED = re.compile(r"NOT COMPILED|compiled, tested|\d+ groups of .* at once")  # `accelerate`
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Trial:
     save_seconds: float
     setup_seconds: float  # before the first step: kernels, the first pictures
     checkpoint_gb: float
+    kernels: list[str]
 
     @property
     def alone(self) -> float:
@@ -62,6 +66,7 @@ class Plan:
     device: str
     precision: str
     workers: int
+    kernels: list[str]  # what a run says of compiling, and of the passes that it found
     memory_gb: dict[str, float]  # peak up to: training, attack, validation
     available_gb: float  # of the device, or of the machine
     net_rate: float  # images/s of the net alone, at the full size
@@ -181,10 +186,13 @@ def _run(recipe: Recipe, place: Place, stop: Stop, images: int) -> Trial:
     with tempfile.TemporaryDirectory(prefix=".plan-", dir=above) as folder:
         begun = time.perf_counter()
         output = Path(folder) / "run"
-        job = prepare(recipe, replace(place, output=output, resume=False), Console(quiet=True))
+        told = io.StringIO()
+        place = replace(place, output=output, resume=False)
+        job = prepare(recipe, place, Console(file=told, width=10_000))
         saves = _Timed(output / "checkpoints")
         job = replace(job, checkpoints=saves, validation=First(job.validation, images))
         scores = run(job, start(job), stop)
+        kernels = [line for line in told.getvalue().splitlines() if ACCELERATED.match(line)]
         whole = time.perf_counter() - begun
         peak_gb = memory_gb()  # with the last save
         record = (output / "metrics.jsonl").read_text().splitlines()
@@ -204,6 +212,7 @@ def _run(recipe: Recipe, place: Place, stop: Stop, images: int) -> Trial:
         save_seconds=statistics.mean(saves.seconds),
         setup_seconds=whole - sum(spent) - scores.seconds - sum(saves.seconds),
         checkpoint_gb=checkpoint_gb,
+        kernels=kernels,
     )
 
 
@@ -248,6 +257,7 @@ def _put_together(
         device=str(job.device),
         precision=f"{job.precision.name} ({job.precision.reason})",
         workers=job.workers,
+        kernels=full.kernels,
         memory_gb=memory,
         available_gb=_available_gb(job),
         net_rate=recipe.batch / full.alone,

@@ -44,7 +44,8 @@ class Place:
 def find_device(name: str, world: World = ALONE) -> torch.device:
     """The device of `auto`, `cpu`, `cuda` or `cuda:N`; of several processes each has its own GPU.
 
-    Raises RecipeError where there is none.
+    A GPU becomes torch's current one: whatever names none would take a share of the first GPU's
+    memory. Raises RecipeError where there is none.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,13 +64,15 @@ def find_device(name: str, world: World = ALONE) -> torch.device:
                     f"{world.local_size} processes on this machine, which shows {count} CUDA "
                     f"devices to torch: start one for each, torchrun --nproc-per-node={count}"
                 )
-            return torch.device("cuda", world.local_rank)
+            number = world.local_rank
         if int(number or 0) >= count:
             raise RecipeError(
                 f"--device {name}: this machine shows {count} CUDA devices to torch. "
                 "Check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu."
             )
-        return torch.device("cuda", int(number or 0))
+        device = torch.device("cuda", int(number or 0))
+        torch.cuda.set_device(device)
+        return device
     return torch.device("cpu")
 
 

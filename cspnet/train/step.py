@@ -52,26 +52,27 @@ def forward(job: Job, net: nn.Module, images: torch.Tensor) -> torch.Tensor:
 def attack_some(
     job: Job, state: TrainState, net: nn.Module, images, targets, part: range
 ) -> torch.Tensor:
-    """The images of a pass, those of the attacked groups changed by the net against itself."""
-    recipe = job.recipe
-    chosen = attacked(recipe, state.step, part)
-    if not chosen.any():
-        return images
-    chosen = torch.from_numpy(np.flatnonzero(np.repeat(chosen, recipe.group)))
-    chosen = chosen.to(job.device, non_blocking=True)
-    changed = attack_all(job, state, net, images[chosen], targets[chosen])
-    return images.index_copy(0, chosen, changed)
+    """The images of a pass, those of the attacked groups changed in place.
+
+    Group by group: whatever the passes, the attack is the same computation, and one graph for all.
+    """
+    group = job.recipe.group
+    for place in np.flatnonzero(attacked(job.recipe, state.step, part)):
+        rows = slice(place * group, (place + 1) * group)
+        images[rows] = attack_group(job, state, net, images[rows], targets[rows])
+    return images
 
 
-def attack_all(job: Job, state: TrainState, net: nn.Module, images, targets) -> torch.Tensor:
-    """The images, changed by the net against itself with the strength of the step."""
+def attack_group(job: Job, state: TrainState, net: nn.Module, images, targets) -> torch.Tensor:
+    """Images of a group, changed by the net against itself with the strength of the step."""
     return attack(
         lambda seen: forward(job, net, seen),
         state.net,
         images,
         targets if job.recipe.adversarial.target == "label" else None,
         strength(state.step, job.recipe),
-        state.scaler.scale(torch.ones((), device=job.device)),
+        # As large as the loss of a step, by whose gradients the scale was found.
+        state.scaler.scale(torch.full((), 1 / job.recipe.batch, device=job.device)),
     )
 
 
@@ -80,15 +81,25 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
 
 
-def one_pass(job: Job, state: TrainState, net: nn.Module, attacked: bool = False) -> torch.Tensor:
-    """Loss of the first pass of the last step, with its backward pass, for a trial."""
+def one_pass(
+    job: Job,
+    state: TrainState,
+    net: nn.Module,
+    attacked: bool = False,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Loss of the first pass of the last step, with its backward pass, for a trial.
+
+    The gradients are scaled as the run's are, or by `scale`.
+    """
     groups, part = Groups(job.training, job.recipe), job.passes[0]
     step = job.recipe.schedule.steps - 1  # at the full size
     images, targets = to_device(job, [groups[step, group] for group in part], step, part)
     if attacked:
-        images = attack_all(job, state, net, images, targets)
+        rows = slice(job.recipe.group)
+        images[rows] = attack_group(job, state, net, images[rows], targets[rows])
     loss = cross_entropy(forward(job, net, images), targets) / job.recipe.batch
-    state.scaler.scale(loss).backward()
+    (state.scaler.scale(loss) if scale is None else loss * scale).backward()
     return loss.detach()
 
 

@@ -109,6 +109,8 @@ class World:
         """The net, whose gradients come out of a backward pass as the sum over the processes."""
         if self.size == 1:
             return net
+        # Its buckets would split the graphs that were tested whole.
+        torch._dynamo.config.optimize_ddp = False
         parallel = DistributedDataParallel(
             net,
             device_ids=[device] if device.type == "cuda" else None,
