@@ -1,3 +1,5 @@
+import contextlib
+import os
 import shlex
 import subprocess
 import sys
@@ -41,8 +43,23 @@ def tiny():
 
 
 @pytest.fixture
-def command():
-    """Runs a command of the package in a process of its own, as a user would."""
+def command(capsys, monkeypatch):
+    """Runs a command of the package in this process; what it printed, and its exit code."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(name: str, *arguments, cwd=".") -> subprocess.CompletedProcess:
+        names = {"main": "cspnet", "main_train": "cspnet-train", "main_eval": "cspnet-eval"}
+        capsys.readouterr()
+        with contextlib.chdir(cwd):
+            code = call(shlex.join([names[name], *map(str, arguments)]))
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def process():
+    """The same in a process of its own, as a user would: seconds more, to import torch."""
 
     def run(name: str, *arguments, cwd=None, timeout=120, **options) -> subprocess.CompletedProcess:
         call = f"import sys; from cspnet.cli import {name}; sys.argv[0] = '{name}'; {name}()"
@@ -95,6 +112,16 @@ def folder(tmp_path):
     return root
 
 
+# Processes that wait for each other, and the longest tests, first: at the end they would keep one
+# core idle.
+EARLY = ("test_world.py", "test_signals.py", "test_torture.py", "test_fast.py")
+
+
 def pytest_collection_modifyitems(items):
-    """Processes that wait for each other first: at the end they would keep one core idle."""
-    items.sort(key=lambda item: item.path.name not in ("test_world.py", "test_signals.py"))
+    items.sort(key=lambda item: item.path.name not in EARLY)
+
+
+def pytest_configure(config):
+    """Without `-m gpu` no test sees a GPU: what `--device auto` means is the same everywhere."""
+    if "gpu" not in (config.option.markexpr or "") or "not gpu" in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""

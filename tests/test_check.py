@@ -262,13 +262,13 @@ def test_docs_have_what_is_said_of_files(phrase):
     assert phrase in (ROOT / "docs" / "data.md").read_text()
 
 
-def test_the_command_shows_examples_and_writes_everything(folder, command, tmp_path):
+def test_the_command_shows_examples_and_writes_everything(folder, process, tmp_path):
     for i in range(8):
         (bear(folder) / f"{i}.jpg").write_bytes(b"")
     odd = os.fsencode(str(bear(folder))) + b"/\xff\x1b[31m.jpg"
     with open(odd, "wb"):
         pass
-    done = command("main", "check", "data", "--json", "all.json", "-j", 0, cwd=tmp_path)
+    done = process("main", "check", "data", "--json", "all.json", "-j", 0, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     assert "error: train: 9 files empty" in done.stdout and "\x1b" not in done.stdout
     assert "data/train/bear/4.jpg" in done.stdout and "5.jpg" not in done.stdout
@@ -279,7 +279,7 @@ def test_the_command_shows_examples_and_writes_everything(folder, command, tmp_p
         b"\xff\x1b[31m.jpg"
     )
     assert report["errors"] == 1 and report["parts"][1]["classes"]["cat"] == 3
-    piped = command("main", "check", "data", "--json", "-", "-j", 0, cwd=tmp_path)
+    piped = process("main", "check", "data", "--json", "-", "-j", 0, cwd=tmp_path)
     assert json.loads(piped.stdout) == report and piped.returncode == 1
 
 

@@ -148,14 +148,14 @@ def test_names_of_files_survive_every_format(photos, tmp_path):
     assert [row["file"] for row in csv.DictReader(to_csv([got]).splitlines(True))] == [odd, odd]
 
 
-def test_the_command_in_all_its_formats(photos, tmp_path, command):
+def test_the_command_in_all_its_formats(photos, tmp_path, process):
     export(trained(), tmp_path / "net.safetensors")
     wrong = tmp_path / os.fsdecode(b"\xff.jpg")
     wrong.write_text("no image")
     call = ("main", "predict", *photos, wrong, "--checkpoint", "net.safetensors")
     how = {"cwd": tmp_path, "errors": "surrogateescape"}
-    table = command(*call, "--top", 3, **how)
-    files = command(*call, "--top", 3, "--json", "out.json", "--csv", "-", **how)
+    table = process(*call, "--top", 3, **how)
+    files = process(*call, "--top", 3, "--json", "out.json", "--csv", "-", **how)
     for done in (table, files):
         assert done.returncode == 1 and "Traceback" not in done.stderr
         assert f"{photos[3]}: not a readable image" in done.stderr

@@ -9,10 +9,10 @@ import time
 
 import pytest
 
-from cspnet import recipe as recipes
-from cspnet.train.checkpoint import load
+from cspnet.errors import Stopped
+from cspnet.train.checkpoint import Checkpoints
 from tests.conftest import ROOT, TINY
-from tests.test_loop import CHILD, last, metrics, numbers, run, same
+from tests.test_loop import last, metrics, numbers, run, same
 
 TRAIN = "import sys; from cspnet.cli import main_train; sys.argv[0] = 'cspnet-train'; main_train()"
 
@@ -50,39 +50,17 @@ def test_a_signal_in_training_saves_and_exits_75(tmp_path, number):
     assert last(tmp_path / "run")["step"] >= 2
 
 
-def test_a_second_ctrl_c_leaves_at_once(tmp_path):
-    """Without a save: the last checkpoint is as it was, and no worker is left."""
-    child = begin(tmp_path / "run", "schedule.steps=400", "save_every=2", "batch=64", workers=1)
-    wait_for_lines(child, tmp_path / "run", 3)
-    child.send_signal(signal.SIGSTOP)  # both are there before it can act on the first
-    time.sleep(0.1)
-    before = load(tmp_path / "run" / "checkpoints" / "last.pt")["step"]
-    child.send_signal(signal.SIGINT)
-    child.send_signal(signal.SIGCONT)
-    time.sleep(0.005)
-    child.send_signal(signal.SIGINT)
-    output, errors = child.communicate(timeout=60)
-    if child.returncode == 75:
-        pytest.skip("the step ended between the two signals")
-    assert child.returncode == 130, (output, errors)
-    assert last(tmp_path / "run")["step"] >= before
-    deadline = time.monotonic() + 20
-    with pytest.raises(ProcessLookupError):
-        while time.monotonic() < deadline:
-            os.killpg(child.pid, 0)
-            time.sleep(0.05)
+def test_sigterm_in_a_save_finishes_it(tiny, tmp_path, monkeypatch):
+    original = Checkpoints.save
 
+    def save(checkpoints, content, best=False):
+        if content["step"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(checkpoints, content, best)
 
-def test_sigterm_in_a_save_finishes_it(tiny, tmp_path):
-    script = CHILD.replace("original(self, content, best)\n", (
-        "os.kill(os.getpid(), signal.SIGTERM) if content['step'] == 3 else None\n"
-        "    original(self, content, best)\n"
-    ))  # fmt: skip
-    arguments = [recipes.to_text(tiny()), str(tmp_path / "cut"), "0", "-1"]
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments], capture_output=True, text=True
-    )
-    assert "SIGTERM: saved at step" in done.stderr
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="SIGTERM: saved at step"):
+        patch.setattr(Checkpoints, "save", save)
+        run(tiny(), tmp_path / "cut")
     assert last(tmp_path / "cut")["step"] == 4  # the wish is read after the next step
     run(tiny(), tmp_path / "cut", resume=True)
     run(tiny(), tmp_path / "whole")

@@ -105,10 +105,10 @@ def test_before_the_first_line_and_of_another_folder(tmp_path):
         read_run(tmp_path)
 
 
-def test_a_real_run_is_read_by_the_command(tmp_path, command):
+def test_a_real_run_is_read_by_the_command(tmp_path, process, command):
     run = tmp_path / "run"
     small = ("schedule.steps=3", "model.width=0.125", "log_every=1")
-    done = command("main_train", "--quiet", "--recipe", "digits", "--output", run, *small)
+    done = process("main_train", "--quiet", "--recipe", "digits", "--output", run, *small)
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.splitlines() == [
         f"done; evaluate: cspnet-eval --checkpoint {run}/checkpoints/best.pt --data digits",
