@@ -32,7 +32,7 @@ test-slow: .venv/ready  ## the tests that take minutes
 test-gpu: .venv/ready  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
-bench: .venv/ready  ## the benchmarks that a CPU can run, as JSON in results/ (minutes); DATA=ROOT for more
+bench: .venv/ready  ## the benchmarks that a CPU can run, as JSON in results/ (minutes; with DATA=ROOT, more of them, hours)
 	mkdir -p results
 	$(BIN)/python benchmarks/memory.py --json results/memory.json
 	$(BIN)/python benchmarks/step.py --json results/step.json
@@ -44,5 +44,5 @@ ifdef DATA
 	$(BIN)/python benchmarks/parity.py --data $(DATA) --json results/parity.json
 endif
 
-bench-gpu: .venv/ready  ## every figure that wants a GPU, in nine minutes, as JSON in results/; DATA=ROOT
+bench-gpu: .venv/ready  ## every figure that wants a GPU, as JSON in results/ (9 minutes on a large one, 27 on 8 GB); DATA=ROOT
 	$(BIN)/python benchmarks/gpu.py --out results $(if $(DATA),--data $(DATA))

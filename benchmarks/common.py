@@ -14,16 +14,15 @@ PACKAGES = ("cspnet", "torch", "torchvision", "timm", "pillow", "opencv-python-h
 
 
 def machine() -> str:
-    """The GPU's name, or the processor's with the number of its cores."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    """The GPU's name, where there is one, and the processor's with the number of its cores."""
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
     name = platform.machine()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 name = line.partition(":")[2].strip()
                 break
-    return f"{name}, {os.cpu_count()} cores"
+    return f"{gpu}{name}, {os.cpu_count()} cores"
 
 
 def versions() -> dict[str, str | None]:

@@ -44,7 +44,8 @@ def _like_images(x: Tensor) -> Tensor:
 @torch.library.custom_op("cspnet::convolution", mutates_args=())
 def convolution(x: Tensor, weight: Tensor, stride: int, padding: int, groups: int) -> Tensor:
     """[N, C, H, W], [D, C / groups, k, k] -> [N, D, H / stride, W / stride], in the type of x."""
-    out = F.conv2d(x.float(), weight.float(), None, stride, padding, 1, groups)
+    with torch.autocast("cpu", enabled=False):  # which goes on inside an operator
+        out = F.conv2d(x.float(), weight.float(), None, stride, padding, 1, groups)
     return _like_images(out.to(x.dtype))
 
 

@@ -13,6 +13,7 @@ import torch
 from cspnet import cli
 from cspnet import recipe as recipes
 
+HIDDEN = {"CUDA_VISIBLE_DEVICES": ""}  # no GPU
 ROOT = Path(__file__).parent.parent
 # Small nets on few cores: threads would wait for each other longer than they work.
 torch.set_num_threads(1)
@@ -69,7 +70,7 @@ def process():
             timeout=timeout,
             capture_output=True,
             text=True,
-            env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+            env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "COLUMNS": "200"} | HIDDEN,
             **options,
         )
 
@@ -124,4 +125,4 @@ def pytest_collection_modifyitems(items):
 def pytest_configure(config):
     """Without `-m gpu` no test sees a GPU: what `--device auto` means is the same everywhere."""
     if "gpu" not in (config.option.markexpr or "") or "not gpu" in config.option.markexpr:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ.update(HIDDEN)

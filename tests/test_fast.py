@@ -65,7 +65,9 @@ def test_a_compiled_run_has_the_losses_of_the_eager_one(tiny, tmp_path, console,
     [
         ("wrong", "is not the eager one"),
         ("wrong for several groups", "is not the eager one"),
+        ("wrong for one group", "is not the eager one"),
         ("wrong statistics", "statistics off by"),
+        ("no statistics", "statistics off by inf"),
         ("raises", "no C compiler found"),
         ("raises afterwards", "no C compiler found"),
     ],
@@ -83,13 +85,17 @@ def test_a_faulty_compiler_is_told_and_not_used(tiny, tmp_path, console, monkeyp
             if fault == "wrong statistics":
                 next(b for n, b in function.named_buffers() if "running_mean" in n).mul_(1.5)
                 return result
-            several = len(images) > recipe.group
-            return result * (1.5 if fault == "wrong" or several else 1)
+            if fault == "no statistics":
+                *_, variance = (b for n, b in function.named_buffers() if "running_var" in n)
+                variance.fill_(float("nan"))
+                return result
+            several = "several groups" if len(images) > recipe.group else "one group"
+            return result * (1.5 if fault in ("wrong", f"wrong for {several}") else 1)
 
         return faulty
 
     monkeypatch.setattr(torch, "compile", compile)
-    recipe = tiny("schedule.steps=3")
+    recipe = tiny("schedule.steps=3", "batch=24")  # passes of two groups and of one
     trained(recipe, tmp_path / "fast", console, compile=True, passes=2)
     text = console.export_text()
     assert "NOT COMPILED" in text and told in text
@@ -106,8 +112,9 @@ def prepared(recipe, folder, console, **place):
 def test_gradients_too_large_for_fp16_are_compared_at_a_lower_scale(
     tiny, tmp_path, console, monkeypatch
 ):
-    """The first loss scale is too large for many a net: the run leaves such steps out."""
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    """The first loss scale is too large for many a net: the run leaves such steps out. The compiled
+    net has the gradients of all groups at once, the eager one group by group."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *given: function(*given))
     work, state = prepared(tiny(), tmp_path / "run", console, compile=True)
     state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     scales = []
@@ -115,13 +122,46 @@ def test_gradients_too_large_for_fp16_are_compared_at_a_lower_scale(
     def one_pass(work, net, scale):
         scales.append(scale)
         loss = loop.one_pass(work, state, net, scale=scale)
-        if scale > 2**12:
+        if scale > (2**12 if net is state.net else 2**8):
             next(state.net.parameters()).grad.fill_(float("inf"))
         return loss
 
     work, _ = fast.accelerate(work, state, one_pass, None)
     assert work.compile and "compiled, tested" in console.export_text()
-    assert scales == [2**16, 2**12, 2**12] and state.scaler.get_scale() == 2**16
+    assert scales == [2**16, 2**16, 2**12, 2**12, 2**8, 2**8]
+    assert state.scaler.get_scale() == 2**16
+
+
+def test_a_comparison_that_does_not_fit_beside_the_net_is_made_with_the_hosts_memory(
+    tiny, tmp_path, console, monkeypatch
+):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *given: function(*given))
+    work, state = prepared(tiny(), tmp_path / "run", console, compile=True, passes=2)
+    tried = []
+
+    def one_pass(work, net, scale):
+        tried.append(len(work.passes[0]))
+        loss = loop.one_pass(work, state, net, scale=scale)
+        if len(tried) == 2:  # with the first group's gradients there
+            raise torch.OutOfMemoryError("too much")
+        return loss
+
+    work, _ = fast.accelerate(work, state, one_pass, None)
+    assert work.compile and "compiled, tested" in console.export_text()
+    assert tried == [1, 1, 1, 1, 2]
+
+
+def test_passes_asked_for_that_do_not_fit_name_fewer(tiny, tmp_path, console, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *given: function(*given))
+    work, state = prepared(tiny(), tmp_path / "run", console, compile=True, passes=2)
+
+    def one_pass(work, net, scale):
+        if len(work.passes[0]) == 2:
+            raise torch.OutOfMemoryError("too much")
+        return loop.one_pass(work, state, net, scale=scale)
+
+    with pytest.raises(OutOfMemory, match=r"too much\n--passes 1 \(now 2 groups"):
+        fast.accelerate(work, state, one_pass, None)
 
 
 @pytest.mark.parametrize("room, passes", [(9, [4]), (3, [2, 2]), (1, [1, 1, 1, 1])])
@@ -162,7 +202,8 @@ def test_a_group_that_does_not_fit_says_what_to_change(tiny, tmp_path, console, 
     def trial(work, net):
         raise error
 
-    with pytest.raises(OutOfMemory, match=r"single group of 8 images of 64×64.*data\.size=32"):
+    told = r"single group of 8 images of 64×64.*data\.size=32, for one \(.*(too much|GET|CUBLAS)"
+    with pytest.raises(OutOfMemory, match=told):
         fast.fit_passes(work, state.net, state, trial)
 
 

@@ -164,7 +164,7 @@ def test_check_pack_and_index_take_them(root, tmp_path, command):
     folder = root[0]
     done = command("main", "check", folder)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "36" in done.stdout
+    assert "train: 36 images, 3 classes" in done.stdout
     done = command("main", "index", folder)
     assert "train: parquet files, which need no index" in done.stdout
     done = command("main", "pack", folder, "--to", tmp_path / "packed", "--short", "96")

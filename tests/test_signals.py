@@ -11,7 +11,7 @@ import pytest
 
 from cspnet.errors import Stopped
 from cspnet.train.checkpoint import Checkpoints
-from tests.conftest import ROOT, TINY
+from tests.conftest import HIDDEN, ROOT, TINY
 from tests.test_loop import last, metrics, numbers, run, same
 
 TRAIN = "import sys; from cspnet.cli import main_train; sys.argv[0] = 'cspnet-train'; main_train()"
@@ -103,7 +103,7 @@ def test_nothing_is_written_outside_the_run_folder(tmp_path):
     environment = {
         **{"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(places["home"])},
         "TMPDIR": str(places["temporary"]),
-    }
+    } | HIDDEN
     arguments = ["--recipe", "digits", "--output", str(tmp_path / "run"), *TINY]
     done = subprocess.run(
         [sys.executable, "-c", TRAIN, *arguments, "schedule.steps=2", "-j", "1"],

@@ -146,8 +146,9 @@ def test_one_of_timms_nets_trains_evaluates_and_goes_back(tmp_path, command, fol
     ]
     done = command("main_train", *arguments, "--passes", "2", cwd=tmp_path)
     assert done.returncode == 2 and "--passes 1" in done.stderr
-    done = command("main_train", *arguments, cwd=tmp_path)
+    done = command("main_train", *arguments, "--passes", "auto", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "images at once" not in done.stdout, "its BatchNorm would take in several groups"
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     best = tmp_path / "run" / "checkpoints" / "best.pt"
     done = command(

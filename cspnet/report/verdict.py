@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from cspnet.data.sources import display_names, open_validation
 from cspnet.errors import CheckpointError, CspnetError, RecipeError
@@ -13,6 +12,7 @@ from cspnet.evaluate import Scores, evaluate
 from cspnet.report.classes import labels
 from cspnet.report.history import Run
 from cspnet.report.mistakes import Mistake, Surest, view
+from cspnet.train.health import is_out_of_memory
 from cspnet.train.runtime import find_device, find_workers, precision_to_look
 from cspnet.trained import Trained, open_trained
 
@@ -69,7 +69,9 @@ def judge(
             progress=lambda images: progress(images, len(source)),
             seen=surest,
         )
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         told = f"The memory of {where} did not suffice beside what else runs there"
         return None, [*remarks, f"{told}, so nothing was evaluated: --device cpu does without it."]
     if scores.unreadable:

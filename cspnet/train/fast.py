@@ -3,6 +3,7 @@
 Both happen before the first step, with real images, and leave the state as it was.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from cspnet.errors import OutOfMemory
-from cspnet.train.health import is_out_of_memory
+from cspnet.train.health import is_out_of_memory, memory_told
 from cspnet.train.job import Job, passes_of
 from cspnet.train.runtime import BUDGETS, Precision
 from cspnet.train.state import TrainState
@@ -48,16 +49,15 @@ def accelerate(
             net = torch.compile(state.net, dynamic=False)
             if job.fit:
                 fast = fit_passes(fast, net, state, fullest)
-            reason = _fault(job, fast, net, state, one_pass)
-            _release(job)  # what the test took beyond the run's own is no peak of the run
+            with memory_told(len(fast.passes[0]), state):
+                reason = _fault(job, fast, net, state, one_pass)
         except OutOfMemory:
             raise
         except Exception as error:  # a missing compiler, an unsupported card: each has its own
-            if is_out_of_memory(error):
-                raise _too_large(job) from None
             first = str(error).strip().partition("\n")[0] or type(error).__name__
             reason = f"torch.compile failed ({first[:200]})"
             _undo(state, kept)
+        _release(job)  # what the test took beyond the run's own is no peak of the run
         reason = job.world.agree(reason)  # one process in eager mode would hold up all
         if reason is None:
             return fast, net
@@ -81,12 +81,14 @@ class Outcome(NamedTuple):
 def _fault(job: Job, fast: Job, net: nn.Module, state: TrainState, one_pass: OnePass) -> str | None:
     """Why the compiled net of `fast` is not to be trusted; None where it agrees with the eager one.
 
-    A pass goes through it, and group by group through the eager net: loss, gradients and running
-    statistics must agree, in 16 bits as well as the eager ones agree with float32's.
+    The last step's passes, one of each length, go through it, and group by group through the eager
+    net: loss, gradients and running statistics must agree, in 16 bits as well as the eager ones
+    agree with float32's.
     """
+    passes = list({len(part): part for part in fast.passes}.values())
     kept = _copy(state.net)
 
-    def outcome(job: Job, net: nn.Module, passes: list[range]) -> Outcome:
+    def outcome(job: Job, net: nn.Module, passes: list[range], scale: float) -> Outcome:
         loss = sum(float(one_pass(replace(job, passes=[part]), net, scale)) for part in passes)
         gradients = [weight.grad.cpu() for weight in state.net.parameters() if weight.requires_grad]
         moved = [
@@ -97,22 +99,33 @@ def _fault(job: Job, fast: Job, net: nn.Module, state: TrainState, one_pass: One
         _undo(state, kept)
         return Outcome(loss, gradients, moved)
 
-    def eager(job: Job) -> Outcome:
-        # float32 needs more memory than the run: what is kept for the backward pass waits outside.
+    def eager(job: Job, scale: float) -> Outcome:
+        alone = [group for part in passes for group in passes_of(part, 1)]
+        try:
+            return outcome(job, state.net, alone, scale)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # It needs more memory than the run, in float32 above all: what is kept for the backward
+        # pass waits outside, a few seconds for a group.
+        _undo(state, kept)
+        _release(job)
         to_host = torch.autograd.graph.saved_tensors_hooks(
             lambda tensor: tensor.detach().cpu(), lambda tensor: tensor.to(job.device)
         )
         with to_host:
-            return outcome(job, state.net, passes_of(fast.passes[0], 1))
+            return outcome(job, state.net, alone, scale)
 
     scale = state.scaler.get_scale()  # 1 where the loss is not scaled
-    rounded = exact = eager(job)
-    while scale > 1 and not all(bool(g.isfinite().all()) for g in rounded.gradients):
+    while True:
+        rounded, compiled = eager(job, scale), outcome(fast, net, passes, scale)
+        finite = all(bool(g.isfinite().all()) for g in rounded.gradients + compiled.gradients)
+        if finite or scale <= 1:
+            break
         scale /= 16  # as the run itself will find out, in steps that are left out
-        rounded = exact = eager(job)
+    exact = rounded
     if job.precision.name != "fp32":
-        exact = eager(replace(job, precision=Precision("fp32", "to compare")))
-    compiled = outcome(fast, net, fast.passes[:1])
+        exact = eager(replace(job, precision=Precision("fp32", "to compare")), scale)
     told = []
     for what, distance in (("gradients", _distance), ("statistics", _largest_distance)):
         ours, theirs, expected = (getattr(one, what) for one in (compiled, rounded, exact))
@@ -152,7 +165,8 @@ def _distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
     """Norm of the difference of two lists of tensors, as a share of the norm of the second."""
     squares = [((x - y).double().square().sum(), y.double().square().sum()) for x, y in zip(a, b)]  # noqa: B905
     difference, norm = (float(torch.stack(part).sum()) for part in zip(*squares, strict=True))
-    return (difference / norm) ** 0.5 if norm > 0 else float("nan")
+    distance = (difference / norm) ** 0.5 if norm > 0 else math.inf
+    return math.inf if math.isnan(distance) else distance
 
 
 def _largest_distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
@@ -175,29 +189,25 @@ def fit_passes(job: Job, net: nn.Module, state: TrainState, trial: Fullest) -> J
         try:
             for _ in range(2):
                 trial(tried, net)
-            fits = True
+            failure = None
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            fits = False
+            failure = str(error)  # not the error itself, which holds on to tensors
         _undo(state, kept)
         peak = _release(job)
-        if fits:
+        if failure is None:
             passes = len(tried.passes)
             job.console.print(
                 f"{at_once} groups of {recipe.group} images at once, {passes} passes per step"
                 + f", {peak / 1e9:.1f} GB" * bool(peak)
             )
             return tried
-    raise _too_large(job)
-
-
-def _too_large(job: Job) -> OutOfMemory:
-    recipe = job.recipe
-    return OutOfMemory(
+    raise OutOfMemory(
         f"a single group of {recipe.group} images of {recipe.data.size}×{recipe.data.size} does "
         f"not fit into the memory of {job.device}: free it of other processes, try --memory tiny, "
-        f"or change the recipe: data.size={max(32, recipe.data.size - 32)}, for one"
+        f"or change the recipe: data.size={max(32, recipe.data.size - 32)}, for one "
+        f"({failure.strip().partition(chr(10))[0][:160]})"
     )
 
 

@@ -109,7 +109,7 @@ def prepare(recipe: Recipe, place: Place, console: Console, world: World = ALONE
         world=world,
         groups=groups,
         passes=passes_of(groups, at_once),
-        fit=place.passes == "auto" or (place.passes is None and on_gpu and not foreign),
+        fit=not foreign and (place.passes == "auto" or (place.passes is None and on_gpu)),
         compile=compile,
         training=training,
         validation=validation,

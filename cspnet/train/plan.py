@@ -188,7 +188,7 @@ def _run(recipe: Recipe, place: Place, stop: Stop, images: int) -> Trial:
         output = Path(folder) / "run"
         told = io.StringIO()
         place = replace(place, output=output, resume=False)
-        job = prepare(recipe, place, Console(file=told, width=10_000))
+        job = prepare(recipe, place, _plain(told))
         saves = _Timed(output / "checkpoints")
         job = replace(job, checkpoints=saves, validation=First(job.validation, images))
         scores = run(job, start(job), stop)
@@ -213,6 +213,18 @@ def _run(recipe: Recipe, place: Place, stop: Stop, images: int) -> Trial:
         setup_seconds=whole - sum(spent) - scores.seconds - sum(saves.seconds),
         checkpoint_gb=checkpoint_gb,
         kernels=kernels,
+    )
+
+
+def _plain(file: io.StringIO) -> Console:
+    """A console whose lines come out as they are, whatever the environment says of terminals."""
+    return Console(
+        file=file,
+        width=10_000,
+        markup=False,
+        highlight=False,
+        color_system=None,
+        force_terminal=False,
     )
 
 
