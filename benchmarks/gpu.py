@@ -90,7 +90,8 @@ def main() -> None:
             continue
         file = options.out / f"{name}.json"
         # A CPU compiles and runs even the small sizes slower than a large GPU the large ones.
-        left = int(min(limit if large else 3 * limit, end - time.monotonic()))
+        slower = 1 if large else 3 if gpu else 5
+        left = int(min(slower * limit, end - time.monotonic()))
         if left < 5:
             content["parts"][name] = {"error": "no time left"}
             continue
