@@ -151,6 +151,17 @@ def test_a_comparison_that_does_not_fit_beside_the_net_is_made_with_the_hosts_me
     assert tried == [1, 1, 1, 1, 2]
 
 
+@pytest.mark.parametrize("broken", [{"compiled"}, {"rounded"}, {"compiled", "rounded"}])
+def test_numbers_that_are_none_agree_with_nothing(broken):
+    """Not even with each other: an eager net that overflows says nothing of the compiled one."""
+    sound = fast.Outcome(1.0, [torch.ones(3), torch.ones(2)], [torch.ones(4), torch.ones(4)])
+    none = fast.Outcome(1.0, [torch.ones(3), torch.full((2,), float("inf"))], sound.statistics)
+    compiled, rounded = (none if name in broken else sound for name in ("compiled", "rounded"))
+    exact = fast.Outcome(1.0, [torch.ones(3), torch.ones(2)], sound.statistics)
+    assert "gradients off by" in fast._disagreement(compiled, rounded, exact)[0]
+    assert fast._disagreement(sound, sound, exact)[0] is None
+
+
 def test_passes_asked_for_that_do_not_fit_name_fewer(tiny, tmp_path, console, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *given: function(*given))
     work, state = prepared(tiny(), tmp_path / "run", console, compile=True, passes=2)

@@ -14,7 +14,11 @@ from cspnet.train.checkpoint import Checkpoints
 from tests.conftest import HIDDEN, ROOT, TINY
 from tests.test_loop import last, metrics, numbers, run, same
 
-TRAIN = "import sys; from cspnet.cli import main_train; sys.argv[0] = 'cspnet-train'; main_train()"
+# A shell starts what runs in its background with SIGINT ignored, which processes inherit.
+TRAIN = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from cspnet.cli import main_train; sys.argv[0] = 'cspnet-train'; main_train()"
+)
 
 
 def begin(output, *overrides, workers=0, **options):

@@ -126,27 +126,38 @@ def _fault(job: Job, fast: Job, net: nn.Module, state: TrainState, one_pass: One
     exact = rounded
     if job.precision.name != "fp32":
         exact = eager(replace(job, precision=Precision("fp32", "to compare")), scale)
-    told = []
+    reason, (apart, allowed) = _disagreement(compiled, rounded, exact)
+    if reason is None:
+        job.console.print(
+            f"compiled, tested: gradient off by {apart:.1e} of its norm, {allowed:.1e} is allowed; "
+            f"--memory {job.place.memory}"
+        )
+    return reason
+
+
+def _disagreement(
+    compiled: Outcome, rounded: Outcome, exact: Outcome
+) -> tuple[str | None, tuple[float, float]]:
+    """What sets the compiled outcome apart from the eager ones, rounded as the run's and exact.
+
+    None where nothing does; beside it how far off the gradient is, and may be.
+    """
+    told = {}
     for what, distance in (("gradients", _distance), ("statistics", _largest_distance)):
         ours, theirs, expected = (getattr(one, what) for one in (compiled, rounded, exact))
         apart, allowed = distance(ours, expected), TOLERANCE
         if exact is not rounded:
             allowed = max(allowed, WORSE * distance(theirs, expected))
-        told.append((what, apart, allowed))
-    if all(apart <= allowed for _, apart, allowed in told) and (
-        abs(compiled.loss - rounded.loss) <= TOLERANCE * abs(rounded.loss)
-    ):
-        _, apart, allowed = told[0]
-        job.console.print(
-            f"compiled, tested: gradient off by {apart:.1e} of its norm, {allowed:.1e} is allowed; "
-            f"--memory {job.place.memory}"
-        )
-        return None
-    return (
+        told[what] = apart, allowed
+    near = abs(compiled.loss - rounded.loss) <= TOLERANCE * abs(rounded.loss)
+    if near and all(apart <= allowed < math.inf for apart, allowed in told.values()):
+        return None, told["gradients"]
+    reason = (
         f"the compiled net is not the eager one: loss {compiled.loss:.6g} for {rounded.loss:.6g}, "
-        + ", ".join(f"{what} off by {apart:.1e} ({allowed:.1e})" for what, apart, allowed in told)
+        + ", ".join(f"{what} off by {apart:.1e} ({of:.1e})" for what, (apart, of) in told.items())
         + " of their norm (allowed)"
     )
+    return reason, told["gradients"]
 
 
 def _copy(net: nn.Module) -> dict[str, torch.Tensor]:
