@@ -28,7 +28,7 @@ from common import about, write
 from rich.console import Console
 
 from cspnet import recipe as recipes
-from cspnet.nets import csp, layers
+from cspnet.nets import csp, layers, mish
 from cspnet.train import job, loop
 from cspnet.train.checkpoint import load
 from cspnet.train.runtime import DTYPES, Place, Precision, find_device
@@ -58,7 +58,7 @@ def run(options, precision: str, path: str, rates: list[str]) -> tuple[list[floa
             emulated = Precision(precision, "emulated")  # a run of its own refuses fp16 on a CPU
             patched.enter_context(mock.patch.object(job, "find_precision", lambda *of: emulated))
         if path in ("plain", "control"):  # nothing is fused, Mish is torch's
-            for module in (layers, csp):
+            for module in (mish, layers, csp):
                 patched.enter_context(mock.patch.object(module, "is_eager", lambda x: False))
         if path == "control":
             torch.set_num_threads(1 if threads > 1 else 2)

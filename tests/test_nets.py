@@ -15,17 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from cspnet.nets import create, csp, layers
+from cspnet.nets import mish as mish_module
 from cspnet.nets.csp import ACTIVATIONS, NAMES
-from cspnet.nets.layers import (
-    AlgebraicMish,
-    ConvNormAct,
-    GroupBatchNorm2d,
-    GroupedNorm,
-    Mish,
-    NormMish,
-    fold,
-    mish,
-)
+from cspnet.nets.layers import ConvNormAct, GroupBatchNorm2d, GroupedNorm, NormMish, fold
+from cspnet.nets.mish import AlgebraicMish, Mish, mish
 
 TINY = {"width": 0.125, "classes": 10}
 
@@ -89,8 +82,8 @@ def test_parameter_count(name, count):
 @pytest.fixture(params=["kernel", "pieces", "algebraic"])
 def function(request, monkeypatch):
     """A form of Mish: torch's kernel, the pieces of a CPU (several of them), the compiled one."""
-    monkeypatch.setattr(layers, "SMALL", 0 if request.param == "pieces" else math.inf)
-    monkeypatch.setattr(layers, "PIECE", 13 if request.param == "pieces" else 1)
+    monkeypatch.setattr(mish_module, "SMALL", 0 if request.param == "pieces" else math.inf)
+    monkeypatch.setattr(mish_module, "PIECE", 13 if request.param == "pieces" else 1)
     return AlgebraicMish.apply if request.param == "algebraic" else mish
 
 
@@ -103,7 +96,7 @@ def mish_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_mish_accuracy(function, dtype, monkeypatch):
-    monkeypatch.setattr(layers, "PIECE", 1 << 15)
+    monkeypatch.setattr(mish_module, "PIECE", 1 << 15)
     x = torch.linspace(-90, 90, 200_001).to(dtype).requires_grad_()
     upstream = torch.randn(200_001).to(dtype)
     y = function(x)
@@ -140,8 +133,8 @@ def test_mish_gradient_and_what_it_saves(function):
 
 
 def test_mish_in_pieces_of_any_layout(monkeypatch):
-    monkeypatch.setattr(layers, "SMALL", 0)
-    monkeypatch.setattr(layers, "PIECE", 7)
+    monkeypatch.setattr(mish_module, "SMALL", 0)
+    monkeypatch.setattr(mish_module, "PIECE", 7)
     dense = torch.randn(4, 6, 5, 3, dtype=torch.float64).mul_(5)
     channels_last = dense.contiguous(memory_format=torch.channels_last)
     values = [
@@ -294,8 +287,8 @@ PATTERNS = [p for p in itertools.product([True, False], repeat=3) if any(p)]
 @pytest.mark.parametrize("group", [None, 2, 4])
 @pytest.mark.parametrize("small", [0, math.inf], ids=["pieces", "kernel"])
 def test_norm_mish_is_norm_then_mish(group, training, small, monkeypatch):
-    monkeypatch.setattr(layers, "SMALL", small)
-    monkeypatch.setattr(layers, "PIECE", 101)
+    monkeypatch.setattr(mish_module, "SMALL", small)
+    monkeypatch.setattr(mish_module, "PIECE", 101)
     images = torch.randn(8, 3, 5, 6, dtype=torch.float64).mul_(3).add_(2)
     upstream = torch.randn_like(images)
     for memory_format, pattern in itertools.product(
@@ -335,7 +328,7 @@ def test_norm_mish_gradients_by_differences(training):
 @pytest.mark.parametrize("small", [0, math.inf], ids=["pieces", "kernel"])
 def test_norm_mish_of_every_type(group, dtype, small, monkeypatch):
     """The forward pass is that of the two modules bit for bit."""
-    monkeypatch.setattr(layers, "SMALL", small)
+    monkeypatch.setattr(mish_module, "SMALL", small)
     images = torch.randn(8, 16, 5, 6).mul_(3).add_(2).to(dtype)
     images = images.contiguous(memory_format=torch.channels_last)
     upstream = torch.randn(8, 16, 5, 6).to(dtype)
@@ -420,6 +413,67 @@ def test_where_norm_and_mish_are_one_function(monkeypatch):
     monkeypatch.setattr(layers, "NormMish", None)
     with torch.no_grad():
         layer()(images)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("small", [0, math.inf], ids=["pieces", "kernel"])
+@pytest.mark.parametrize("width", [torch.float32, None], ids=["wide norm", "norm of the type"])
+def test_without_gradients_norm_and_mish_take_the_memory_of_the_convolution(
+    dtype, small, width, monkeypatch
+):
+    """In evaluation, before and after folding; against the modules one by one in float64."""
+    monkeypatch.setattr(mish_module, "SMALL", small)
+    monkeypatch.setattr(mish_module, "PIECE", 101)
+    images = torch.randn(4, 3, 9, 7, dtype=torch.float64)
+    block = layer().eval()
+    used(block.bn)
+    expected = F.mish(block.bn(block.conv(images))).detach()
+    for one, rounding in ((block, 6), (fold(block), 6)):
+        one = copy.deepcopy(one).to(dtype)
+        if width and dtype != torch.float64:
+            one.bn.to(width)
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            x = images.to(dtype).contiguous(memory_format=memory_format)
+            kept = x.clone()
+            outputs = []
+            original = one.conv._conv_forward
+            with monkeypatch.context() as patch, torch.no_grad():
+                patch.setattr(
+                    one.conv,
+                    "_conv_forward",
+                    lambda *inputs: outputs.append(original(*inputs)) or outputs[-1],  # noqa: B023
+                )
+                y = one(x)
+            assert y.dtype == dtype and y.is_contiguous(memory_format=memory_format)
+            assert torch.equal(x, kept)
+            if type(one.bn) is nn.Identity or (small == 0 and memory_format == torch.channels_last):
+                assert y.data_ptr() == outputs[0].data_ptr()
+            limit = rounding * torch.finfo(dtype).eps
+            torch.testing.assert_close(y.double(), expected, rtol=limit, atol=8 * limit)
+
+
+def test_in_training_mode_without_gradients_statistics_move():
+    images = torch.randn(4, 3, 5, 6, dtype=torch.float64)
+    ours, theirs = layer(), layer()
+    theirs.load_state_dict(ours.state_dict())
+    with torch.no_grad():
+        y = ours(images)
+        expected = F.mish(theirs.bn(theirs.conv(images)))
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    assert all(map(torch.equal, ours.buffers(), theirs.buffers()))
+    assert ours.bn.running_mean.any()
+
+
+@pytest.mark.parametrize("name", ["conv", "bn", "act"])
+def test_without_gradients_a_hook_keeps_the_output_that_it_saw(name):
+    net, seen = layer().eval(), []
+    images = torch.randn(4, 3, 5, 6, dtype=torch.float64)
+    getattr(net, name).register_forward_hook(
+        lambda module, inputs, output: seen.append((output, output.clone()))
+    )
+    with torch.no_grad():
+        net(images)
+    assert len(seen) == 1 and torch.equal(*seen[0])
 
 
 def test_hooks_see_norm_and_activation():

@@ -15,7 +15,8 @@ from math import lcm, sqrt
 import torch
 from torch import Tensor, nn
 
-from cspnet.nets.layers import ConvNormAct, GroupBatchNorm2d, Mish, is_eager
+from cspnet.nets.layers import ConvNormAct, GroupBatchNorm2d
+from cspnet.nets.mish import Mish, is_eager
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from cspnet.nets.csp import NETS, CrossStage, CspNet, create
-from cspnet.nets.layers import ConvNormAct, Mish
+from cspnet.nets.layers import ConvNormAct
+from cspnet.nets.mish import Mish
 
 VERSION = (0, 2, 5)
 ALL = slice(None)

@@ -1,4 +1,4 @@
-"""What the networks are built from: Mish, BatchNorm by group, convolution + norm + activation."""
+"""What the networks are built from: BatchNorm by group, convolution + norm + activation."""
 
 import copy
 from collections.abc import Callable
@@ -9,170 +9,15 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-# Beyond 20, tanh(softplus(x)) rounds to 1 even in float64; Darknet cuts its softplus there too
-# (src/activations.c, MISH_THRESHOLD). It also keeps exp(2x) and its square inside float32.
-SATURATION = 20.0
-# Elements that a CPU works on at a time: large enough that a dozen calls into torch cost nothing
-# beside the arithmetic, small enough for the last-level cache (four buffers of 2 MB).
-PIECE = 1 << 19
-# Of fewer elements than this, those calls cost more than the arithmetic that they save.
-SMALL = 1 << 13
-
-
-class AlgebraicMish(torch.autograd.Function):
-    """Mish without tanh and log: with e = exp(min(x, 20)) and w = e(e+2), y = x * w / (w+2).
-
-    dy/dx = w/(w+2) + x * 4e(e+1) / (w+2)^2. Saves its input and nothing else. float16 and bfloat16
-    are computed in float32. The in-between tensors cost nothing only where a compiler fuses them.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        wide = _widen(x)
-        e = wide.clamp(max=SATURATION).exp()
-        w = e * (e + 2)
-        # the quotient first: x * w would overflow for a large x
-        return (wide * (w / (w + 2))).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        # clamped in the product too: with e held at 20 the second term is 7e-17 * x, not 0, and an
-        # x of 1e20 would blow it up
-        clamped = _widen(x).clamp(max=SATURATION)
-        e = clamped.exp()
-        w = e * (e + 2)
-        r = 1 / (w + 2)
-        slope = w * r + clamped * (4 * e * (e + 1) * r * r)
-        return (_widen(gradient) * slope).to(x.dtype)
-
-
-def _widen(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def mish(x: Tensor) -> Tensor:
-    """x * tanh(log(1 + exp(x))), Misra 2019, out of place. Any shape, any floating type.
-
-    Never NaN for a finite x, and autograd keeps the input only. Three forms of one function:
-
-    - compiled: `AlgebraicMish`. A compiler fuses it into its neighbours, and it needs 23
-      instructions an element forward and 30 backward, where torch's own form, tanh of log1p of
-      exp, needs 64 and 84 and makes the fused kernel wait for arithmetic.
-    - eager on a CPU: `PiecewiseMish`.
-    - eager elsewhere, and of a few thousand numbers: torch's kernel, one pass each way.
-
-    An exported graph keeps the operator `mish`, for whoever reads it to choose the kernel.
-    """
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        return AlgebraicMish.apply(x)
-    if is_eager(x) and _by_pieces(x):
-        return PiecewiseMish.apply(x)
-    return F.mish(x)
-
-
-def is_eager(x: Tensor) -> bool:
-    """Whether operators run one by one: nobody compiles, exports, traces or transforms."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch.compiler.is_exporting()
-        or torch.jit.is_tracing()
-        or not isinstance(x, Tensor)  # a Proxy of torch.fx
-        or torch._C._are_functorch_transforms_active()
-    )
-
-
-class PiecewiseMish(torch.autograd.Function):
-    """Mish for a CPU in eager mode, three times as fast as torch's. Saves its input only."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return write_mish(x, torch.empty_like(x))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return mish_backward(gradient, *ctx.saved_tensors)
-
-
-def write_mish(x: Tensor, out: Tensor) -> Tensor:
-    """Writes mish(x) into `out`, which is dense and may be `x`, and returns it. No autograd.
-
-    On a CPU with s = sigmoid(x) and h = s - s^2 / 2, so that tanh(log(1 + exp(x))) = h / (1-h):
-    one exponential where torch's kernel spends its time on tanh and log1p, and no overflow. float16
-    and bfloat16 are computed in float32. Piece by piece, what lies in between stays in the cache.
-    """
-    if not _by_pieces(x):
-        return torch.ops.aten.mish.out(x, out=out)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    s_, h_, x_ = torch.empty(3, min(PIECE, x.numel()), dtype=wide)
-    for part, target in zip(_pieces(_laid_out_as(out, x)), _pieces(out), strict=True):
-        s, h = s_[: len(part)], h_[: len(part)]
-        if part.dtype != wide:
-            part = x_[: len(part)].copy_(part)
-        torch.sigmoid(part, out=s)
-        torch.addcmul(s, s, s, value=-0.5, out=h)
-        h.div_(torch.sub(1, h, out=s))
-        if target.dtype == wide:
-            torch.mul(part, h, out=target)
-        else:
-            target.copy_(h.mul_(part))
-    return out
-
-
-def mish_backward(gradient: Tensor, x: Tensor) -> Tensor:
-    """`gradient` times the slope of Mish at `x`. No autograd.
-
-    On a CPU as `write_mish`; with t = h / (1-h), dy/dx = t + x s (1 - t^2), whose last two factors
-    torch has in one kernel, the backward of tanh.
-    """
-    if not _by_pieces(x):
-        return torch.ops.aten.mish_backward(gradient, x)
-    out = torch.empty_like(x)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    s_, t_, q_, x_ = torch.empty(4, min(PIECE, x.numel()), dtype=wide)
-    for part, g, target in zip(
-        _pieces(_laid_out_as(out, x)),
-        _pieces(_laid_out_as(out, gradient)),
-        _pieces(out),
-        strict=True,
-    ):
-        s, t, q = s_[: len(part)], t_[: len(part)], q_[: len(part)]
-        if part.dtype != wide:
-            part = x_[: len(part)].copy_(part)
-        torch.sigmoid(part, out=s)
-        torch.addcmul(s, s, s, value=-0.5, out=t)
-        t.div_(torch.sub(1, t, out=q))
-        torch.ops.aten.tanh_backward.grad_input(s.mul_(part), t, grad_input=s)
-        s.add_(t)
-        if target.dtype == wide:
-            torch.mul(s, g, out=target)
-        else:
-            target.copy_(s.mul_(q.copy_(g)))
-    return out
-
-
-def _by_pieces(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.is_floating_point() and x.numel() >= SMALL
-
-
-def _laid_out_as(model: Tensor, x: Tensor) -> Tensor:
-    return x if x.stride() == model.stride() else torch.empty_like(model).copy_(x)
-
-
-def _pieces(x: Tensor) -> tuple[Tensor, ...]:
-    """The elements of a dense tensor in the order of its memory, PIECE at a time."""
-    order = sorted(range(x.ndim), key=x.stride, reverse=True)
-    return x.permute(order).view(-1).split(PIECE)
-
-
-class Mish(nn.Module):
-    """`mish` as a module."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return mish(x)
+from cspnet.nets.mish import (
+    Mish,
+    affine_mish_,
+    goes_by_pieces,
+    is_eager,
+    mish_backward,
+    widen,
+    write_mish,
+)
 
 
 class GroupBatchNorm2d(nn.BatchNorm2d):
@@ -246,7 +91,7 @@ class GroupedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, group: int, eps: float):
-        wide = _widen(x).unflatten(0, (-1, group))  # [G, group, C, H, W]
+        wide = widen(x).unflatten(0, (-1, group))  # [G, group, C, H, W]
         var, mean = torch.var_mean(wide, (1, 3, 4), correction=0, keepdim=True)
         scale = (var + eps).rsqrt()
         count = wide[0, :, 0].numel()
@@ -261,8 +106,8 @@ class GroupedNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor, *_) -> tuple[Tensor | None, ...]:
         x, weight, mean, scale = ctx.saved_tensors
-        wide = _widen(x).unflatten(0, (-1, ctx.group))
-        g = _widen(gradient).unflatten(0, (-1, ctx.group))
+        wide = widen(x).unflatten(0, (-1, ctx.group))
+        g = widen(gradient).unflatten(0, (-1, ctx.group))
         count = wide[0, :, 0].numel()
         normal = (wide - mean) * scale
         of_bias = g.sum((1, 3, 4), keepdim=True)  # [G, 1, C, 1, 1]
@@ -327,6 +172,19 @@ class NormMish(torch.autograd.Function):
         return None if of_x is None else torch.cat(of_x), *sums, None
 
 
+def norm_mish_(x: Tensor, norm: nn.Module) -> Tensor:
+    """mish(norm(x)), x [N, C, H, W] lost or not. No autograd.
+
+    Fresh memory for a result costs a CPU more than the arithmetic of either.
+    """
+    by_pixels = goes_by_pieces(x) and x.is_contiguous(memory_format=torch.channels_last)
+    if by_pixels and isinstance(norm, GroupBatchNorm2d) and not norm.training:
+        scale = widen(norm.weight) * (widen(norm.running_var) + norm.eps).rsqrt()
+        return affine_mish_(x, scale, widen(norm.bias) - widen(norm.running_mean) * scale)
+    normal = norm(x)
+    return write_mish(normal, normal)
+
+
 class ConvNormAct(nn.Module):
     """Convolution without bias, norm, activation; the names `conv` and `bn` are timm's.
 
@@ -355,21 +213,24 @@ class ConvNormAct(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[N, inputs, H, W] -> [N, outputs, H / stride, W / stride]"""
         x = self.conv(x)
-        if self._fuses(x):
+        if not self._fuses(x):
+            return self.act(self.bn(x))
+        if torch.is_grad_enabled():
             return NormMish.apply(x, self.bn.weight, self.bn.bias, self.bn)
-        return self.act(self.bn(x))
+        return norm_mish_(x, self.bn)
 
     def _fuses(self, x: Tensor) -> bool:
-        """Whether norm and activation are one function: for autograd's sake, where it works alone.
+        """Whether norm and activation are one function, which may take the convolution's output.
 
-        Without gradients nothing is kept anyway; a hook wants to see the two modules called.
+        Not where a hook wants to see the modules called, or their outputs as they are.
         """
+        folded = type(self.bn) is nn.Identity and not torch.is_grad_enabled()
         return (
             is_eager(x)
-            and torch.is_grad_enabled()
-            and type(self.bn) is GroupBatchNorm2d
+            and isinstance(self.conv, nn.Conv2d)
+            and (folded or type(self.bn) is GroupBatchNorm2d)
             and type(self.act) is Mish
-            and not (_is_hooked(self.bn) or _is_hooked(self.act))
+            and not any(_is_hooked(module) for module in (self.conv, self.bn, self.act))
         )
 
 
