@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cspnet.data import decode, loader, sources
+from cspnet.data import decode, sources
 from cspnet.data.loader import Batches, Groups, Place, Slots, evaluation_batches, training_groups
 from cspnet.recipe import load
 from cspnet.schema import Evaluate
@@ -110,12 +110,16 @@ def test_what_a_slot_held_before_does_not_show(source):
 
 
 def test_without_room_in_shared_memory_batches_come_all_the_same(source, monkeypatch):
-    class NoRoom:
-        def __init__(self, *_):
-            raise RuntimeError("unable to allocate shared memory(shm)")
+    """As in a container whose /dev/shm is small: neither slots nor a tensor find room there."""
+
+    def no_room(*_):
+        raise RuntimeError("unable to allocate shared memory(shm)")
 
     expected = [content(batch) for batch in both(source, small(), 0)]
-    monkeypatch.setattr(loader, "Slots", NoRoom)
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", no_room)
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", no_room)
+    with pytest.raises(RuntimeError, match="unable to allocate"):
+        Slots(1, 1)
     assert [content(batch) for batch in both(source, small(), 2)] == expected
 
 

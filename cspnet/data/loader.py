@@ -83,27 +83,36 @@ class Place(NamedTuple):
 
 
 class Parcel:
-    """A batch whose images lie in a slot. Unpickled in the main process, it is a Batch."""
+    """A batch on its way to the main process: unpickled there, it is a Batch.
 
-    def __init__(self, slots: Slots, slot: int, batch: Batch):
+    Its images lie in a slot; where there are no slots they go with it, through the pipe.
+    """
+
+    def __init__(self, batch: Batch, slots: Slots | None = None, slot: int | None = None):
         images, labels, mask, *rest = batch
-        self._content = (slots.number, slot, images.shape, labels.numpy(), mask.numpy(), *rest)
+        where = (slots.number, slot, images.shape) if slots else images.numpy()
+        self._content = (where, labels.numpy(), mask.numpy(), *rest)
 
     def __reduce__(self):
         return _unpack, self._content
 
 
 def _unpack(
-    number: int, slot: int, shape: torch.Size, labels: np.ndarray, mask: np.ndarray, *rest
+    where: np.ndarray | tuple[int, int, torch.Size], labels: np.ndarray, mask: np.ndarray, *rest
 ) -> Batch:
-    images = Slots.here[number].lend(slot, shape)
+    if isinstance(where, tuple):
+        number, slot, shape = where
+        images = Slots.here[number].lend(slot, shape)
+    else:
+        images = torch.from_numpy(where)
     return Batch(images, torch.from_numpy(labels), torch.from_numpy(mask), *rest)
 
 
 class Made(Dataset):
-    """Batches by address. With slots, an address comes as a Place, and the batch as a Parcel."""
+    """Batches by address; for another process as Parcels. With slots, addresses come as Places."""
 
     slots: Slots | None = None
+    sent = False  # to another process
 
     def __init__(self, source: Source, count: int, size: int):
         self.source, self.count, self.size = source, count, size
@@ -113,8 +122,9 @@ class Made(Dataset):
         size = self.size_at(address)
         shape = (self.count, size, size, 3)
         if slot is None:
-            return self.make(address, torch.empty(shape, dtype=torch.uint8))
-        return Parcel(self.slots, slot, self.make(address, self.slots.images(slot, shape)))
+            batch = self.make(address, torch.empty(shape, dtype=torch.uint8))
+            return Parcel(batch) if self.sent else batch
+        return Parcel(self.make(address, self.slots.images(slot, shape)), self.slots, slot)
 
     def size_at(self, address: Any) -> int:
         """Side of the images at an address, at most `size`."""
@@ -254,9 +264,14 @@ def training_groups(
     """
     groups = range(recipe.groups) if groups is None else groups
     addresses = Addresses(start, recipe.schedule.steps, groups)
-    ahead = max(2, -(-2 * len(groups) // max(1, workers)))  # two steps' worth in all
+    ahead = made_ahead(len(groups), workers) // max(1, workers)
     # A pass may hold all groups of a step while those of the next one are fetched.
     return _load(Groups(source, recipe), addresses, workers, pin, ahead, held=2 * len(groups))
+
+
+def made_ahead(groups: int, workers: int) -> int:
+    """Groups that the workers make ahead: two steps' worth, and two of each worker at least."""
+    return workers and workers * max(2, -(-2 * groups // workers))
 
 
 def evaluation_batches(
@@ -288,8 +303,9 @@ def _load(
     order = addresses
     if workers:
         count = min(len(addresses), workers * ahead + held)
-        # Without room for that in shared memory (a container's /dev/shm), batches are copied into
-        # it as they come.
+        made.sent = True
+        # Without room for that in shared memory (a container's /dev/shm) it does without: torch's
+        # way of sending a tensor needs it too, and would wait for ever.
         with contextlib.suppress(RuntimeError):
             made.slots = Slots(count, made.count * made.size**2 * 3)
             order = Places(addresses, made.slots)
