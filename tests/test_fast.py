@@ -9,7 +9,7 @@ import torch._dynamo
 import torch._functorch.config
 from rich.console import Console
 
-from cspnet.errors import OutOfMemory, RecipeError
+from cspnet.errors import CspnetError, OutOfMemory, RecipeError
 from cspnet.nets import csp
 from cspnet.train import fast, job, loop
 from cspnet.train.runtime import Place
@@ -102,6 +102,35 @@ def test_a_faulty_compiler_is_told_and_not_used(tiny, tmp_path, console, monkeyp
     monkeypatch.undo()
     run(recipe, tmp_path / "eager", passes=2)
     assert same(last(tmp_path / "fast")["state_dict"], last(tmp_path / "eager")["state_dict"])
+
+
+def test_a_compiler_that_fails_amid_the_run_is_told_with_the_way_on(
+    tiny, tmp_path, console, monkeypatch
+):
+    """At the size of the run's end it works, at an earlier one it does not."""
+
+    class Faulty(torch.nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, images):
+            if images.shape[-1] == 64:
+                raise torch._dynamo.exc.InternalTorchDynamoError("no kernel\nand so on")
+            return self.net(images)
+
+    def compile(function, **_):
+        return Faulty(function) if isinstance(function, torch.nn.Module) else function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    growing = ["data.start_size=32", "data.size=96", "data.full_size_from=0.6"]
+    recipe = tiny("schedule.steps=5", *growing)
+    assert [recipe.size_at(step) for step in range(5)] == [32, 32, 64, 96, 96]
+    with pytest.raises(CspnetError, match=r"failed in step 3 \(no kernel\): .*--no-compile"):
+        trained(recipe, tmp_path / "run", console, compile=True)
+    assert "compiled, tested" in console.export_text()
+    run(recipe, tmp_path / "run", resume=True)
+    assert last(tmp_path / "run")["step"] == 5
 
 
 def prepared(recipe, folder, console, **place):

@@ -3,17 +3,18 @@
 Both happen before the first step, with real images, and leave the state as it was.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from cspnet.errors import OutOfMemory
+from cspnet.errors import CspnetError, OutOfMemory
 from cspnet.train.health import is_out_of_memory, memory_told
-from cspnet.train.job import Job, passes_of
+from cspnet.train.job import Job, passes_of, sizes_of_passes
 from cspnet.train.runtime import BUDGETS, Precision
 from cspnet.train.state import TrainState
 
@@ -68,6 +69,21 @@ def accelerate(
         )
         job = replace(job, compile=False)
     return (fit_passes(job, state.net, state, fullest) if job.fit else job), state.net
+
+
+@contextlib.contextmanager
+def compiling_told(state: TrainState) -> Iterator[None]:
+    """Turns a failure to compile amid the run, at another size for one, into one message."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        first = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise CspnetError(
+            f"torch.compile failed in step {state.step + 1:,} ({first[:200]}): the same command "
+            "with --resume --no-compile goes on in eager mode from the last checkpoint"
+        ) from None
 
 
 class Outcome(NamedTuple):
@@ -192,9 +208,8 @@ def fit_passes(job: Job, net: nn.Module, state: TrainState, trial: Fullest) -> J
     The trial runs twice, since the first step allocates what the second finds in its way. Raises
     OutOfMemory where a single group does not fit.
     """
-    recipe, groups = job.recipe, len(job.groups)
-    # So many groups at once that a step has 1, 2, 3 … passes: of 4 groups 4, 2 or 1.
-    for at_once in sorted({-(-groups // passes) for passes in range(1, groups + 1)}, reverse=True):
+    recipe = job.recipe
+    for at_once in sizes_of_passes(len(job.groups)):
         tried = replace(job, passes=passes_of(job.groups, at_once))
         kept = _copy(state.net)
         try:

@@ -15,6 +15,7 @@ from torch import nn
 from cspnet.errors import RecipeError
 from cspnet.schema import TIMM, Recipe
 from cspnet.train.adversarial import attacked
+from cspnet.train.job import sizes_of_passes
 from cspnet.train.saved import Convolution, convolutions, eager
 from cspnet.trained import create_own
 
@@ -122,9 +123,7 @@ def forecast(recipe: Recipe, card: Card, classes: int, memory: str = "fast") -> 
     fixed = (stored + 4 * momentum + 2 * weights) / 1e9 + WORKSPACE_GB
     room = USABLE * card.memory_gb - fixed
     fits = {
-        name: max(
-            (k for k in range(1, recipe.groups + 1) if k * group * mb / 1000 <= room), default=0
-        )
+        name: next((k for k in sizes_of_passes(recipe.groups) if k * group * mb / 1000 <= room), 0)
         for name, mb in saved.items()
     }
     at_most = _rate(layers, card, 1, 1)

@@ -68,8 +68,6 @@ def prepare(recipe: Recipe, place: Place, console: Console, world: World = ALONE
             f"(batch={recipe.batch}, group={recipe.group}): start {' or '.join(worlds)}"
         )
     groups = world.share_of(recipe.groups)
-    if precision.name == "fp32":  # not TF32, which torch lets cuDNN use
-        torch.backends.cudnn.allow_tf32 = False
     on_gpu = device.type == "cuda"
     foreign = recipe.model.name.startswith(TIMM)
     compile = on_gpu if place.compile is None else place.compile
@@ -119,6 +117,11 @@ def prepare(recipe: Recipe, place: Place, console: Console, world: World = ALONE
         ),
         place=place,
     )
+
+
+def sizes_of_passes(groups: int) -> list[int]:
+    """So many groups at once that a step has 1, 2, 3 … passes, most first: of 4 groups 4, 2, 1."""
+    return sorted({-(-groups // passes) for passes in range(1, groups + 1)}, reverse=True)
 
 
 def passes_of(groups: range, at_once: int) -> list[range]:

@@ -14,7 +14,7 @@ from cspnet.report.metrics import Report
 from cspnet.report.preview import sheet, write_png
 from cspnet.schema import Recipe
 from cspnet.train.adversarial import attack, strength
-from cspnet.train.fast import accelerate
+from cspnet.train.fast import accelerate, compiling_told
 from cspnet.train.health import is_finite, memory_told, not_finite, note_loss
 from cspnet.train.job import Job, check_folder, prepare, record, start
 from cspnet.train.optim import learning_rate
@@ -70,6 +70,7 @@ def run(job: Job, state: TrainState, stop: Stop) -> Scores | None:
         Report(job.folder, state, job.training, job.console, world, job.workers) as report,
         closing(stream) as groups,
         memory_told(len(job.passes[0]), state),
+        compiling_told(state),
     ):
         if state.step == 0 and world.first:
             show_samples(job, state.net, report)
