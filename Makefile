@@ -44,5 +44,5 @@ ifdef DATA
 	$(BIN)/python benchmarks/parity.py --data $(DATA) --json results/parity.json
 endif
 
-bench-gpu: .venv/ready  ## every figure that wants a GPU, as JSON in results/ (9 minutes on a large one, 27 on 8 GB); DATA=ROOT
+bench-gpu: .venv/ready  ## every figure that wants a GPU, as JSON in results/ (9 minutes on a card of 40 GB or more, else 27); DATA=ROOT
 	$(BIN)/python benchmarks/gpu.py --out results $(if $(DATA),--data $(DATA))

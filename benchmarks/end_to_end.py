@@ -3,9 +3,10 @@
     python benchmarks/end_to_end.py --data data/imagenet [--recipe cspdarknet53-omega --json FILE]
 
 One run of the real loop. Its stream of images alternates: a window of steps from the loader, a
-window of steps that all take the same decoded group, which costs nothing. The record of the run
-has a line for each window; the first of each kind is dropped. The ratio tells what reading,
-decoding and handing over cost the run; 1 is nothing.
+window of steps that all take the same decoded group, which costs nothing. Where workers make groups
+ahead, a window from the loader comes in between that does not count: it uses up what they made
+while nobody asked. The record of the run has a line for each window; the first of each kind is
+dropped. The ratio tells what reading, decoding and handing over cost the run; 1 is nothing.
 """
 
 import argparse
@@ -21,19 +22,26 @@ from common import about, write
 from rich.console import Console
 
 from cspnet import recipe as recipes
-from cspnet.data.loader import Batch, Groups, training_groups
+from cspnet.data.loader import Batch, Groups, made_ahead, training_groups
 from cspnet.train import loop
-from cspnet.train.runtime import Place, find_device
+from cspnet.train.runtime import Place, find_device, find_workers
 
 
-def alternating(window: int) -> object:
-    """`training_groups` of which every other window of steps is one group again and again."""
+def alternating(window: int, real_ones: int) -> object:
+    """`training_groups` with, after some windows of steps, one of one group again and again."""
 
-    def groups(source, recipe, start: int, *how, **options) -> Iterator[Batch]:
+    def groups(source, recipe, start: int, workers: int, pin: bool, *how) -> Iterator[Batch]:
+        ahead = made_ahead(recipe.groups, workers)
+        if real_ones > 1 and ahead > window * recipe.groups:
+            raise ValueError(
+                f"--window {window}: {workers} workers make more groups ahead, {ahead}"
+            )
         kept = Groups(source, recipe)[0, 0]
-        with closing(training_groups(source, recipe, start, *how, **options)) as real:
+        if pin:
+            kept = kept._replace(images=kept.images.pin_memory(), labels=kept.labels.pin_memory())
+        with closing(training_groups(source, recipe, start, workers, pin, *how)) as real:
             while True:
-                for _ in range(window * recipe.groups):
+                for _ in range(real_ones * window * recipe.groups):
                     yield next(real)
                 for _ in range(window * recipe.groups):
                     yield kept
@@ -52,10 +60,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*", help="of the recipe")
     options = parser.parse_args()
-    small = find_device(options.device).type == "cpu"
+    device = find_device(options.device)
+    small = device.type == "cpu"
+    real_ones = 2 if find_workers(options.workers, device) else 1
     window = options.window or (2 if small else 50)
     size = ["batch=16", "group=8"] if small else []
-    steps = 2 * window * (options.windows + 1)
+    steps = (real_ones + 1) * window * (options.windows + 1)
     given = [f"log_every={window}", f"schedule.steps={steps}", "save_every=1000000"]
     recipe = recipes.load(
         recipes.find(options.recipe), [*size, *given, *options.overrides], options.data
@@ -64,13 +74,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Place(Path(folder) / "run", device=options.device, workers=options.workers)
         with (
-            mock.patch.object(loop, "training_groups", alternating(window)),
+            mock.patch.object(loop, "training_groups", alternating(window, real_ones)),
             mock.patch.object(loop, "is_validation_due", lambda state: False),
         ):
             loop.train(recipe, place, Console(soft_wrap=True))
         text = (place.output / "metrics.jsonl").read_text()
     lines = [line for line in map(json.loads, text.splitlines()) if line["split"] == "train"]
-    kinds = {"loader": lines[2::2], "memory": lines[3::2]}
+    kinds = {
+        "loader": lines[2 * real_ones :: real_ones + 1],
+        "memory": lines[2 * real_ones + 1 :: real_ones + 1],
+    }
     speeds = {k: [line["images_per_second"] for line in of_it] for k, of_it in kinds.items()}
     ratios = [a / b for a, b in zip(speeds["loader"], speeds["memory"], strict=True)]
     wait = statistics.median(line["data_wait"] for line in kinds["loader"])

@@ -45,11 +45,10 @@ def ours(options, images, targets, precision: Precision, compiled: bool) -> Call
     updates: torch.Tensor | int = 0
     if scaler.is_enabled():
         updates = torch.zeros((), dtype=torch.float64, device=images.device)
-    if compiled:
-        torch._functorch.config.activation_memory_budget = BUDGETS[options.memory]
 
     def step() -> None:
         nonlocal updates
+        torch._functorch.config.activation_memory_budget = BUDGETS[options.memory]
         torch.backends.cudnn.benchmark = options.autotune
         rate = learning_rate(updates + 1, recipe)
         for parameters in optimizer.param_groups:
@@ -74,7 +73,7 @@ def timms(options, images, targets, precision: Precision, compiled: bool) -> Cal
     """One step as timm's train.py makes it (timm 1.0: train_one_epoch, PrefetchLoader)."""
     net = timm.create_model("cspdarknet53", act_layer="mish", num_classes=targets.shape[1])
     net = net.to(images.device, memory_format=torch.channels_last)
-    optimizer = create_optimizer_v2(net, opt="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4)
+    optimizer = create_optimizer_v2(net, opt="momentum", lr=0.1, momentum=0.9, weight_decay=5e-4)
     scaler = NativeScaler(device=images.device.type) if precision.scales_loss else None
     run = torch.compile(net) if compiled else net
     mean, std = (
@@ -83,6 +82,7 @@ def timms(options, images, targets, precision: Precision, compiled: bool) -> Cal
     )
 
     def step() -> None:
+        torch._functorch.config.activation_memory_budget = 1.0
         torch.backends.cudnn.benchmark = True  # train.py's setting
         pixels = images.permute(0, 3, 1, 2).float().sub_(mean).div_(std)
         pixels = pixels.contiguous(memory_format=torch.channels_last)

@@ -48,6 +48,7 @@ class Part:
 @torch.no_grad()
 def timms(net, folder: Path, options, device, precision, workers: int) -> tuple[float, float]:
     """Images/s and mean loss by the loop of timm's validate.py (timm 1.0), channels-last."""
+    torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = True  # its settings
     dataset = timm.data.ImageDataset(str(folder))
     repeats = -(-options.images // len(dataset.reader.samples))
     dataset.reader.samples = (dataset.reader.samples * repeats)[: options.images]
@@ -113,6 +114,7 @@ def main() -> None:
     record = about(options) | {"precision": precision.name, "workers": workers}
     speeds: dict[str, list[float]] = {"ours": [], "timm": []}
     for _ in range(options.rounds + 1):
+        torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = False
         scores = evaluate(nets[0], source, recipe, precision, workers)
         speed, loss = timms(nets[1], folder, options, device, precision, workers)
         speeds["ours"].append(scores.images_per_second)
