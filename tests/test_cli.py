@@ -1,8 +1,12 @@
 """The commands as a user types them, the first ones in processes of their own."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -15,9 +19,6 @@ from tests.conftest import ROOT, TINY
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run folder of the tiny digits recipe, trained through the command line."""
-    import subprocess
-    import sys
-
     base = tmp_path_factory.mktemp("trained")
     call = "from cspnet.cli import main_train as m; m()"
     arguments = ["--recipe", "digits", "--output", "run", "--device", "cpu", *TINY]
@@ -78,9 +79,6 @@ def test_resume_needs_only_the_folder(trained, command, tmp_path):
 
 
 def test_train_py_hands_over(tmp_path):
-    import subprocess
-    import sys
-
     done = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), "-r", "digits", "--check"],
         cwd=tmp_path,
@@ -181,11 +179,6 @@ def test_the_checkpoint_is_plain_and_timm_reads_it(trained):
 
 def test_a_second_ctrl_c_leaves_at_once(tmp_path):
     """Exit code 130, no traceback, the last checkpoint as it was, no worker left behind."""
-    import os
-    import subprocess
-    import sys
-    import time
-
     call = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
