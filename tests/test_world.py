@@ -148,7 +148,7 @@ def exact(tmp_path_factory):
 EXACT = ("data.size=64", "optim.learning_rate=0.1")
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_are_one(exact, tmp_path, size):
     """Weights, running statistics, averages and losses; the attack is on.
 
