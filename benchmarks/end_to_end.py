@@ -22,7 +22,7 @@ from common import about, write
 from rich.console import Console
 
 from cspnet import recipe as recipes
-from cspnet.data.loader import Batch, Groups, made_ahead, training_groups
+from cspnet.data.loader import Batch, Groups, ahead_each, training_groups
 from cspnet.train import loop
 from cspnet.train.runtime import Place, find_device, find_workers
 
@@ -31,8 +31,8 @@ def alternating(window: int, real_ones: int) -> object:
     """`training_groups` with, after some windows of steps, one of one group again and again."""
 
     def groups(source, recipe, start: int, workers: int, pin: bool, *how) -> Iterator[Batch]:
-        ahead = made_ahead(recipe.groups, workers)
-        if real_ones > 1 and ahead > window * recipe.groups:
+        ahead = workers * ahead_each(recipe.groups, workers)
+        if ahead > window * recipe.groups:
             raise ValueError(
                 f"--window {window}: {workers} workers make more groups ahead, {ahead}"
             )

@@ -264,14 +264,14 @@ def training_groups(
     """
     groups = range(recipe.groups) if groups is None else groups
     addresses = Addresses(start, recipe.schedule.steps, groups)
-    ahead = made_ahead(len(groups), workers) // max(1, workers)
+    ahead = ahead_each(len(groups), workers)
     # A pass may hold all groups of a step while those of the next one are fetched.
     return _load(Groups(source, recipe), addresses, workers, pin, ahead, held=2 * len(groups))
 
 
-def made_ahead(groups: int, workers: int) -> int:
-    """Groups that the workers make ahead: two steps' worth, and two of each worker at least."""
-    return workers and workers * max(2, -(-2 * groups // workers))
+def ahead_each(groups: int, workers: int) -> int:
+    """Groups that each worker makes ahead: together two steps' worth, and two at least."""
+    return max(2, -(-2 * groups // max(1, workers)))
 
 
 def evaluation_batches(

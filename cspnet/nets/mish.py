@@ -45,6 +45,7 @@ class AlgebraicMish(torch.autograd.Function):
 
 
 def widen(x: Tensor) -> Tensor:
+    """In float32, or in float64 where it is that."""
     return x if x.dtype == torch.float64 else x.float()
 
 

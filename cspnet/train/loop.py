@@ -69,8 +69,8 @@ def run(job: Job, state: TrainState, stop: Stop) -> Scores | None:
         stop,
         Report(job.folder, state, job.training, job.console, world, job.workers) as report,
         closing(stream) as groups,
-        memory_told(len(job.passes[0]), state),
         compiling_told(state),
+        memory_told(len(job.passes[0]), state),  # inside: what a compiler says of memory is its
     ):
         if state.step == 0 and world.first:
             show_samples(job, state.net, report)

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from cspnet.data.loader import made_ahead, training_groups
+from cspnet.data.loader import ahead_each, training_groups
 from cspnet.data.sources import Source
 from cspnet.data.worker import cores
 from cspnet.errors import Incomplete, Stopped
@@ -237,8 +237,8 @@ def _loader_rate(job: Job, seconds: float, stop: Stop) -> float:
     )
     stream = training_groups(job.training, recipe, 0, job.workers, job.device.type == "cuda")
     with contextlib.closing(stream) as groups:
-        for _ in range(1 + made_ahead(recipe.groups, job.workers)):
-            next(groups)
+        for _ in range(1 + job.workers * ahead_each(recipe.groups, job.workers)):
+            next(groups)  # what is made ahead
         start, count = time.perf_counter(), 0
         while (passed := time.perf_counter() - start) < seconds or not count:
             next(groups)
