@@ -41,6 +41,14 @@ class Lost(CspnetError):
     """Another process of the run has ended, or hangs."""
 
 
+class WorkersLost(CspnetError):
+    """Dataloader workers died again and again."""
+
+
+class Crash(CspnetError):
+    """An unexpected exception ended the run; its traceback is in a file of the run folder."""
+
+
 class Incomplete(CspnetError):
     """Some images could not be read; the results of the others are out."""
 

@@ -16,6 +16,7 @@ from torch import nn
 from cspnet.data.augment import normalize
 from cspnet.data.loader import evaluation_batches
 from cspnet.data.sources import Source
+from cspnet.data.supervision import WorkerMonitor
 from cspnet.schema import Recipe
 from cspnet.train.runtime import Precision
 from cspnet.train.world import ALONE, World
@@ -54,13 +55,15 @@ def evaluate(
     progress: Callable[[int], None] = lambda images: None,
     world: World = ALONE,
     seen: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
+    monitor: WorkerMonitor | None = None,
 ) -> Scores:
     """Scores of the net, or of other weights (a state dict) in it, on all images of the source.
 
     `batch` is the number of images at once, the recipe's by default; `progress` is told how many
     are done, as often in each process of the world, which share the batches. `seen` gets, batch by
     batch, the index of its first image, logits float32 [n, K] and labels [n] of its images; those
-    of this process. The net is left in the mode in which it was.
+    of this process. The net is left in the mode in which it was. `monitor` hears of dataloader
+    workers that died; by default stderr does. Raises WorkersLost where they die again and again.
     """
     was_training = net.training
     net.eval()
@@ -73,7 +76,7 @@ def evaluate(
     with contextlib.closing(
         evaluation_batches(
             *(source, batch, recipe.data.size, recipe.evaluate, workers),
-            *(device.type == "cuda", world.rank, world.size),
+            *(device.type == "cuda", world.rank, world.size, monitor),
         )
     ) as batches:
         for number, loaded in enumerate(batches):

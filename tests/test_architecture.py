@@ -8,12 +8,12 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "cspnet"
 # Rooms by height; a module may import what stands lower, and its neighbours of the same room.
 HEIGHTS = [
-    ["errors"],
+    ["errors", "console"],
     ["schema"],
     ["recipe"],
     ["nets", "data"],
     ["train.world"],
-    ["train.runtime", "train.optim", "train.adversarial"],
+    ["train.runtime", "train.lock", "train.optim", "train.adversarial"],
     ["train.checkpoint"],
     ["train.state"],
     ["train.health"],

@@ -13,7 +13,7 @@ from cspnet.train import job, loop, runtime, step
 from cspnet.train.checkpoint import load
 from cspnet.train.health import first_not_finite
 from cspnet.train.optim import Average, learning_rate
-from tests.test_loop import last, metrics, numbers, run, same
+from tests.test_loop import SuddenDeath, last, metrics, numbers, run, same
 
 
 def spoil(monkeypatch, *steps, by=float("inf")):
@@ -87,10 +87,16 @@ def test_a_resume_after_a_skipped_step_is_exact(tiny, tmp_path, monkeypatch, sca
     recipe = tiny("schedule.steps=6", "save_every=2", "log_every=2")
     spoil(monkeypatch, 1, 4)
     run(recipe, tmp_path / "whole")
+    draw = augment.draw
+
+    def die(*arguments):
+        if arguments[1] == 5:
+            raise SuddenDeath
+        return draw(*arguments)
+
     with monkeypatch.context() as patch:
-        patch.setattr(step, "draw", lambda *a: 1 / 0 if a[1] == 5 else draw(*a))
-        draw = augment.draw
-        with pytest.raises(ZeroDivisionError):
+        patch.setattr(step, "draw", die)
+        with pytest.raises(SuddenDeath):
             run(recipe, tmp_path / "cut")
     assert last(tmp_path / "cut")["step"] == 4
     run(recipe, tmp_path / "cut", resume=True)

@@ -1,6 +1,8 @@
 """Where a run stands, told from its folder alone."""
 
 import json
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -8,7 +10,7 @@ import pytest
 from cspnet.errors import RecipeError
 from cspnet.report.history import read_run
 from cspnet.report.outlook import spell
-from cspnet.report.status import describe
+from cspnet.report.status import describe, exit_code
 
 RECIPE = "batch: 10\ngroup: 10\nlog_every: 10\nschedule: {steps: 1000}\n"
 START = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -54,7 +56,7 @@ def test_a_run_that_goes_on(tmp_path):
     record.insert(20, line(200, split="val", top1=61.5))
     record.append(line(500, split="val", top1=55.25))
     text = told(a_run(tmp_path / "run", record, [event("start", 0, 0)]), 11)
-    assert "running since" in text and "heard of 0:01:00 ago" in text
+    assert "running since" in text and "last written to 0:01:00 ago" in text
     assert "step        500 of 1,000 (50.0%), loss 2.5000" in text
     assert "67 images/s, 25% of the time waiting for images; 0:01:15 left" in text  # 5,000 images
     assert "best 61.50 % at step 200, last 55.25 % at step 500" in text
@@ -62,30 +64,53 @@ def test_a_run_that_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "history, minutes, expected",
+    "history, minutes, expected, code",
     [
-        (
-            [event("start", 0, 0)],
-            60,
-            "silent, heard of 0:50:00 ago: killed, or in a long validation",
-        ),
-        ([event("start", 0, 0), event("stop", 30, 12, "SIGTERM: saved")], 13, ": SIGTERM: saved"),
-        ([event("start", 0, 0), event("done", 1000, 12)], 13, "complete since"),
-        ([event("start", 0, 0), event("stop", 3, 1), event("resume", 3, 9)], 11, "running since"),
-        ([], 1, "begun by nobody"),
+        ([event("start", 0, 0)], 60, "DEAD: its process was killed", 1),
+        ([event("start", 0, 0), event("stop", 30, 12, "SIGTERM")], 13, ": SIGTERM. Continue:", 75),
+        ([event("start", 0, 0), event("fail", 30, 12, "disk full.")], 13, "FAILED at", 1),
+        ([event("start", 0, 0), event("crash", 30, 12, "TypeError")], 13, "CRASHED at", 1),
+        ([event("start", 0, 0), event("done", 1000, 12)], 13, "complete since", 0),
+        ([event("start", 0, 0), event("stop", 3, 1), event("resume", 3, 9)], 11, "running", 0),
+        ([], 1, "not started", 1),
     ],
 )
-def test_what_a_run_is_doing(tmp_path, history, minutes, expected):
-    text = told(a_run(tmp_path / "run", [line(30)], history), minutes)
-    assert expected in text.splitlines()[0]
+def test_what_a_run_is_doing_without_a_lock(tmp_path, history, minutes, expected, code):
+    run = a_run(tmp_path / "run", [line(30)], history)
+    text = told(run, minutes)
+    assert expected in text.splitlines()[0] and ".." not in text.splitlines()[0]
     assert ("done at" in text) == ("running since" in text)
+    assert exit_code(run, START + timedelta(minutes=minutes)) == code
+
+
+def test_the_lock_tells_a_dead_run_at_once(tmp_path):
+    """A process that holds the lock, then is killed: no minute of silence is waited for."""
+    run = a_run(tmp_path / "a run", [line(30)], [event("start", 0, 0)])
+    at = START + timedelta(minutes=60)
+    hold = (
+        "import pathlib, sys; from cspnet.train.lock import RunLock; c = RunLock(); "
+        "c.take(pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    child = subprocess.Popen([sys.executable, "-c", hold, str(run.folder)], **pipes)
+    assert child.stdout.readline() == b"held\n"
+    assert (
+        "running since" in told(run, 60) and exit_code(run, at) == 0
+    )  # silent for long, but alive
+    child.kill()
+    child.wait()
+    first = told(run, 10.1).splitlines()[0]  # it wrote a moment ago
+    assert "DEAD" in first and exit_code(run, START + timedelta(minutes=10.1)) == 1
+    assert f"cspnet-train --resume --output '{run.folder}'" in first
+    child.stdin.close()
+    child.stdout.close()
 
 
 def test_a_slow_run_is_not_silent_between_two_lines(tmp_path):
     """100 images a window at 0.1 images/s: a line every 17 minutes."""
     record = [line(30, images_per_second=0.1)]
     run = a_run(tmp_path / "run", record, [event("start", 0, 0)])
-    assert "running since" in told(run, 10 + 49) and "silent" in told(run, 10 + 51)
+    assert "running since" in told(run, 10 + 49) and "DEAD" in told(run, 10 + 51)
 
 
 def test_what_is_left_counts_the_growth_of_the_images(tmp_path):

@@ -18,6 +18,7 @@ from cspnet.cli.planning import plan, status
 from cspnet.cli.reports import compare, report
 from cspnet.cli.results import evaluate, export, predict
 from cspnet.cli.training import preview, train
+from cspnet.console import configure_streams
 from cspnet.errors import CspnetError, Stopped
 
 
@@ -57,6 +58,8 @@ def _run(app: typer.Typer) -> None:
     Of several processes the first one tells what all of them find; what befalls another one alone
     is told with its number.
     """
+    configure_streams()
+    streams = sys.stdout, sys.stderr
     try:
         app()
     except Stopped as stopped:
@@ -69,8 +72,23 @@ def _run(app: typer.Typer) -> None:
             print(f"error: {who}{error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:  # `cspnet … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         sys.exit(1)
+    except SystemExit as end:
+        # What is still buffered: at the interpreter's exit, a closed pipe would print a traceback.
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _discard_output()
+            sys.exit(end.code or 1)
+        raise
+    finally:
+        sys.stdout, sys.stderr = streams  # as they were before `survive_lost_output`
+
+
+def _discard_output() -> None:
+    """Lets the interpreter flush stdout into nothing at its exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main() -> None:

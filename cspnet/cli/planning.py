@@ -93,11 +93,15 @@ def status(
     """How far is it? cspnet status runs/cspdarknet53
 
     Step, speed, time left, best top-1, last save; it reads the run folder only, from any terminal.
+    The exit code is 0 where the run is running or complete, 75 where it was stopped after a save, 1
+    where it failed or its process is gone.
     """
     from cspnet.report.history import read_run
-    from cspnet.report.status import describe
+    from cspnet.report.status import describe, exit_code
 
-    print("\n".join(describe(read_run(run))))
+    found = read_run(run)
+    print("\n".join(describe(found)))
+    raise typer.Exit(exit_code(found))
 
 
 def _measured(recipe: "Recipe", plan: "Plan", output: Path) -> list[str]:

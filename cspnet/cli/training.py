@@ -1,5 +1,6 @@
 """The commands of training: `train` and, before it, `preview`."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -78,6 +79,9 @@ def train(
         path = recipes.find(recipe)
     elif resume and output and (output / "recipe.yaml").is_file():
         path = output / "recipe.yaml"  # the run's own
+        given = any(override.startswith("data.root=") for override in overrides or [])
+        if data is None and not given:
+            data = recorded_root(output)
     else:
         raise RecipeError(
             "no recipe: give --recipe NAME (or --resume with the --output of an earlier run)"
@@ -90,6 +94,7 @@ def train(
 
     from rich.console import Console
 
+    from cspnet.console import survive_lost_output
     from cspnet.train.loop import train as run
     from cspnet.train.runtime import Place
 
@@ -105,12 +110,24 @@ def train(
         force=force,
         stop_when_full=stop_when_full,
     )
+    survive_lost_output()
     console = Console(soft_wrap=True, markup=False, highlight=False)
     run(resolved, place, remarks_only() if quiet else console)
     best = place.output / "checkpoints" / "best.pt"
     if is_first():
         print(f"done; evaluate: cspnet-eval --checkpoint {best} --data {resolved.data.root}")
         print(f"a page about it: cspnet report {place.output}")
+
+
+def recorded_root(run: Path) -> str | None:
+    """The data root of a run as an absolute path: its recipe may name it relative to a directory
+    that is not the present one. None where the run has not recorded it.
+    """
+    try:
+        root = json.loads((run / "env.json").read_text())["data_root"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return root if isinstance(root, str) else None
 
 
 def passes_of(text: str | None) -> int | str | None:

@@ -15,7 +15,7 @@ import itertools
 import math
 import signal
 import weakref
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Collection, Generator, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -32,6 +32,7 @@ from cspnet.data.decode import (
     make_view,
 )
 from cspnet.data.sources import Source
+from cspnet.data.supervision import WorkerMonitor, end_all, supervised
 from cspnet.schema import Evaluate, Recipe
 
 TRIES = 20  # images in a row, from an unreadable one on, that are tried in its place
@@ -201,9 +202,11 @@ class Addresses:
         return max(0, self.stop - self.start) * len(self.groups)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        for step in range(self.start, self.stop):
-            for group in self.groups:
-                yield step, group
+        return (self[place] for place in range(len(self)))
+
+    def __getitem__(self, place: int) -> tuple[int, int]:
+        step, group = divmod(place, len(self.groups))
+        return self.start + step, self.groups[group]
 
 
 class Places:
@@ -257,16 +260,18 @@ def training_groups(
     workers: int,
     pin: bool,
     groups: range | None = None,
+    monitor: WorkerMonitor | None = None,
 ) -> Generator[Batch, None, None]:
     """Groups in the order of the stream from step `start` to the end of the schedule.
 
-    All of each step, or those of them that are asked for.
+    All of each step, or those of them that are asked for. `monitor` hears of workers that died.
     """
     groups = range(recipe.groups) if groups is None else groups
     addresses = Addresses(start, recipe.schedule.steps, groups)
     ahead = ahead_each(len(groups), workers)
     # A pass may hold all groups of a step while those of the next one are fetched.
-    return _load(Groups(source, recipe), addresses, workers, pin, ahead, held=2 * len(groups))
+    held = 2 * len(groups)
+    return _load(Groups(source, recipe), addresses, workers, pin, ahead, held, monitor)
 
 
 def ahead_each(groups: int, workers: int) -> int:
@@ -283,6 +288,7 @@ def evaluation_batches(
     pin: bool,
     first: int = 0,
     each: int = 1,
+    monitor: WorkerMonitor | None = None,
 ) -> Generator[Batch, None, None]:
     """Every image of the source once, in its order, in the view that `how` asks for.
 
@@ -290,58 +296,66 @@ def evaluation_batches(
     """
     batches = Batches(source, batch, size, how)
     rounds = -(-len(batches) // each)
-    return _load(batches, range(first, rounds * each, each), workers, pin, ahead=2, held=2)
+    return _load(batches, range(first, rounds * each, each), workers, pin, 2, 2, monitor)
 
 
 def _load(
-    made: Made, addresses: Collection, workers: int, pin: bool, ahead: int, held: int
+    made: Made,
+    addresses: Sequence,
+    workers: int,
+    pin: bool,
+    ahead: int,
+    held: int,
+    monitor: WorkerMonitor | None,
 ) -> Generator[Batch, None, None]:
     """The batches at the addresses, in their order. Closing the generator ends the workers.
 
     Each worker is `ahead` batches ahead, at most; of `held` at a time the memory is used again.
     """
-    order = addresses
-    if workers:
-        count = min(len(addresses), workers * ahead + held)
-        made.sent = True
-        # Without room for that in shared memory (a container's /dev/shm) it does without: torch's
-        # way of sending a tensor needs it too, and would wait for ever.
-        with contextlib.suppress(RuntimeError):
-            made.slots = Slots(count, made.count * made.size**2 * 3)
-            order = Places(addresses, made.slots)
-    loader = DataLoader(
-        made,
-        batch_size=None,  # an item is a batch already
-        sampler=order,
-        num_workers=workers,
-        pin_memory=pin,
-        prefetch_factor=ahead if workers else None,
-        worker_init_fn=_start_worker,
-    )
-    iterator = iter(loader)
-    _open.append(iterator)
-    try:
-        yield from iterator
-    finally:
-        # Its destructor tells the workers to end; left to the interpreter's exit, they would be
-        # sent SIGTERM, which they ignore.
-        _open[:] = [other for other in _open if other is not iterator]
-        del iterator, loader
+
+    def make(start: int, with_workers: bool) -> DataLoader:
+        made.sent = with_workers
+        places = _Rest(addresses, start)
+        if with_workers:
+            count = min(len(places), workers * ahead + held)
+            # Without room for that in shared memory (a container's /dev/shm) the images go through
+            # pipes: torch's way of sending a tensor needs it too, and would wait for ever.
+            made.slots = None
+            with contextlib.suppress(RuntimeError, OSError):
+                made.slots = Slots(count, made.count * made.size**2 * 3)
+                places = Places(places, made.slots)
+        return DataLoader(
+            made,
+            batch_size=None,  # an item is a batch already
+            sampler=places,
+            num_workers=workers if with_workers else 0,
+            pin_memory=pin,
+            prefetch_factor=ahead if with_workers else None,
+            worker_init_fn=_start_worker,
+        )
+
+    yield from supervised(make, len(addresses), workers, monitor or WorkerMonitor())
 
 
-_open: list[Iterator] = []
+class _Rest:
+    """A sequence of addresses from the one at `start` on."""
+
+    def __init__(self, addresses: Sequence, start: int):
+        self.addresses, self.start = addresses, start
+
+    def __len__(self) -> int:
+        return len(self.addresses) - self.start
+
+    def __iter__(self) -> Iterator:
+        for place in range(self.start, len(self.addresses)):
+            yield self.addresses[place]
 
 
-@atexit.register
-def _end_workers() -> None:
-    """Ends the workers of what was never closed: at exit they would be waited for, for ever."""
-    for iterator in _open:
-        if hasattr(iterator, "_shutdown_workers"):
-            iterator._shutdown_workers()
+atexit.register(end_all)  # workers of what was never closed would be waited for, for ever
 
 
 def _start_worker(_: int) -> None:
-    # A terminal sends Ctrl-C to every process, a batch system SIGTERM; only the main one decides
-    # what they mean.
-    worker.begin(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    # A terminal sends SIGINT and SIGHUP to every process, a batch system SIGTERM; only the main one
+    # decides what they mean.
+    worker.begin(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     torch.set_num_threads(1)

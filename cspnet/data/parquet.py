@@ -12,6 +12,7 @@ import os
 import re
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,14 @@ class Rows:
         if not value:
             raise OSError(errno.ENODATA, "the row has no image", self.name(index))
         return value, int(self.labels[index])
+
+    def listing(self) -> Iterator[tuple[str, int]]:
+        """Rows by file and number, each with the size of the file: that of a row is not listed."""
+        sizes = [os.path.getsize(file) for file in self.parquets.files]
+        for index in range(len(self)):
+            number = int(np.searchsorted(self._firsts, index, "right")) - 1
+            name = self.parquets.files[number].name
+            yield f"{name}:{index - self._firsts[number]}", sizes[number]
 
     def _group(self, group: int) -> Any:
         """The column of images of a row group, an arrow array of bytes."""

@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -187,6 +187,13 @@ class Shards:
         if len(data) < size:
             raise OSError(errno.EIO, "the tar file ends before its image does", self.name(index))
         return data, int(self.labels[index])
+
+    def listing(self) -> Iterator[tuple[str, int]]:
+        """Names within the tar files: which file an image is in does not change the stream."""
+        start = 0
+        for end, size in zip(self._index.ends.tolist(), self._index.sizes.tolist(), strict=True):
+            yield members.text(self._index.block[start:end]), size
+            start = end
 
     def _descriptor(self, shard: int) -> tuple[int, bool]:
         """A descriptor of a shard, and whether it is kept; one that is kept is never closed.

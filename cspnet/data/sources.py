@@ -36,6 +36,10 @@ class Source(Protocol):
         """What to call the image in a message: its path."""
         ...
 
+    def listing(self) -> Iterator[tuple[str, int]]:
+        """Of each image in order: its name below the root, and its size in bytes. OSError."""
+        ...
+
 
 class Folder:
     """A folder with a sub-folder per class, searched to any depth; links are followed.
@@ -76,6 +80,16 @@ class Folder:
         with open(self.name(index), "rb") as file:
             return file.read(), int(self.labels[index])
 
+    def listing(self) -> Iterator[tuple[str, int]]:
+        root, start = os.fsencode(self.root), 0
+        for end in self._ends.tolist():
+            below, start = self._block[start:end], end
+            try:
+                size = os.stat(os.path.join(root, below)).st_size
+            except OSError:  # a broken link is replaced like any unreadable image
+                size = -1
+            yield os.fsdecode(below), size
+
 
 class Digits:
     """scikit-learn's 1,797 real handwritten digits, 8×8 grey, as PNG; each fifth is held out."""
@@ -106,6 +120,9 @@ class Digits:
     def read(self, index: int) -> tuple[bytes, int]:
         return self._files[index], int(self.labels[index])
 
+    def listing(self) -> Iterator[tuple[str, int]]:
+        return ((self.name(index), len(file)) for index, file in enumerate(self._files))
+
 
 class Files:
     """Files by their paths. They have no classes: every label is 0."""
@@ -124,6 +141,9 @@ class Files:
     def read(self, index: int) -> tuple[bytes, int]:
         with open(self.paths[index], "rb") as file:
             return file.read(), 0
+
+    def listing(self) -> Iterator[tuple[str, int]]:
+        return ((path, os.path.getsize(path)) for path in self.paths)
 
 
 def find_images(paths: list[str]) -> list[str]:

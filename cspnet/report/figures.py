@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from cspnet.report.curves import MARKED, Chart, Curve, extent, number, plain, save, ticks
-from cspnet.report.history import Period, Run, periods
+from cspnet.report.history import STOPS, Period, Run, periods
 
 SPANS = [
     *(timedelta(seconds=n) for n in (1, 2, 5, 10, 15, 30)),
@@ -103,7 +103,7 @@ def time_axis(run: Run) -> str:
         style = f"left:{left:.3f}%;width:{max(0.0, right - left):.3f}%"
         bars.append(f'<i class="{_kind(period)}" style="{style}" title="{escape(told)}"></i>')
     for place, event in enumerate(run.events, 1):
-        if event.kind == "stop":
+        if event.kind in STOPS:
             text = str(place) if len(run.events) <= MARKED else ""
             told = escape(f"{stamp(event.time)}: {' '.join(event.remarks)}")
             flags.append(f'<b style="left:{at(event.time):.3f}%" title="{told}">{text}</b>')
@@ -129,7 +129,7 @@ LEGEND = {
 
 def _legend(found: list[Period]) -> str:
     kinds = {_kind(period) for period in found}
-    kinds |= {"flag" for period in found if period.end and period.end.kind == "stop"}
+    kinds |= {"flag" for period in found if period.end and period.end.kind in STOPS}
     return "".join(
         f'<span class="key {kind}">{text}</span>' for kind, text in LEGEND.items() if kind in kinds
     )
@@ -184,7 +184,7 @@ def draw_time(run: Run, path: Path) -> None:
         left, right = date2num(period.begin.time), date2num(period.until)
         place.broken_barh([(left, right - left)], (0, 1), color=colours[_kind(period)])
     for row, event in enumerate(run.events, 1):
-        if event.kind == "stop":
+        if event.kind in STOPS:
             place.axvline(date2num(event.time), color="C3")
             if len(run.events) <= MARKED:
                 place.annotate(f" {row}", (date2num(event.time), 1.06), color="C3", fontsize=8)

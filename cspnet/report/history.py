@@ -20,7 +20,8 @@ from cspnet.recipe import flatten
 
 TRAINING = ("step", "loss", "lr", "images_per_second", "data_wait", "loss_scale", "skipped")
 VALIDATION = ("step", "top1", "top5", "loss", "images")
-BEGINS, ENDS = ("start", "resume"), ("stop", "done")
+BEGINS, STOPS = ("start", "resume"), ("stop", "fail", "crash")
+ENDS = (*STOPS, "done")
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,12 @@ class Event:
     """A line of history.jsonl: when the run started, stopped, went on, was done."""
 
     time: datetime
-    kind: str  # start, resume, stop or done
+    kind: str  # start, resume; stop (saved), fail, crash; done
     step: int
     device: str
     processes: int
     remarks: list[str]
+    host: str = ""  # "": not recorded
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,7 @@ def _events(lines: Iterator[dict], unread: list[str]) -> Iterator[Event]:
                 device=str(line.get("device", "")),
                 processes=int(line.get("processes", 1)),
                 remarks=[str(remark) for remark in line.get("remarks") or []],
+                host=str(line.get("host", "")),
             )
         except (KeyError, TypeError, ValueError, OverflowError):
             unread.append(str(line))

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+from cspnet.console import RunOutput
 from cspnet.data.layout import printable
 from cspnet.data.loader import Batch
 from cspnet.data.sources import Source, display_names
+from cspnet.data.supervision import WorkerMonitor
 from cspnet.data.worker import cores
 from cspnet.errors import DataError, SaveError
 from cspnet.evaluate import Scores
@@ -29,6 +30,7 @@ from cspnet.train.state import TrainState
 from cspnet.train.world import ALONE, World
 
 NAMES = {"encoding": "utf-8", "errors": "surrogateescape"}  # of files: they may be any bytes
+LONG = 14 * 86_400  # seconds left from which the expected end is printed as a warning
 BAD_SHARE = 0.5  # of a group: beyond it the data set is at fault, not an image
 
 
@@ -43,12 +45,14 @@ class Report:
         folder: Path,
         state: TrainState,
         source: Source,
-        console: Console,
+        console: RunOutput,
         world: World = ALONE,
         workers: int = 0,
+        monitor: WorkerMonitor | None = None,
     ):
         self.folder, self.state, self.source, self.console = folder, state, source, console
         self._world, self._workers = world, workers
+        self._monitor = monitor or WorkerMonitor()
         self._list = folder / "unreadable.txt"
         self.unreadable = _names(self._list)  # of all starts
         self._met: set[str] = set()  # those of this start: what was repaired is no longer met
@@ -73,7 +77,7 @@ class Report:
             BarColumn(bar_width=None),
             TaskProgressColumn(),
             TextColumn("{task.fields[numbers]}"),
-            console=console,
+            console=console.console,
             transient=True,
             disable=not console.is_terminal,
         )
@@ -89,6 +93,11 @@ class Report:
         self._bar.stop()
         self._board.close()
         self._record.close()
+        if self._monitor.deaths:
+            self.console.print(
+                f"dataloader workers died and were started again {self._monitor.deaths} times",
+                style="yellow",
+            )
         if self.unreadable:
             self.console.print(
                 f"{len(self.unreadable):,} unreadable images so far, listed in {self._list}",
@@ -149,8 +158,11 @@ class Report:
             f"{speed:,.0f} images/s  {spell(left)} left"
         )
         self._bar.update(self._task, numbers=numbers)
-        if not self.console.is_terminal:
+        if self.console.is_terminal:
+            self.console.log(numbers)
+        else:
             self.console.print(numbers)
+        self._monitor.reset()
         self._windows += 1
         if self._windows == 2:  # the first one is slower than all others
             self._tell_outlook(metrics, left)
@@ -165,10 +177,12 @@ class Report:
         own = max(1, cores() // self._world.local_size)
         what, remedy = find_bottleneck(metrics["data_wait"], self._workers, own, device)
         self.console.print(
-            f"at this speed done at {when(left)}, validations aside; "
+            f"expected end: {when(left)} (in {spell(left)}, validation not included)",
+            style="red" if left > LONG else None,
+        )
+        self.console.print(
             f"{metrics['memory_gb']:.1f} GB of memory; held up by {what}"
-            + f" ({remedy})"
-            * what.startswith("the loader")
+            + f" ({remedy})" * what.startswith("the loader")
         )
 
     def unsaved(self, error: SaveError) -> None:

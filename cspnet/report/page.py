@@ -12,7 +12,7 @@ from cspnet.report.classes import DEEP, MATRIX, ClassScore, class_scores, shares
 from cspnet.report.confusion import worst_pairs
 from cspnet.report.curves import MARKED, Chart, shortened
 from cspnet.report.figures import figure, lasting, stamp, time_axis
-from cspnet.report.history import Run, periods
+from cspnet.report.history import STOPS, Run, periods
 from cspnet.report.mistakes import percent, to_jpeg
 from cspnet.report.origins import notes, sources
 from cspnet.report.style import STYLE
@@ -126,8 +126,9 @@ def state(run: Run) -> str:
     last = run.events[-1].kind if run.events else ""
     if last == "done":
         return "done"
-    if last == "stop":
-        return f"stopped at step {run.events[-1].step:,}"
+    if last in STOPS:
+        what = {"stop": "stopped", "fail": "failed", "crash": "crashed"}[last]
+        return f"{what} at step {run.events[-1].step:,}"
     return "running, or killed: no stop is noted" if last else "unknown: there is no history.jsonl"
 
 

@@ -1,15 +1,19 @@
 """Where a run stands, from its folder alone: another terminal may ask while it goes on."""
 
+import platform
+import shlex
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 
 from cspnet import recipe as recipes
+from cspnet.data.layout import printable
 from cspnet.errors import RecipeError
 from cspnet.report.history import ENDS, Run
 from cspnet.report.outlook import seconds_left, spell, when
 from cspnet.schema import Recipe
+from cspnet.train.lock import is_locked
 
 LINES = 10  # of the record, from which its present speed is told
 SILENCE = timedelta(minutes=10)  # without a line: longer than most windows and saves
@@ -19,13 +23,12 @@ WINDOWS = 3  # of the record that may be silent, where they are longer
 def describe(run: Run, now: datetime | None = None) -> list[str]:
     """The state of a run in lines for people: what it does, how far it is, its best, its last save.
 
-    Nothing in the folder says whether its process lives: a run that has not written for long may
-    have been killed, or validate.
+    A run that ended without a word, by SIGKILL or with its machine, is reported as dead at once.
     """
     now = now or datetime.now(UTC)
     recipe = _recipe(run)
-    running = _is_running(run, recipe, now)
-    lines = [f"{run.folder}: {_doing(run, running, now)}"]
+    state = _state(run, recipe, now)
+    lines = [f"{printable(str(run.folder))}: {_doing(run, state, now)}"]
     steps = run.training["step"]
     share = f" of {run.steps:,} ({run.step / run.steps:.1%})" if run.steps else ""
     loss = f", loss {run.training['loss'][-1]:.4f}" if len(steps) else ", none logged yet"
@@ -39,7 +42,7 @@ def describe(run: Run, now: datetime | None = None) -> list[str]:
         if recipe and run.step < run.steps:
             seconds = seconds_left(recipe, run.step, speed)
             left = f"; {spell(seconds)} left, validations aside"
-            left += f", done at {when(seconds)}" * running
+            left += f", done at {when(seconds)}" * (state == "running")
         lines.append(
             f"speed       {speed:,.0f} images/s, {wait:.0%} of the time waiting for images{left}"
         )
@@ -54,15 +57,41 @@ def describe(run: Run, now: datetime | None = None) -> list[str]:
     return lines
 
 
-def _is_running(run: Run, recipe: Recipe | None, now: datetime) -> bool:
-    """Whether it began, did not end, and was heard of lately."""
+def exit_code(run: Run, now: datetime | None = None) -> int:
+    """0: running or complete. 75: stopped after a save, --resume continues. 1: dead or failed."""
+    now = now or datetime.now(UTC)
+    state = _state(run, _recipe(run), now)
+    return {"running": 0, "done": 0, "stop": 75}.get(state, 1)
+
+
+def _state(run: Run, recipe: Recipe | None, now: datetime) -> str:
+    """running, dead, or the kind of the last event. The lock of the run folder decides.
+
+    It says nothing on some network drives, nor of a process on another machine. There a run counts
+    as running as long as its record grows.
+    """
+    locked = is_locked(run.folder)
+    if locked:
+        return "running"
     if not run.events or run.events[-1].kind in ENDS:
-        return False
+        return run.events[-1].kind if run.events else "none"
+    here = run.events[-1].host in ("", platform.node())
+    if locked is False and here:
+        return "dead"
+    return "running" if _writes(run, recipe, now) else "dead"
+
+
+def _writes(run: Run, recipe: Recipe | None, now: datetime) -> bool:
+    """Whether the run wrote to its record lately."""
     silence, speeds = SILENCE, run.training["images_per_second"][-1:]
     if recipe and len(speeds) and speeds[0] > 0:
         window = recipe.log_every * recipe.batch / float(speeds[0])
         silence = max(silence, WINDOWS * timedelta(seconds=window))
-    return now - max(run.written or run.events[-1].time, run.events[-1].time) < silence
+    return now - _last_sign(run) < silence
+
+
+def _last_sign(run: Run) -> datetime:
+    return max(run.written or run.events[-1].time, run.events[-1].time)
 
 
 def _recipe(run: Run) -> Recipe | None:
@@ -73,20 +102,23 @@ def _recipe(run: Run) -> Recipe | None:
         return None
 
 
-def _doing(run: Run, running: bool, now: datetime) -> str:
+def _doing(run: Run, state: str, now: datetime) -> str:
+    if state == "none":
+        return "not started: there is no history.jsonl"
     if not run.events:
-        return "begun by nobody"
+        return "running"
     last = run.events[-1]
-    if last.kind == "done":
-        return f"complete since {_local(last.time)}"
-    if last.kind == "stop":
-        why = f": {last.remarks[0]}" if last.remarks else ""
-        return f"stopped at {_local(last.time)}{why}"
-    heard = max(run.written or last.time, last.time)
-    ago = f"heard of {spell((now - heard).total_seconds())} ago"
-    if running:
+    ago = f"last written to {spell((now - _last_sign(run)).total_seconds())} ago"
+    if state == "running":
         return f"running since {_local(last.time)} on {run.device}, {ago}"
-    return f"silent, {ago}: killed, or in a long validation. --resume goes on with a killed run"
+    if state == "done":
+        return f"complete since {_local(last.time)}"
+    resume = f"Continue: cspnet-train --resume --output {shlex.quote(str(run.folder))}"
+    if state == "dead":
+        return f"DEAD: its process was killed, or the machine went down; {ago}. {resume}"
+    what = {"stop": "stopped", "fail": "FAILED", "crash": "CRASHED"}[state]
+    why = f": {last.remarks[0].rstrip('.')}" if last.remarks else ""
+    return f"{what} at {_local(last.time)}{why}. {resume}"
 
 
 def _last_save(file: Path, now: datetime) -> str:

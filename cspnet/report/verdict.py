@@ -1,5 +1,6 @@
 """One evaluation of a run's net for its report, or in a sentence why there is none."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,8 @@ def judge(
     trained, file, remarks = _open(run, checkpoint)
     if trained is None:
         return None, remarks
-    recipe, root = trained.recipe, data or trained.recipe.data.root
+    recipe = trained.recipe
+    root = data or _own_root(run, recipe.data.root)
     try:
         source = open_validation(root, trained.classes, trained.net.classes)
     except CspnetError as error:
@@ -89,6 +91,12 @@ def judge(
         pictures=[view(source, mistake.index, recipe) for mistake in mistakes],
     )
     return verdict, remarks
+
+
+def _own_root(run: Run, typed: str) -> str:
+    """The run's data root, from any working directory where that path is still there."""
+    recorded = run.environment.get("data_root")
+    return recorded if isinstance(recorded, str) and os.path.isdir(recorded) else typed
 
 
 def _open(run: Run, asked: str | None) -> tuple[Trained | None, Path | str, list[str]]:

@@ -20,7 +20,7 @@ import torch
 
 from cspnet.errors import CheckpointError, SaveError
 
-FORMAT = 2
+FORMAT = 3
 SEAL = b"cspnet blake2b "  # begins the comment; the digest follows as 64 hexadecimal digits
 SEAL_SIZE = len(SEAL) + 64
 BLOCK = 1 << 20

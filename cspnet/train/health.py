@@ -92,11 +92,19 @@ def not_finite(
     step = noted if noted >= 0 else state.step - 1
     layer = first_not_finite(state.net, lambda: forward(step)) or "nothing"
     saved = folder / "checkpoints" / "last.pt"
-    before = None
+    before, checkpoint = None, "There is no checkpoint."
     with contextlib.suppress(CheckpointError):
         # The update has spread it to all weights by now; those of the last save have not seen it.
-        state.net.load_state_dict(load(saved)["state_dict"])
+        content = load(saved)
+        state.net.load_state_dict(content["state_dict"])
         before = first_not_finite(state.net, lambda: forward(step)) or "nothing"
+        checkpoint = f"The last checkpoint is {saved} of step {content['step']:,}."
+        if before != "nothing":
+            # Finite weights, but training had diverged when they were saved.
+            checkpoint += (
+                " It had diverged already: on these images its own output is not finite. Use an "
+                "archive or best.pt instead."
+            )
     dump = folder / "not-finite.json"
     content = {
         "step": step + 1,
@@ -112,8 +120,7 @@ def not_finite(
         f"{what} at step {step + 1:,}; nothing was saved since. With its images, the first that is "
         f"not finite: {layer}"
         + (f"; with the weights of the last save: {before}" * bool(before))
-        + f". The images are listed in {dump}. "
-        f"{saved if before else 'No checkpoint'} is the last good one. "
+        + f". The images are listed in {dump}. {checkpoint} "
         "Try a lower optim.learning_rate, a longer warm-up, or precision=fp32, in a new folder."
     )
 

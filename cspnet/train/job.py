@@ -4,9 +4,10 @@ import json
 import os
 import platform
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,13 +15,16 @@ import torch
 from rich.console import Console
 
 import cspnet
+from cspnet.console import RunOutput
 from cspnet.data.augment import augment
 from cspnet.data.check import quick
+from cspnet.data.listing import Listing
 from cspnet.data.sources import Source, open_training, open_validation
-from cspnet.errors import CheckpointError, RecipeError
-from cspnet.recipe import to_text
-from cspnet.schema import TIMM, Recipe
+from cspnet.errors import CheckpointError, Crash, DataError, RecipeError
+from cspnet.recipe import from_text, to_text
+from cspnet.schema import DIGITS, TIMM, Recipe
 from cspnet.train.checkpoint import Checkpoints
+from cspnet.train.health import is_finite
 from cspnet.train.optim import Average, build_optimizer
 from cspnet.train.runtime import (
     BUDGETS,
@@ -30,7 +34,7 @@ from cspnet.train.runtime import (
     find_precision,
     find_workers,
 )
-from cspnet.train.state import TrainState
+from cspnet.train.state import Dataset, TrainState
 from cspnet.train.world import ALONE, World
 from cspnet.trained import build_net, starting_net
 
@@ -51,14 +55,18 @@ class Job:
     compile: bool
     training: Source
     validation: Source
-    console: Console
+    console: RunOutput
     checkpoints: Checkpoints
     place: Place
     augment: Callable = augment
 
 
-def prepare(recipe: Recipe, place: Place, console: Console, world: World = ALONE) -> Job:
+def prepare(
+    recipe: Recipe, place: Place, console: Console | RunOutput, world: World = ALONE
+) -> Job:
     """Everything that can be found wrong before the first step is found here. Writes nothing."""
+    if isinstance(console, Console):
+        console = RunOutput(console)
     device = find_device(place.device, world)
     precision = find_precision(recipe.precision, device)
     if recipe.groups % world.size:
@@ -259,6 +267,7 @@ def _blank(job: Job, net: torch.nn.Module) -> TrainState:
         recipe=recipe,
         classes=job.training.classes,
         images=len(job.training),
+        dataset=_dataset(job),
         precision=job.precision.name,
         precision_reason=job.precision.reason,
         loss_sum=torch.zeros((), device=job.device),
@@ -267,6 +276,22 @@ def _blank(job: Job, net: torch.nn.Module) -> TrainState:
     if job.precision.scales_loss:
         state.updates = torch.zeros((), dtype=torch.float64, device=job.device)
     return state
+
+
+def _dataset(job: Job) -> Dataset:
+    """What a resumed run compares. Only the first process saves and needs it."""
+    root = absolute_root(job.recipe.data.root)
+    if not job.world.first:
+        return Dataset(root, Listing(0, "", []), Listing(0, "", []))
+    try:
+        return Dataset(root, Listing.of(job.training), Listing.of(job.validation))
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
+
+
+def absolute_root(root: str) -> str:
+    """A data root that means the same in every working directory."""
+    return root if root == DIGITS else os.path.abspath(os.path.expanduser(root))
 
 
 def _parameters(net: torch.nn.Module) -> str:
@@ -283,9 +308,10 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def record(job: Job, state: TrainState, event: str, remarks: list[str] | None = None) -> None:
-    """One line more in history.jsonl, which is never cut back: when the run started and stopped.
+    """Adds a line to history.jsonl, which is never cut back: when the run started and ended.
 
-    On a full disk there is none.
+    `event` is start, resume, done, stop (saved, exit code 75), fail or crash. On a full disk there
+    is no line.
     """
     if not job.world.first:
         return
@@ -295,10 +321,54 @@ def record(job: Job, state: TrainState, event: str, remarks: list[str] | None = 
         "step": state.step,
         "device": str(job.device),
         "processes": job.world.size,
+        "host": platform.node(),
         "remarks": remarks or [],
     }
     with suppress(OSError), open(job.folder / "history.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
+
+
+def crashed(job: Job, state: TrainState, error: Exception) -> Crash:
+    """The error to raise after an unexpected exception, whose traceback goes to a file.
+
+    The state is saved where it is that of a whole step and has no NaN or Inf.
+    """
+    name = f"crash-{state.step:07}" + f"-rank{job.world.rank}" * (not job.world.first)
+    file = job.folder / f"{name}.txt"
+    with suppress(OSError):
+        report = [
+            f"{datetime.now(UTC).isoformat(timespec='seconds')} step {state.step}",
+            json.dumps(environment(job)),
+            "".join(traceback.format_exception(error)),
+        ]
+        file.write_text("\n".join(report), encoding="utf-8", errors="backslashreplace")
+    saved = "the last checkpoint is as it was"
+    if save_consistent(job, state):
+        saved = f"saved at step {state.step:,}"
+    # The last line of an exception that was raised in a dataloader worker is the exception itself.
+    lines = str(error).strip().splitlines() or [""]
+    line = lines[-1] if lines[0].startswith("Caught ") else lines[0]
+    what = type(error).__name__ + f": {line[:200]}" * bool(line)
+    record(job, state, "crash", [what, str(file)])
+    return Crash(
+        f"unexpected {what} (step {state.step + 1:,}); {saved}. The traceback is in {file}. "
+        "The same command with --resume continues the run; please report the traceback"
+    )
+
+
+def save_consistent(job: Job, state: TrainState) -> bool:
+    """Saves the state of a run that has failed, if it is that of a whole step, without NaN or Inf.
+
+    Whatever broke the run may break this as well: it raises nothing.
+    """
+    if not (job.world.first and state.consistent):
+        return False
+    with suppress(Exception):
+        noted = int(state.bad_step) >= 0 and not state.scaler.is_enabled()
+        if is_finite(state) and not noted:
+            job.checkpoints.save(state.to_dict())
+            return True
+    return False
 
 
 def _require_room(job: Job) -> None:
@@ -318,7 +388,11 @@ def _require_own(job: Job) -> None:
     """Raises CheckpointError unless the folder is empty, or this run's before its first save."""
     stored = job.folder / "recipe.yaml"
     if stored.exists():
-        if stored.read_text() != to_text(job.recipe):
+        recipe = job.recipe
+        with suppress(RecipeError):  # another path to the data does not make it another run
+            then = from_text(stored.read_text())
+            recipe = replace(recipe, data=replace(recipe.data, root=then.data.root))
+        if stored.read_text() != to_text(recipe):
             raise CheckpointError(
                 f"{stored} is another run's recipe, and there is no checkpoint to resume from: "
                 "name another folder"
@@ -333,6 +407,9 @@ def environment(job: Job) -> dict:
     gpu = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else None
     return {
         "command": sys.argv,
+        "directory": os.getcwd(),
+        "data_root": absolute_root(job.recipe.data.root),
+        "host": platform.node(),
         "cspnet": cspnet.__version__,
         "torch": str(torch.__version__),
         "python": platform.python_version(),

@@ -1,14 +1,17 @@
 """The training loop, in the order of time."""
 
 from contextlib import closing, suppress
+from functools import partial
 
 import torch
 from rich.console import Console
 from torch import nn
 
+from cspnet.console import RunOutput
 from cspnet.data.loader import Groups, training_groups
 from cspnet.data.sources import display_names
-from cspnet.errors import CspnetError, NotFinite, SaveError, Stopped
+from cspnet.data.supervision import WorkerMonitor
+from cspnet.errors import CspnetError, DataError, NotFinite, SaveError, Stopped, WorkersLost
 from cspnet.evaluate import Scores, evaluate
 from cspnet.report.metrics import Report
 from cspnet.report.preview import sheet, write_png
@@ -16,13 +19,14 @@ from cspnet.schema import Recipe
 from cspnet.train.adversarial import attack, strength
 from cspnet.train.fast import accelerate, compiling_told
 from cspnet.train.health import is_finite, memory_told, not_finite, note_loss
-from cspnet.train.job import Job, check_folder, prepare, record, start
+from cspnet.train.job import Job, check_folder, crashed, prepare, record, save_consistent, start
+from cspnet.train.lock import RunLock
 from cspnet.train.optim import learning_rate
 from cspnet.train.optim import step as update
-from cspnet.train.runtime import Claim, Place, Stop, find_device
+from cspnet.train.runtime import Place, Stop, find_device
 from cspnet.train.state import TrainState
 from cspnet.train.step import at_most, attack_some, cross_entropy, forward, one_pass, to_device
-from cspnet.train.world import Statistics, alone_until, find_world, joined
+from cspnet.train.world import Statistics, alone_until, find_world, is_of_the_group, joined
 
 
 def train(recipe: Recipe, place: Place, console: Console) -> Scores | None:
@@ -33,41 +37,69 @@ def train(recipe: Recipe, place: Place, console: Console) -> Scores | None:
     """
     stop = Stop(place.max_hours)
     world = find_world()
-    with joined(world, find_device(place.device, world)), Claim() as claim:
-        world.by_first(lambda: (check_folder(place), claim.take(place.output)))
-        job = prepare(recipe, place, console if world.first else Console(quiet=True), world)
+    output = RunOutput(console if world.first else Console(quiet=True))
+    with joined(world, find_device(place.device, world)), RunLock() as lock:
+        world.by_first(lambda: (check_folder(place), lock.take(place.output)))
+        job = prepare(recipe, place, output, world)
         state = start(job)
-        world.by_first(lambda: claim.take(place.output))  # now that it is there
+        world.by_first(lambda: lock.take(place.output))  # now that it is there
+        if world.first:
+            output.open_log(place.output / "train.log")
         try:
             scores = run(job, state, stop)
-        except CspnetError as error:
-            record(job, state, "stop", [str(error).partition("\n")[0]])
+        except Stopped as error:
+            record(job, state, "stop", [first_line(error)])
+            output.log(str(error))
             raise
+        except CspnetError as error:
+            if isinstance(error, DataError):
+                save_consistent(job, state)
+            record(job, state, "fail", [first_line(error)])
+            output.log(f"error: {error}")
+            raise
+        except Exception as error:
+            if world.size > 1 and is_of_the_group(error):
+                raise  # `joined` says what happened
+            crash = crashed(job, state, error)
+            output.log(f"error: {crash}")
+            raise crash from None
+        finally:
+            output.close_log()
         record(job, state, "done")
         return scores
+
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def run(job: Job, state: TrainState, stop: Stop) -> Scores | None:
     """The steps that are left, one by one."""
     recipe, world = job.recipe, job.world
     net, last = state.net, recipe.schedule.steps
+    report_worker = partial(job.console.print, style="yellow") if world.first else None
+    # Of several processes one alone cannot end the step: all of them stop after it.
+    monitor = WorkerMonitor(report_worker, None if world.size == 1 else stop.request)
     # The first sum on the device: what it takes of its memory is gone before passes are tried.
     world.sum_(torch.zeros(1, device=job.device))
     if state.step < last:
+        state.consistent = False  # a failure may leave the weights of a trial
         job, net = accelerate(
             job,
             state,
             lambda job, net, scale: one_pass(job, state, net, scale=scale),
             lambda job, net: at_most(job, state, net),
         )
+        state.consistent = True
     scores = None
     stream = training_groups(
-        job.training, recipe, state.step, job.workers, job.device.type == "cuda", job.groups
+        *(job.training, recipe, state.step, job.workers, job.device.type == "cuda"),
+        *(job.groups, monitor),
     )
     together, statistics = world.together(net, job.device), Statistics(world, net, len(job.groups))
     with (
         stop,
-        Report(job.folder, state, job.training, job.console, world, job.workers) as report,
+        Report(job.folder, state, job.training, job.console, world, job.workers, monitor) as report,
         closing(stream) as groups,
         compiling_told(state),
         memory_told(len(job.passes[0]), state),  # inside: what a compiler says of memory is its
@@ -76,7 +108,7 @@ def run(job: Job, state: TrainState, stop: Stop) -> Scores | None:
             show_samples(job, state.net, report)
         while True:
             if is_validation_due(state) and state.validated < state.step:
-                scores = validate(job, state, stop)
+                scores = validate(job, state, stop, monitor)
                 state.validated = state.step
                 best = scores.top1 > state.best_top1
                 report.validation(scores, best)
@@ -90,11 +122,16 @@ def run(job: Job, state: TrainState, stop: Stop) -> Scores | None:
                 parameters["lr"] = rate * parameters["share"]
             batch, losses = [], []
             for part in job.passes:
-                loaded = [report.fetch(groups) for _ in part]
+                try:
+                    loaded = [report.fetch(groups) for _ in part]
+                except WorkersLost as error:
+                    save(job, state, report, str(error))
+                    raise stopped(str(error), state) from None
                 images, targets = to_device(job, loaded, state.step, part)
                 # All attacks come first: the passes move the running statistics that these use.
                 images = attack_some(job, state, net, images, targets, part)
                 batch.append((images, targets))
+            state.consistent = False
             for number, (images, targets) in enumerate(batch, 1):
                 with alone_until(number == len(batch), together):
                     loss = cross_entropy(forward(job, together, images), targets) / recipe.batch
@@ -106,6 +143,7 @@ def run(job: Job, state: TrainState, stop: Stop) -> Scores | None:
             state.updates += 1 if applied is None else applied
             if state.average:
                 state.average.update(state.updates, applied)
+            state.consistent = True
             if not report.step(rate):
                 raise broken(job, state)
 
@@ -178,7 +216,7 @@ def stopped(asked: str, state: TrainState) -> Stopped:
     )
 
 
-def validate(job: Job, state: TrainState, stop: Stop) -> Scores:
+def validate(job: Job, state: TrainState, stop: Stop, monitor: WorkerMonitor) -> Scores:
     """Scores of the weights that a user would take: the averaged ones where the run has them.
 
     A signal breaks it off: the state was saved before, and a resumed run validates first. A time
@@ -190,16 +228,20 @@ def validate(job: Job, state: TrainState, stop: Stop) -> Scores:
             raise stopped(asked, state)
 
     weights = state.average.tensors if state.average else None
-    return evaluate(
-        state.net,
-        job.validation,
-        job.recipe,
-        job.precision,
-        job.workers,
-        weights=weights,
-        progress=heed,
-        world=job.world,
-    )
+    try:
+        return evaluate(
+            state.net,
+            job.validation,
+            job.recipe,
+            job.precision,
+            job.workers,
+            weights=weights,
+            progress=heed,
+            world=job.world,
+            monitor=monitor,
+        )
+    except WorkersLost as error:
+        raise stopped(str(error), state) from None
 
 
 def look(

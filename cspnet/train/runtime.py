@@ -1,16 +1,15 @@
-"""Where a run happens: device, precision and its reason, workers, the wish to stop, the folder.
+"""Where a run happens: device, precision and its reason, workers, the wish to stop.
 
 None of this is in the recipe and, precision apart, none of it changes the numbers.
 """
 
 import contextlib
-import fcntl
 import math
 import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 import torch
 
@@ -150,14 +149,14 @@ def precision_to_look(asked: str, device: torch.device) -> Precision:
 class Stop(contextlib.AbstractContextManager):
     """Turns signals and a time limit into a wish that the loop reads.
 
-    SIGINT, SIGTERM and SIGUSR1, with which Slurm announces its own limit. A second SIGINT leaves at
-    once. `hours` count from here.
+    SIGINT, SIGTERM, SIGHUP (the terminal was closed, or its connection was lost), and SIGUSR1, with
+    which Slurm announces its own limit. A second SIGINT leaves at once. `hours` count from here.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
     def __init__(self, hours: float | None = None):
-        self.signal: str | None = None  # the name of the one that came
+        self.signal: str | None = None  # the name of the first one received
         self._hours = hours
         self._before: list[dict] = []  # handlers, of each block around the present place
         self._end = math.inf if hours is None else time.monotonic() + 3600 * hours
@@ -168,6 +167,10 @@ class Stop(contextlib.AbstractContextManager):
         if self.signal is None and time.monotonic() >= self._end:
             return f"--max-hours {self._hours:g}"
         return self.signal
+
+    def request(self, reason: str) -> None:
+        """Asks for a stop after the present step, for another reason than a signal."""
+        self.signal = self.signal or reason
 
     def __enter__(self) -> "Stop":
         # What the parent had ignored (nohup, a shell's background job) stays ignored.
@@ -183,35 +186,3 @@ class Stop(contextlib.AbstractContextManager):
         if number == signal.SIGINT and self.signal == "SIGINT":
             raise KeyboardInterrupt
         self.signal = signal.Signals(number).name
-
-
-class Claim(contextlib.AbstractContextManager):
-    """Keeps a run folder for one process: two of them would cut back each other's record.
-
-    A lock of POSIX on the file `.lock`, which goes with the process however that ends, and which
-    its workers do not inherit.
-    """
-
-    def __init__(self):
-        self._file: IO | None = None
-
-    def take(self, folder: Path) -> None:
-        """Takes a folder that holds a run; one without is nobody's yet. RecipeError: it is taken.
-
-        Where the disk knows no locks, nothing is taken.
-        """
-        if self._file or not (folder / "recipe.yaml").is_file():
-            return
-        with contextlib.suppress(OSError):
-            self._file = open(folder / ".lock", "a")  # noqa: SIM115
-            try:
-                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                raise RecipeError(
-                    f"another process trains in {folder}: wait for its end, or name another folder "
-                    "with --output"
-                ) from None
-
-    def __exit__(self, *_) -> None:
-        if self._file:
-            self._file.close()

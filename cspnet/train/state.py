@@ -3,12 +3,15 @@
 No random state is in it: the step is the only clock and the only seed (cspnet/data/stream.py).
 """
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import nn
 
 import cspnet
+from cspnet.data.layout import printable
+from cspnet.data.listing import Listing, compare
 from cspnet.errors import CheckpointError
 from cspnet.recipe import flatten, from_text, to_text
 from cspnet.schema import Recipe
@@ -23,6 +26,24 @@ FREE = (
 HORIZON = ("schedule.steps",)
 
 
+@dataclass(frozen=True)
+class Dataset:
+    """Which images a run trains and validates on."""
+
+    root: str  # data.root as an absolute path
+    train: Listing
+    val: Listing
+
+    def to_text(self) -> str:
+        """JSON in ASCII: a path may hold bytes that no encoding of text has."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_text(cls, text: str) -> "Dataset":
+        content = json.loads(text)
+        return cls(content["root"], Listing(**content["train"]), Listing(**content["val"]))
+
+
 @dataclass
 class TrainState:
     """Everything that changes from step to step."""
@@ -34,6 +55,7 @@ class TrainState:
     recipe: Recipe
     classes: list[str]
     images: int  # in the training set
+    dataset: Dataset
     precision: str
     precision_reason: str
     step: int = 0  # optimizer steps done
@@ -46,6 +68,9 @@ class TrainState:
     loss_steps: int = 0
     # The first step whose loss was not finite, -1 before there is one; int64, on the device.
     bad_step: torch.Tensor = field(default_factory=lambda: torch.tensor(-1))
+    # Whether all of it is of the same step. From a step's first forward pass, which moves the
+    # running statistics, to its update it is not; nor while compiled kernels are tested.
+    consistent: bool = True
 
     @property
     def size(self) -> int:
@@ -72,6 +97,7 @@ class TrainState:
             "recipe": to_text(self.recipe),
             "classes": self.classes,
             "images": self.images,
+            "dataset": self.dataset.to_text(),
             "precision": self.precision,
             "precision_reason": self.precision_reason,
             "step": self.step,
@@ -129,6 +155,7 @@ class TrainState:
             dict(flatten(from_text(text))) for text in (saved["recipe"], to_text(self.recipe))
         )
         changed = [key for key in now if now[key] != then[key] and key not in FREE]
+        remarks: list[str] = []
         differences = [
             f"{key} was {then[key]}, is now {now[key]}" for key in changed if key not in HORIZON
         ]
@@ -137,10 +164,9 @@ class TrainState:
                 f"the classes were {len(saved['classes'])} ({saved['classes'][0]} …), "
                 f"are now {len(self.classes)} ({self.classes[0]} …)"
             )
-        elif saved["images"] != self.images:
-            differences.append(
-                f"the training images were {saved['images']:,}, are now {self.images:,}"
-            )
+        else:
+            labels, remarks = self._compare_dataset(Dataset.from_text(saved["dataset"]))
+            differences += labels
         if differences and not force:
             raise CheckpointError(
                 "this run cannot be resumed with other settings:"
@@ -148,7 +174,7 @@ class TrainState:
                 + "\nResume with the settings of the run, start another one in another folder, or "
                 "change this one in its course with --force."
             )
-        remarks = [f"by force: {difference}" for difference in differences]
+        remarks += [f"by force: {difference}" for difference in differences]
         remarks += [
             f"the horizon changes: {key} was {then[key]:,}, is now {now[key]:,}" for key in changed
         ]
@@ -158,3 +184,21 @@ class TrainState:
                 "the run will not be bit-equal to an undisturbed one"
             )
         return remarks
+
+    def _compare_dataset(self, then: Dataset) -> tuple[list[str], list[str]]:
+        """Changes of labels, and other changes, since the checkpoint."""
+        now = self.dataset
+        labels, others = [], []
+        for split in ("train", "val"):
+            found = compare(split, getattr(then, split), getattr(now, split), self.classes)
+            labels += found[0]
+            others += found[1]
+        if then.root != now.root and (labels or others):
+            where = f"data.root was {printable(then.root)}, is now {printable(now.root)}"
+            (labels if labels else others).append(where)
+        elif then.root != now.root:
+            others.append(
+                f"data.root was {printable(then.root)}, is now {printable(now.root)}; "
+                "its listing is the same"
+            )
+        return labels, others

@@ -174,7 +174,7 @@ def joined(world: World, device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()  # its threads would break off the process at its exit
         raise
     except RuntimeError as error:
-        if not _is_of_the_group(error):
+        if not is_of_the_group(error):
             raise
         raise Lost(
             f"process {world.rank} of {world.size} cannot reach the others: one has ended, or has "
@@ -220,7 +220,8 @@ def _meet(world: World) -> dist.Store:
     raise dist.DistError(f"no answer within {PATIENCE}")
 
 
-def _is_of_the_group(error: RuntimeError) -> bool:
+def is_of_the_group(error: Exception) -> bool:
+    """Whether an exception says that another process of the run is gone, or hangs."""
     words = ("gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe")
     return isinstance(error, dist.DistError) or any(w in str(error).lower() for w in words)
 

@@ -1,0 +1,189 @@
+"""Dataloader workers that die are replaced; where none can be started, the main process decodes.
+
+torch notices a dead worker by SIGCHLD and raises in whatever code runs at that moment, which may be
+the middle of an optimizer step or of a save. Here the exception is held back until the main process
+waits for a batch: the only place where workers can be replaced without losing anything.
+"""
+
+import contextlib
+import multiprocessing
+import signal
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from cspnet.errors import WorkersLost
+
+MOST_DEATHS = 3  # of workers, before `reset` is called
+
+
+class WorkerMonitor:
+    """Reports and counts the deaths of dataloader workers.
+
+    `report` gets a line for each event. The third death since the last `reset` calls `give_up` with
+    the reason, which raises WorkersLost unless another function is given.
+    """
+
+    def __init__(
+        self,
+        report: Callable[[str], None] | None = None,
+        give_up: Callable[[str], None] | None = None,
+    ):
+        self.deaths = 0  # in all
+        self._recent = 0  # since the last reset
+        self._report = report or _report_to_stderr
+        self._give_up = give_up or _raise_workers_lost
+
+    def reset(self) -> None:
+        """Begins a new interval for the count."""
+        self._recent = 0
+
+    def died(self, reason: str) -> None:
+        """A worker died; returns where the workers are to be started again."""
+        self.deaths += 1
+        self._recent += 1
+        if self._recent >= MOST_DEATHS:
+            self._give_up(
+                f"dataloader workers died {self._recent} times in a short time, the last one: "
+                f"{reason}. If the machine is short of memory, use fewer --workers"
+            )
+        if self._recent >= 3 * MOST_DEATHS:  # `give_up` only asks for a stop
+            _raise_workers_lost(reason)
+        self._report(
+            f"{reason}; the workers are started again at the same position, nothing is lost "
+            f"({self.deaths} so far)"
+        )
+
+    def unavailable(self, reason: str) -> None:
+        """No worker can be started."""
+        self._report(
+            f"no dataloader worker can be started ({reason}): the main process decodes the images, "
+            "which is slower. In a container, check /dev/shm (docker run --shm-size=1g)"
+        )
+
+
+def _report_to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _raise_workers_lost(reason: str) -> None:
+    raise WorkersLost(reason)
+
+
+def supervised(
+    make: Callable[[int, bool], DataLoader], total: int, workers: int, monitor: WorkerMonitor
+) -> Generator[Any, None, None]:
+    """The items of a DataLoader, 0 … total - 1, whatever happens to its workers.
+
+    `make(start, with_workers)` returns a DataLoader of the items from `start` on. Closing the
+    generator ends the workers.
+    """
+    done = 0
+    while done < total:
+        iterator = None
+        try:
+            iterator = _start(make(done, workers > 0))
+            while done < total:
+                item = _next(iterator)
+                done += 1
+                yield item
+                del item  # its memory is used again once nobody holds it
+        except OSError as error:
+            if iterator is not None:
+                raise
+            # No semaphores, no room for them, or no memory for a process.
+            monitor.unavailable(error.strerror or str(error))
+            workers = 0
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            # Another loader of this process may have lost one, which torch reports here as well.
+            own = any(not process.is_alive() for process in getattr(iterator, "_workers", []))
+            if own:
+                monitor.died(_reason(error))
+        finally:
+            _end(iterator)
+
+
+def _reason(error: RuntimeError) -> str:
+    """torch's message without its advice: DataLoader worker (pid 17) is killed by signal: Killed"""
+    words = str(error).partition("\n")[0].partition(". ")[0].rstrip(". ")
+    return words.replace("DataLoader worker", "a dataloader worker").replace("is killed", "died")
+
+
+def _start(loader: DataLoader) -> Iterator:
+    """An iterator of the loader, which ends its workers if it cannot start all. OSError."""
+    before = set(multiprocessing.active_children())
+    try:
+        iterator = iter(loader)
+    except OSError:
+        for process in set(multiprocessing.active_children()) - before:
+            process.kill()
+            process.join()
+        raise
+    _open.append(iterator)
+    _hold_back_sigchld()
+    return iterator
+
+
+def _end(iterator: Iterator | None) -> None:
+    """Ends the workers of an iterator."""
+    # Left to the interpreter's exit, they would be sent SIGTERM, which they ignore.
+    _open[:] = [other for other in _open if other is not iterator]
+    processes = getattr(iterator, "_workers", [])
+    if processes:
+        with contextlib.suppress(RuntimeError):  # a further death
+            iterator._shutdown_workers()
+        for process in processes:
+            if process.is_alive():  # it hangs: perhaps at a lock that a dead one holds
+                process.kill()
+
+
+_open: list[Iterator] = []
+
+
+def end_all() -> None:
+    """Ends the workers of every iterator that was never closed."""
+    for iterator in list(_open):
+        _end(iterator)
+
+
+# Whether the main thread waits for a batch, and whether a child has ended meanwhile.
+_waiting = False
+_missed = False
+_torchs_handler: Callable | None = None
+
+
+def _next(iterator: Iterator) -> Any:
+    """The iterator's next item. RuntimeError where a worker has died."""
+    global _waiting, _missed
+    _waiting = True
+    try:
+        if _missed:
+            _missed = False
+            _torchs_handler(signal.SIGCHLD, None)
+        return next(iterator)
+    finally:
+        _waiting = False
+
+
+def _hold_back_sigchld() -> None:
+    """Lets torch's handler of SIGCHLD, which raises, run only while a batch is waited for."""
+    global _torchs_handler
+    if threading.current_thread() is not threading.main_thread():
+        return
+    handler = signal.getsignal(signal.SIGCHLD)
+    if callable(handler) and handler is not _on_sigchld:
+        _torchs_handler = handler
+        signal.signal(signal.SIGCHLD, _on_sigchld)
+
+
+def _on_sigchld(number: int, frame: Any) -> None:
+    global _missed
+    if _waiting:
+        _torchs_handler(number, frame)
+    else:
+        _missed = True
