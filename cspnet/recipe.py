@@ -32,6 +32,11 @@ ELSEWHERE = {
     "label_smoothing": "loss.smoothing",
 }
 
+# A path may hold bytes that are not UTF-8; Python has them as surrogates, which YAML cannot hold.
+# In a recipe file they are characters of private use.
+BYTES_TO_YAML = {0xDC00 + byte: 0xEF00 + byte for byte in range(0x80, 0x100)}
+YAML_TO_BYTES = {there: here for here, there in BYTES_TO_YAML.items()}
+
 
 def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and values of nested dictionaries or dataclasses, leaves only."""
@@ -111,7 +116,7 @@ def load(path: Path | None, overrides: list[str], root: str | None = None) -> Re
 def from_text(text: str) -> Recipe:
     """The recipe that `to_text` wrote; RecipeError where this version's schema differs."""
     try:
-        stored = OmegaConf.create(text)
+        stored = OmegaConf.create(_with_bytes(OmegaConf.create(text)))
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), stored))
     except (YAMLError, OmegaConfBaseException) as error:
         raise RecipeError(f"the stored recipe is not of this version: {error}") from None
@@ -128,7 +133,8 @@ def to_text(recipe: Recipe) -> str:
             del (content[section] if section else content)[leaf]
         elif section and isinstance(values[key], str):
             # A path as it was typed, in which nothing is to be interpolated.
-            content[section][leaf] = values[key].replace("${", "\\${")
+            text = values[key].replace("${", "\\${")
+            content[section][leaf] = text.translate(BYTES_TO_YAML)
     return OmegaConf.to_yaml(OmegaConf.create(content))
 
 
@@ -141,7 +147,18 @@ def _read(path: Path) -> dict:
         raise RecipeError(f"{path} is empty: a recipe holds `key: value` lines")
     if not isinstance(content, DictConfig):
         raise RecipeError(f"{path} must hold `key: value` lines, not a {type(content).__name__}")
-    return OmegaConf.to_container(content)
+    return _with_bytes(content)
+
+
+def _with_bytes(content: DictConfig) -> dict:
+    """The plain dictionaries of a file, in whose texts BYTES_TO_YAML is undone."""
+
+    def undo(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: undo(value) for key, value in node.items()}
+        return node.translate(YAML_TO_BYTES) if isinstance(node, str) else node
+
+    return undo(OmegaConf.to_container(content))
 
 
 def _parse(overrides: list[str], problems: list[str]) -> Iterator[tuple[str, Any]]:

@@ -57,6 +57,10 @@ def last(output):
     return load(output / "checkpoints" / "last.pt")
 
 
+def history(output):
+    return [json.loads(line) for line in (output / "history.jsonl").read_text().splitlines()]
+
+
 def same(a, b):
     """Bit-equality of nested dictionaries, lists, tensors and numbers."""
     if isinstance(a, torch.Tensor):

@@ -1,6 +1,5 @@
 """A run after something went wrong: exceptions, other data, other directories, dead workers."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ import pytest
 from cspnet.errors import CheckpointError, Crash, DataError
 from cspnet.train.checkpoint import load
 from tests.conftest import TINY
-from tests.test_loop import die_at, last, metrics, numbers, run, same
+from tests.test_loop import die_at, history, last, metrics, numbers, run, same
 
 
 @pytest.mark.parametrize(
@@ -54,10 +53,6 @@ def test_too_many_unreadable_images_lose_no_step(tiny, folder, tmp_path):
 
 def data_of(folder):
     return f"data.root={folder}", "model.classes=auto"
-
-
-def history(output):
-    return [json.loads(line) for line in (output / "history.jsonl").read_text().splitlines()]
 
 
 def swap(folder, split="train"):

@@ -43,7 +43,7 @@ def wait_for_lines(child, output, count):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_in_training_saves_and_exits_75(tmp_path, number):
     child = begin(tmp_path / "run", "schedule.steps=400", "save_every=1000", workers=1)
     wait_for_lines(child, tmp_path / "run", 2)
@@ -52,6 +52,42 @@ def test_a_signal_in_training_saves_and_exits_75(tmp_path, number):
     assert child.returncode == 75 and f"{number.name}: saved at step" in errors
     assert "Traceback" not in output + errors and "DataLoader" not in errors
     assert last(tmp_path / "run")["step"] >= 2
+
+
+def test_a_closed_terminal_loses_nothing(tmp_path):
+    """The kernel sends SIGHUP to the processes of a terminal, and writing to it fails from then on.
+
+    The child waits after step 2 until the terminal is closed.
+    """
+    ours, theirs = os.openpty()
+    script = (
+        "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+        "import cspnet.train.loop as loop, time; original = loop.learning_rate\n"
+        "def rate(update, recipe):\n"
+        "    if update == 3:\n"
+        "        time.sleep(0.5)\n"
+        "    return original(update, recipe)\n"
+        "loop.learning_rate = rate\n" + TRAIN
+    )
+    arguments = ["--recipe", "digits", "--output", str(tmp_path / "run"), "-j", "1", *TINY]
+    child = subprocess.Popen(
+        [sys.executable, "-c", script, *arguments, "schedule.steps=400", "save_every=1000"],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    os.close(theirs)
+    record = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (record.exists() and record.read_text().count("\n") >= 2):
+        assert time.monotonic() < deadline and child.poll() is None
+        os.read(ours, 65536)
+    os.close(ours)
+    assert child.wait(timeout=60) == 75
+    assert last(tmp_path / "run")["step"] >= 2
+    assert "SIGHUP: saved at step" in (tmp_path / "run" / "train.log").read_text()
 
 
 def test_sigterm_in_a_save_finishes_it(tiny, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 torch is imported inside the commands: `--help` answers at once.
 """
 
+import errno
 import os
 import platform
 import sys
@@ -74,12 +75,20 @@ def _run(app: typer.Typer) -> None:
     except BrokenPipeError:  # `cspnet … | head`
         _discard_output()
         sys.exit(1)
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
+            raise
+        _discard_output()
+        print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
+        sys.exit(1)
     except SystemExit as end:
         # What is still buffered: at the interpreter's exit, a closed pipe would print a traceback.
         try:
             sys.stdout.flush()
-        except OSError:
+        except OSError as error:
             _discard_output()
+            if error.errno != errno.EPIPE:
+                print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
             sys.exit(end.code or 1)
         raise
     finally:

@@ -72,7 +72,10 @@ def train(
 ) -> None:
     """Train by a recipe: cspnet-train --recipe cspdarknet53 --data DIR [schedule.steps=1000 …]"""
     from cspnet import recipe as recipes
+    from cspnet.console import survive_lost_output
 
+    if not check:
+        survive_lost_output()
     if restarts() and not resume:
         raise RecipeError("torchrun's --max-restarts needs --resume, to go on with the run")
     if recipe is not None:
@@ -94,7 +97,6 @@ def train(
 
     from rich.console import Console
 
-    from cspnet.console import survive_lost_output
     from cspnet.train.loop import train as run
     from cspnet.train.runtime import Place
 
@@ -110,7 +112,6 @@ def train(
         force=force,
         stop_when_full=stop_when_full,
     )
-    survive_lost_output()
     console = Console(soft_wrap=True, markup=False, highlight=False)
     run(resolved, place, remarks_only() if quiet else console)
     best = place.output / "checkpoints" / "best.pt"

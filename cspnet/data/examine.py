@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import stat
+import sys
 import warnings
 from collections import deque
 from collections.abc import Iterator
@@ -146,13 +147,11 @@ def looks(sources: list[Source], workers: int) -> Iterator[tuple[int, int, list[
         for number, source in enumerate(sources)
         for first in range(0, len(source), CHUNK)
     )
-    if workers < 2:
+    pool = _pool(workers, sources) if workers > 1 else None
+    if pool is None:
         for number, first, last in chunks:
             yield number, first, _looks_of(sources[number], first, last)
         return
-    # Spawned, not forked: the progress bar has a thread, whose locks a fork would copy as they are.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(sources,))
     waiting: deque[tuple[tuple[int, int, int], Future]] = deque()
 
     def oldest() -> tuple[int, int, list[Look]]:
@@ -176,6 +175,22 @@ def looks(sources: list[Source], workers: int) -> Iterator[tuple[int, int, list[
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _pool(workers: int, sources: list[Source]) -> ProcessPoolExecutor | None:
+    """Processes that look at files; None where the system has no semaphores to make them talk."""
+    # Spawned, not forked: the progress bar has a thread, whose locks a fork would copy as they are.
+    context = multiprocessing.get_context("spawn")
+    try:
+        return ProcessPoolExecutor(workers, context, initializer=_start, initargs=(sources,))
+    except OSError as error:
+        reason = error.strerror or str(error)
+    print(
+        f"no worker process can be started ({reason}): this process reads all files, which is "
+        "slower. In a container, check /dev/shm (docker run --shm-size=1g)",
+        file=sys.stderr,
+    )
+    return None
 
 
 _sources: list[Source] = []  # of a worker: sent once, not with each chunk

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from cspnet.errors import WorkersLost
 
 MOST_DEATHS = 3  # of workers, before `reset` is called
+TORCHS_WORDS = "DataLoader worker (pid"  # how its own message of a dead worker begins
 
 
 class WorkerMonitor:
@@ -83,7 +84,7 @@ def supervised(
     """
     done = 0
     while done < total:
-        iterator = None
+        iterator = death = None
         try:
             iterator = _start(make(done, workers > 0))
             while done < total:
@@ -98,20 +99,14 @@ def supervised(
             monitor.unavailable(error.strerror or str(error))
             workers = 0
         except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
+            if not isinstance(error, _WorkerDied) and not str(error).startswith(TORCHS_WORDS):
                 raise
-            # Another loader of this process may have lost one, which torch reports here as well.
-            own = any(not process.is_alive() for process in getattr(iterator, "_workers", []))
-            if own:
-                monitor.died(_reason(error))
+            death = str(error).partition("\n")[0].rstrip(". ")
         finally:
             _end(iterator)
-
-
-def _reason(error: RuntimeError) -> str:
-    """torch's message without its advice: DataLoader worker (pid 17) is killed by signal: Killed"""
-    words = str(error).partition("\n")[0].partition(". ")[0].rstrip(". ")
-    return words.replace("DataLoader worker", "a dataloader worker").replace("is killed", "died")
+            del iterator
+        if death:  # outside of the handler: its traceback would keep the iterator's memory
+            monitor.died(death)
 
 
 def _start(loader: DataLoader) -> Iterator:
@@ -119,10 +114,14 @@ def _start(loader: DataLoader) -> Iterator:
     before = set(multiprocessing.active_children())
     try:
         iterator = iter(loader)
-    except OSError:
+    except OSError as error:
         for process in set(multiprocessing.active_children()) - before:
             process.kill()
             process.join()
+        # torch's half-made iterator, which the traceback keeps alive, prints errors as it goes.
+        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+        error.__traceback__ = None
+        sys.unraisablehook = hook
         raise
     _open.append(iterator)
     _hold_back_sigchld()
@@ -151,39 +150,42 @@ def end_all() -> None:
         _end(iterator)
 
 
-# Whether the main thread waits for a batch, and whether a child has ended meanwhile.
-_waiting = False
-_missed = False
-_torchs_handler: Callable | None = None
+_awaited: Iterator | None = None  # the iterator whose next item the main thread waits for
+
+
+class _WorkerDied(RuntimeError):
+    """A worker of the awaited iterator has ended otherwise than by itself."""
 
 
 def _next(iterator: Iterator) -> Any:
-    """The iterator's next item. RuntimeError where a worker has died."""
-    global _waiting, _missed
-    _waiting = True
+    """The iterator's next item. Raises _WorkerDied."""
+    global _awaited
+    if threading.current_thread() is not threading.main_thread():
+        return next(iterator)  # torch looks at its workers every few seconds
+    _awaited = iterator
     try:
-        if _missed:
-            _missed = False
-            _torchs_handler(signal.SIGCHLD, None)
+        _require_alive(iterator)
         return next(iterator)
     finally:
-        _waiting = False
+        _awaited = None
+
+
+def _require_alive(iterator: Iterator) -> None:
+    for process in getattr(iterator, "_workers", []):
+        code = process.exitcode  # None: it is alive; 0: it ended after its last batch
+        if code:
+            how = (
+                f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+            )
+            raise _WorkerDied(f"dataloader worker (pid {process.pid}) {how}")
 
 
 def _hold_back_sigchld() -> None:
-    """Lets torch's handler of SIGCHLD, which raises, run only while a batch is waited for."""
-    global _torchs_handler
-    if threading.current_thread() is not threading.main_thread():
-        return
-    handler = signal.getsignal(signal.SIGCHLD)
-    if callable(handler) and handler is not _on_sigchld:
-        _torchs_handler = handler
+    """Takes SIGCHLD from torch: its handler raises in whatever code runs at that moment."""
+    if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, _on_sigchld)
 
 
 def _on_sigchld(number: int, frame: Any) -> None:
-    global _missed
-    if _waiting:
-        _torchs_handler(number, frame)
-    else:
-        _missed = True
+    if _awaited is not None:
+        _require_alive(_awaited)

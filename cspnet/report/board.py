@@ -68,11 +68,12 @@ class Board:
     def _guarded(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             self._writer = None
+            why = getattr(error, "strerror", "its path is not UTF-8")
             self._tell(
-                f"TensorBoard's events cannot be written ({error.strerror}): none until the next "
-                "start; metrics.jsonl has them all"
+                f"TensorBoard's events cannot be written ({why}): none until the next start; "
+                "metrics.jsonl has them all"
             )
 
     def _hear(self, event: threading.ExceptHookArgs) -> None:

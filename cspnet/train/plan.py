@@ -7,13 +7,14 @@ schedule are changed, none of which costs time.
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -96,9 +97,13 @@ class First:
         self._source, self._count = source, min(count, len(source))
         self.classes, self.labels = source.classes, source.labels[: self._count]
         self.read, self.name = source.read, source.name
+        self._listing = source.listing
 
     def __len__(self) -> int:
         return self._count
+
+    def listing(self) -> Iterator[tuple[str, int]]:
+        return itertools.islice(self._listing(), self._count)
 
 
 class _Timed(Checkpoints):

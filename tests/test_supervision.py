@@ -1,0 +1,169 @@
+"""Dataloader workers that are killed, and systems on which none can be started."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+
+from cspnet.data import examine
+from cspnet.data.loader import evaluation_batches, training_groups
+from cspnet.data.sources import open_training
+from cspnet.data.supervision import WorkerMonitor
+from cspnet.errors import Stopped, WorkersLost
+from cspnet.schema import Evaluate
+from cspnet.train import loop
+from tests.test_loader import content, small
+from tests.test_loop import history, last, metrics, numbers, run, same
+
+
+@pytest.fixture
+def source(folder):
+    return open_training(str(folder))
+
+
+def kill(worker):
+    """SIGKILL to a worker; returns once it has died."""
+    os.kill(worker.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+
+
+def groups_of(source, monitor, workers=2, steps=8):
+    recipe = small(f"schedule.steps={steps}")
+    return contextlib.closing(training_groups(source, recipe, 0, workers, False, monitor=monitor))
+
+
+def test_killed_workers_change_nothing(source):
+    with groups_of(source, None, workers=0) as groups:
+        expected = [content(batch) for batch in groups]
+    lines = []
+    monitor = WorkerMonitor(lines.append)
+    found = []
+    with groups_of(source, monitor) as groups:
+        for number, batch in enumerate(groups):
+            found.append(content(batch))
+            if number in (0, 5, 6):
+                monitor.reset()  # each in a log interval of its own
+                kill(multiprocessing.active_children()[number % 2])
+    assert found == expected
+    assert monitor.deaths == len(lines) == 3
+    assert "was killed by SIGKILL" in lines[0]
+    assert "(3 so far)" in lines[2]
+    assert multiprocessing.active_children() == []
+
+
+def test_a_death_is_reported_only_while_a_batch_is_waited_for(source):
+    """torch raises in its handler of SIGCHLD, in the middle of whatever runs: a save, a step."""
+    monitor = WorkerMonitor(lambda line: None)
+    with groups_of(source, monitor) as groups:
+        next(groups)
+        for worker in multiprocessing.active_children():
+            kill(worker)
+        end = time.monotonic() + 0.05
+        while time.monotonic() < end:  # the handler would run between two of these
+            pass
+        assert monitor.deaths == 0
+        assert len(list(groups)) > 0 and monitor.deaths == 1
+
+
+def test_the_third_death_gives_up(source):
+    monitor = WorkerMonitor(lambda line: None)
+    with (
+        groups_of(source, monitor, steps=40) as groups,
+        pytest.raises(WorkersLost, match="3 times"),
+    ):
+        for _ in groups:
+            for worker in multiprocessing.active_children():
+                kill(worker)
+    assert multiprocessing.active_children() == []
+
+
+def test_a_stop_that_is_only_asked_for_lets_the_step_end(source):
+    """So do several processes, which can stop together only after a step."""
+    asked = []
+    monitor = WorkerMonitor(lambda line: None, asked.append)
+    found = 0
+    with groups_of(source, monitor, steps=40) as groups:
+        for _ in groups:
+            found += 1
+            if len(asked) == 1:
+                break
+            for worker in multiprocessing.active_children():
+                kill(worker)
+    assert found >= 3 and "3 times" in asked[0]
+
+
+@pytest.fixture
+def no_semaphores(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(multiprocessing.context.BaseContext, "Queue", refuse)
+    monkeypatch.setattr(multiprocessing.context.BaseContext, "Lock", refuse)
+
+
+def test_without_semaphores_the_main_process_decodes(source, no_semaphores, capfd):
+    """As in a container whose /dev/shm is full or cannot be written."""
+    with groups_of(source, None, workers=0) as groups:
+        expected = [content(batch) for batch in groups]
+    lines = []
+    with groups_of(source, WorkerMonitor(lines.append)) as groups:
+        assert [content(batch) for batch in groups] == expected
+    (line,) = lines
+    assert "No space left on device" in line and "/dev/shm" in line
+    batches = evaluation_batches(source, 8, 32, Evaluate(), 2, False)
+    assert sum(int(batch.mask.sum()) for batch in batches) == len(source)
+    errors = capfd.readouterr().err
+    assert errors.count("no dataloader worker can be started") == 1 and "Traceback" not in errors
+
+
+def test_without_semaphores_check_reads_the_files_itself(source, no_semaphores, capfd):
+    looks = [look for _, _, chunk in examine.looks([source], 2) for look in chunk]
+    assert len(looks) == len(source) and all(look.digest for look in looks)
+    assert "no worker process can be started (No space left" in capfd.readouterr().err
+
+
+def test_a_run_whose_workers_are_killed_is_the_undisturbed_one(tiny, tmp_path, monkeypatch):
+    recipe = tiny("schedule.steps=9", "evaluate.every=4")
+    run(recipe, tmp_path / "whole")
+    original = loop.update
+
+    def killing(*arguments):
+        applied = original(*arguments)
+        if calls[0] in (2, 5):
+            kill(multiprocessing.active_children()[0])
+        calls[0] += 1
+        return applied
+
+    calls = [0]
+    monkeypatch.setattr(loop, "update", killing)
+    run(recipe, tmp_path / "cut", workers=2)
+    assert same(last(tmp_path / "cut")["state_dict"], last(tmp_path / "whole")["state_dict"])
+    assert numbers(metrics(tmp_path / "cut")) == numbers(metrics(tmp_path / "whole"))
+    log = (tmp_path / "cut" / "train.log").read_text()
+    assert log.count("the workers are started again") == 2
+    assert "dataloader workers died and were started again 2 times" in log
+
+
+def test_workers_that_keep_dying_end_the_run_after_a_save(tiny, tmp_path, monkeypatch):
+    """Within one log interval; the step at which it happens is not done, and nothing else lost."""
+    recipe = tiny("schedule.steps=9", "log_every=100", "save_every=1000")
+    run(recipe, tmp_path / "whole")
+    original = loop.to_device
+
+    def killing(*arguments):
+        if arguments[2] >= 3:
+            for worker in multiprocessing.active_children():
+                kill(worker)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "to_device", killing)
+        with pytest.raises(Stopped, match=r"died 3 times .* saved at step") as stopped:
+            run(recipe, tmp_path / "cut", workers=2)
+    assert stopped.value.exit_code == 75
+    assert last(tmp_path / "cut")["step"] >= 4 and history(tmp_path / "cut")[-1]["event"] == "stop"
+    run(recipe, tmp_path / "cut", resume=True)
+    assert same(last(tmp_path / "cut")["state_dict"], last(tmp_path / "whole")["state_dict"])
