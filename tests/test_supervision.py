@@ -1,6 +1,7 @@
 """Dataloader workers that are killed, and systems on which none can be started."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -17,6 +18,13 @@ from cspnet.schema import Evaluate
 from cspnet.train import loop
 from tests.test_loader import content, small
 from tests.test_loop import history, last, metrics, numbers, run, same
+
+
+@pytest.fixture(autouse=True)
+def no_garbage():
+    """Exceptions that a test has caught keep the memory of their loaders until they are collected."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture
