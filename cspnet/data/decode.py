@@ -17,7 +17,8 @@ from cspnet.schema import Augment, Evaluate
 # Workers are processes: OpenCV's own threads would only fight over the cores.
 cv2.setNumThreads(0)
 # Its lines on stderr name no file; Unreadable is counted and listed.
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+# OpenCV before 4.13 has the function elsewhere; 0 is silent.
+(cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel)(0)
 
 
 MAX_SIDE = 32_766  # warpAffine keeps coordinates in 16 bits
