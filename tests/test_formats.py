@@ -15,7 +15,7 @@ import pytest
 from PIL import features
 
 from cspnet.data import codecs, decode, examine, stream
-from cspnet.data.formats import TooLarge, Unreadable, to_8_bits, upright
+from cspnet.data.formats import TooLarge, Unreadable, container, to_8_bits, upright
 from cspnet.data.ifd import Broken, Directory
 from cspnet.schema import Augment, Evaluate
 from tests import images
@@ -35,6 +35,8 @@ def difference(image, expected):
 def skip_without_a_codec(key):
     if key.startswith("avif") and not (features.check("avif") and cv2.haveImageWriter("x.avif")):
         pytest.skip("OpenCV or Pillow is built without AVIF")
+    if key.startswith("gif") and not cv2.haveImageWriter("x.gif"):
+        pytest.skip("OpenCV is built without GIF")
 
 
 def test_the_table_has_all_cases_and_no_other():
@@ -80,6 +82,20 @@ def test_damaged_headers_raise_unreadable_and_nothing_else(key):
         if codecs.container(damaged) == "PPM":
             with contextlib.suppress(Unreadable):
                 decode.decode(damaged)
+
+
+@pytest.mark.parametrize(
+    "header", [b"P4 3 3 ", b"P5 3 3 9 ", b"P3 3 3 9 ", b"P1 3 3 ", b"P6 3 3", b"P7\n"]
+)
+def test_netpbm_without_samples_is_unreadable(header):
+    with pytest.raises(Unreadable):
+        decode.decode(header)
+
+
+def test_an_avif_is_known_by_any_of_its_brands():
+    brands = b"mif1" + bytes(4) + b"mif1avif"
+    assert container(struct.pack(">I", 8 + len(brands)) + b"ftyp" + brands + b"rest") == "AVIF"
+    assert container(b"\0\0\0\x14ftypheic" + bytes(4) + b"mif1avif") is None  # beyond the box
 
 
 def test_no_format_gets_past_the_limit_on_pixels():

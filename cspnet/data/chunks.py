@@ -33,7 +33,7 @@ def png(data: bytes) -> Header:
         at += 12 + length
     head = found.get(b"IHDR", b"")
     if len(head) != 13:
-        raise Unreadable("the PNG header is damaged")
+        raise Unreadable("not a readable image: the PNG header is damaged")
     depth, colours = head[8], head[9]
     orientation, damaged = _turned(found.get(b"eXIf"))
     return Header(
@@ -174,7 +174,7 @@ def jpeg2000(data: bytes) -> Header:
     count = int.from_bytes(data[start + 40 : start + 42])
     depths = {*data[start + 42 : start + 42 + 3 * count : 3]}
     if start < 0 or not count or not depths:
-        raise Unreadable("the JPEG 2000 header is damaged")
+        raise Unreadable("not a readable image: the JPEG 2000 header is damaged")
     if depths - {7} and depths - {15}:  # a bit less than the depth; the top bit means signed
         raise Unsupported("JPEG 2000 of other samples than 8 or 16 bits, unsigned")
     return Header(

@@ -52,8 +52,10 @@ def container(data: bytes) -> str | None:
             return name
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP"
-    if data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis"):
-        return "AVIF"
+    if data[4:8] == b"ftyp":
+        end = min(int.from_bytes(data[:4]), 128)
+        if any(data[at : at + 4] in (b"avif", b"avis") for at in range(8, end, 4)):  # brands
+            return "AVIF"
     return None
 
 

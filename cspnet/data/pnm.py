@@ -44,11 +44,11 @@ def layout(data: bytes) -> Layout:
         for _ in range(2 if variant in (1, 4) else 3):
             match = _NUMBER.match(data, at)
             if not match:
-                raise Unreadable("the PNM header is damaged")
+                raise Unreadable("not a readable image: the PNM header is damaged")
             numbers.append(int(match[1]))
             at = match.end()
         if not data[at : at + 1].isspace():
-            raise Unreadable("the PNM header is cut short")
+            raise Unreadable("not a readable image: the PNM header is cut short")
         width, height, maxval = (*numbers, 1)[:3]
         found = Layout(variant, width, height, _DEPTHS[variant], maxval, at + 1)
     if not 0 < found.maxval < 65_536 or not found.width or not found.height:
@@ -64,9 +64,9 @@ def _pam(data: bytes) -> Layout:
         keys = (b"WIDTH", b"HEIGHT", b"DEPTH", b"MAXVAL")
         width, height, depth, maxval = (int(fields[key]) for key in keys)
     except (KeyError, ValueError):
-        raise Unreadable("the PAM header is damaged") from None
+        raise Unreadable("not a readable image: the PAM header is damaged") from None
     if not mark or min(width, height, depth, maxval) < 1:
-        raise Unreadable("the PAM header is damaged")
+        raise Unreadable("not a readable image: the PAM header is damaged")
     kind = fields.get(b"TUPLTYPE", b"")
     if kind not in _TUPLES.get(depth, ()):
         raise Unsupported(f"PAM of {depth} samples per pixel, {kind.decode('ascii', 'replace')!r}")

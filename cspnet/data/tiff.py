@@ -33,7 +33,7 @@ class Page:
             self.directory = Directory(data)
             self._read()
         except Broken as error:
-            raise Unreadable(f"the TIFF directory is damaged: {error}") from None
+            raise Unreadable(f"not a readable image: TIFF, {error}") from None
         try:
             self.orientation, self.damaged = self.directory.orientation(), False
         except Broken:
