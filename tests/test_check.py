@@ -100,6 +100,12 @@ FILES = {
     "n.bmp": (encoded("BMP", Image.new("RGB", (31, 90))), {"tiny"}),
     "o.ppm": (encoded("PPM"), set()),
     "p.jpg": (encoded("JPEG", progressive=True), set()),
+    "q.tif": (encoded("TIFF", Image.new("F", (40, 40))), {"unsupported"}),
+    "r.png": (encoded("PNG", Image.new("RGB", (40, 20_040))), {"ribbon"}),
+    "s.jpg": (encoded("JPEG", xmp=b'<x tiff:Orientation="6"/>'), {"XMP orientation"}),
+    "t.pgm": (b"P5 40 40 100\n" + bytes(1600), {"grey", "few levels"}),
+    "u.pgm": (b"P5 40 40 1023\n" + bytes(3200), {"grey", "16 bits"}),
+    "v.pgm": (b"P5 40 40 100\n" + bytes(1500), {"truncated"}),
 }
 
 

@@ -10,19 +10,21 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from cspnet.data import LIMITED, MAX_PIXELS, jpeg
+from cspnet.data import LIMITED, MAX_PIXELS, codecs, jpeg
+from cspnet.data.formats import TOO_LARGE, TooLarge, Unreadable, opencv, upright
 from cspnet.schema import Augment, Evaluate
 
 # Workers are processes: OpenCV's own threads would only fight over the cores.
 cv2.setNumThreads(0)
 # Its lines on stderr name no file; Unreadable is counted and listed.
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+# OpenCV before 4.13 has the function elsewhere; 0 is silent.
+(cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel)(0)
 
 
-TOO_LARGE = f"its header announces more than {MAX_PIXELS:,} pixels"
 MAX_SIDE = 32_766  # warpAffine keeps coordinates in 16 bits
-# What OpenCV reads and Pillow too, by Pillow's names.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "PPM", "GIF", "JPEG2000", "SUN", "AVIF")
+MAX_ASPECT = 500  # longer to shorter side of an image that is evaluated
+# What is read, as far as Pillow reads it too, by Pillow's names.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "PPM", "GIF", "JPEG2000", "AVIF")
 # Flags of a reduced decode, largest first; those "of colour" mean BGR and exclude RGB.
 REDUCED = {4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 1: 0}
 # Rows below a view's last one that are decoded with it: those between which the warp interpolates,
@@ -30,34 +32,21 @@ REDUCED = {4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
 SPARE = 10
 
 
-class Unreadable(ValueError):
-    """The bytes are not an image that OpenCV can decode."""
-
-
-class TooLarge(Unreadable):
-    """The image has, or would get, more pixels than memory should be given to."""
-
-
 def decode(data: bytes, reduce: int = 1) -> np.ndarray:
-    """RGB uint8 [H, W, 3]; EXIF orientation is applied, grey and alpha become three channels.
+    """RGB uint8 [H, W, 3]: upright, grey as three equal channels, without alpha (docs/data.md).
 
-    `reduce` is a key of REDUCED, by which both sides are divided, rounded up; it saves time for
-    JPEG alone. Raises Unreadable; where the header announces more than MAX_PIXELS, before memory is
-    allocated.
+    `reduce` is a key of REDUCED, by which both sides of a JPEG are divided, rounded up, to save
+    time; other formats are decoded in full. Raises Unreadable; where the header announces more than
+    MAX_PIXELS, before memory is allocated.
     """
     if not data:
         raise Unreadable("the file is empty")
     if not LIMITED:
         _require_size(data)
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | REDUCED[reduce])
-    except cv2.error as error:
-        if "CV_IO_MAX_IMAGE" in str(error):
-            raise TooLarge(TOO_LARGE) from None
-        raise Unreadable(str(error).strip()) from None
-    if image is None:
-        raise Unreadable("not a readable image")
-    return image
+    if data.startswith(jpeg.START):
+        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION | REDUCED[reduce]
+        return upright(opencv(data, flags), jpeg.orientation(data))
+    return upright(*codecs.read(data))
 
 
 def _require_size(data: bytes) -> None:
@@ -216,9 +205,12 @@ def evaluation_view(
     """The central square of the image with its shorter side resized, uint8 [size, size, 3].
 
     It is written into `out` where that is given. Raises Unreadable for an image so long and narrow
-    that resizing it would fill the memory.
+    that resizing it would fill the memory: above MAX_ASPECT, and below where the view is so large
+    that the resized image has more than MAX_PIXELS.
     """
     height, width = image.shape[:2]
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise TooLarge(f"{width}×{height}, too long and narrow: more than {MAX_ASPECT} to 1")
     short = math.floor(size / how.crop)
     if height < width:
         new_height, new_width = short, width * short // height

@@ -1,13 +1,15 @@
 """One file: whether it can be trained on, what is odd in it, its digest. Many, by many processes.
 
-OpenCV decodes for training, so what it cannot decode is unreadable. Whether a file is whole is
-Pillow's to say: some versions of OpenCV fill up with grey what a truncated JPEG lacks.
+What training's decoder refuses is unreadable. What it does with an image is reported by
+`codecs.inspect`, which the decoder uses itself. Whether a file is whole is Pillow's to say: some
+versions of OpenCV fill up with grey what a truncated JPEG lacks.
 """
 
 import hashlib
 import io
 import multiprocessing
 import os
+import re
 import signal
 import stat
 import sys
@@ -20,8 +22,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from cspnet.data import MAX_PIXELS, worker
-from cspnet.data.decode import FORMATS, MAX_SIDE, TooLarge, Unreadable, decode
+from cspnet.data import MAX_PIXELS, codecs, worker
+from cspnet.data.decode import FORMATS, MAX_ASPECT, MAX_SIDE, decode
+from cspnet.data.formats import Header, TooLarge, Unreadable, Unsupported
 from cspnet.data.sources import Folder, Source
 from cspnet.errors import CspnetError
 
@@ -35,8 +38,9 @@ NATIVE = {
     **dict.fromkeys((".ppm", ".pgm"), "PPM"),
     **{".png": "PNG", ".bmp": "BMP", ".webp": "WEBP"},
 }
-ORIENTATION = 0x0112  # tag of EXIF
-BITS_PER_SAMPLE = 258  # tag of TIFF
+# Formats of which Pillow reads less than the decoder: of its complaints only missing bytes count.
+LIMITED_IN_PILLOW = ("TIFF", "PPM", "BMP", "AVIF", "JPEG2000")
+XMP_ORIENTATION = re.compile(rb"""tiff:Orientation\s*(?:=\s*["']|>)\s*([1-8])\s*["'<]""")
 
 
 class Look(NamedTuple):
@@ -68,28 +72,38 @@ def look_at(data: bytes, suffix: str) -> Look:
     """What there is to say of the bytes of a file with that suffix."""
     if not data:
         return Look(b"", (("empty", ""),))
-    decoded = True
+    header = None
     try:
         height, width = decode(data).shape[:2]
         if max(height, width) > MAX_SIDE:
             return Look(b"", (("huge", f"a side of more than {MAX_SIDE:,} pixels"),))
+        if max(height, width) > MAX_ASPECT * min(height, width):
+            return Look(b"", (("ribbon", f"one side more than {MAX_ASPECT} times the other"),))
+        header = codecs.inspect(data)
     except TooLarge:
         return Look(b"", (("huge", f"more than {MAX_PIXELS:,} pixels"),))
-    except Unreadable:
-        decoded = False
+    except Unsupported as error:
+        return Look(b"", (("unsupported", str(error)),))
+    except Unreadable as error:
+        if "truncated" in str(error):
+            return Look(b"", (("truncated", ""),))
+    whole, odd = True, ()
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:  # the two disagree on the header
                 return Look(b"", (("huge", f"more than {MAX_PIXELS:,} pixels"),))
             image.load()
-            odd = tuple(_oddities(image, data, suffix)) if decoded else ()
-            whole = True
+            pages = getattr(image, "n_frames", 1) > 1  # of a JPEG too: MPO has several
     except Exception as error:  # of any kind, from parsers that trust the file
-        whole = "truncated" not in str(error).lower()
-        odd = (("damaged", ""),)
-    if not whole or not decoded:
+        whole, pages = "truncated" not in str(error).lower(), False
+        if header and header.format not in LIMITED_IN_PILLOW:
+            odd = (("damaged", ""),)
+    if not whole or not header:
         cut = not whole or _cut_short(data)
         return Look(b"", (("truncated" if cut else "unreadable", ""),))
+    if not odd:
+        header = header._replace(frames=header.frames or pages)
+        odd = tuple(_oddities(header, min(height, width), data, suffix))
     return Look(hashlib.blake2b(data, digest_size=DIGEST).digest(), odd)
 
 
@@ -102,39 +116,31 @@ def _cut_short(data: bytes) -> bool:
     return data.startswith(b"RIFF") and len(data) < 8 + int.from_bytes(data[4:8], "little")
 
 
-def _oddities(image: Image.Image, data: bytes, suffix: str) -> Iterator[tuple[str, str]]:
-    """What is unusual in an image that Pillow has loaded from the bytes."""
-    kind = {"MPO": "JPEG", "DIB": "BMP"}.get(image.format, image.format)
-    if suffix in NATIVE and kind != NATIVE[suffix]:
-        yield "misnamed", f"{kind} in a file named {suffix}"
-    if image.mode == "CMYK":
+def _oddities(header: Header, shorter: int, data: bytes, suffix: str) -> Iterator[tuple[str, str]]:
+    """What is unusual in an image that can be decoded, with its shorter side in pixels."""
+    if suffix in NATIVE and header.format != NATIVE[suffix]:
+        yield "misnamed", f"{header.format} in a file named {suffix}"
+    if header.cmyk:
         yield "CMYK", ""
-    if image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I"):
+    if header.grey:
         yield "grey", ""
-    if image.mode.endswith(("A", "a")) or "transparency" in image.info:
+    if header.alpha:
         yield "alpha", ""
-    if _bits(image, data) > 8:
-        yield "16 bits", ""
-    if min(image.size) < TINY:
+    if header.top > 255:
+        yield "16 bits", "" if header.top == 65_535 else f"0 to {header.top:,}"
+    if header.top < 255:
+        yield "few levels", f"0 to {header.top:,}"
+    if shorter < TINY:
         yield "tiny", ""
-    try:
-        orientation = image.getexif().get(ORIENTATION, 1)
-    except Exception:
+    if header.damaged_exif:
         yield "broken EXIF", ""
-    else:
-        if orientation in range(2, 9):
-            yield "turned", ""
-    if getattr(image, "n_frames", 1) > 1:
+    if header.orientation != 1:
+        yield "turned", ""
+    xmp = XMP_ORIENTATION.search(data)
+    if xmp and int(xmp[1]) != header.orientation:
+        yield "XMP orientation", ""
+    if header.frames:
         yield "frames", ""
-
-
-def _bits(image: Image.Image, data: bytes) -> int:
-    """Bits of a sample, as stored: Pillow's mode tells only the 8 that it keeps of some."""
-    if image.format == "PNG":
-        return data[24]
-    if image.format == "TIFF":
-        return max(image.tag_v2.get(BITS_PER_SAMPLE, (8,)))
-    return 16 if image.mode.startswith("I") else 8
 
 
 def looks(sources: list[Source], workers: int) -> Iterator[tuple[int, int, list[Look]]]:

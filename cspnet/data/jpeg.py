@@ -1,15 +1,16 @@
 """What the header of a JPEG tells, and a JPEG that ends early."""
 
-import warnings
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from PIL import Image
+from cspnet.data.formats import Header
+from cspnet.data.ifd import ORIENTATION, Broken, Directory, exif_orientation
 
-ORIENTATION = 0x0112  # EXIF; 1 is upright
 # Markers (ITU-T T.81, table B.1).
 START, END = b"\xff\xd8", b"\xff\xd9"
 BASELINE, EXTENDED, PROGRESSIVE = 0xC0, 0xC1, 0xC2
 SCAN, RESTARTS, APP1 = 0xDA, 0xDD, 0xE1
+EXIF = b"Exif\0\0"  # how an APP1 segment with EXIF begins
 
 
 class Frame(NamedTuple):
@@ -74,13 +75,58 @@ def cut(data: bytes, frame: Frame, rows: int) -> bytearray | None:
 
 
 def _upright(segment: bytes) -> bool:
-    """Whether an APP1 segment leaves the image as it is."""
-    if not segment.startswith(b"Exif\0\0"):
-        return True  # XMP, as a rule
-    exif = Image.Exif()
-    with warnings.catch_warnings(action="error"):
-        try:
-            exif.load(segment)
-            return exif.get(ORIENTATION, 1) == 1
-        except Exception:  # of any kind, from a parser that trusts the file
-            return False
+    """Whether an APP1 segment certainly leaves the image as it is."""
+    if not segment.startswith(EXIF):
+        return True  # XMP as a rule, which does not count
+    try:
+        return Directory(segment.removeprefix(EXIF)).values(ORIENTATION, (1,)) == (1,)
+    except Broken:
+        return False
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Marker, first byte and end of the segments in front of the first scan."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xFF:  # a fill byte
+            at += 1
+            continue
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4])
+        if marker == SCAN or end < at + 4:
+            return
+        yield marker, at + 4, end
+        at = end
+
+
+def orientation(data: bytes) -> int:
+    """1 to 8, from the first EXIF segment; 1 where there is none, or it is damaged."""
+    try:
+        return _orientation(data)
+    except Broken:
+        return 1
+
+
+def _orientation(data: bytes) -> int:
+    """The same; raises Broken for damaged EXIF."""
+    for marker, start, end in _segments(data):
+        if marker == APP1 and data.startswith(EXIF, start):
+            return exif_orientation(data[start:end])
+    return 1
+
+
+def header(data: bytes) -> Header:
+    """What the segments in front of the first scan say."""
+    try:
+        turned, damaged = _orientation(data), False
+    except Broken:
+        turned, damaged = 1, True
+    components = 3
+    for marker, start, _ in _segments(data):
+        if (
+            marker in range(0xC0, 0xD0)
+            and marker not in (0xC4, 0xC8, 0xCC)
+            and start + 5 < len(data)
+        ):
+            components = data[start + 5]
+    return Header("JPEG", turned, damaged, grey=components == 1, cmyk=components == 4)

@@ -71,7 +71,7 @@ class Sample(NamedTuple):
 def shrink(data: bytes, short: int, quality: int) -> bytes:
     """An encoded image with its shorter side scaled down to `short` pixels, as JPEG of a quality.
 
-    The same bytes where it has no more. EXIF orientation is applied. Raises Unreadable.
+    The same bytes where it has no more. Orientation is applied. Raises Unreadable.
     """
     image = decode(data)
     height, width = image.shape[:2]
