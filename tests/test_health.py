@@ -1,14 +1,17 @@
 """Numbers going bad, and memory ending: what is skipped, what stops the run, what is told."""
 
 import json
+import re
 
 import pytest
 import torch
 from rich.console import Console
 
+from cspnet import console
 from cspnet.data import augment, stream
 from cspnet.errors import NotFinite, OutOfMemory
 from cspnet.nets import create
+from cspnet.report import metrics as metrics_module
 from cspnet.train import job, loop, runtime, step
 from cspnet.train.checkpoint import load
 from cspnet.train.health import first_not_finite
@@ -140,6 +143,51 @@ def test_what_is_told_of_a_loss_that_is_not_finite(tiny, folder, tmp_path, monke
     index = stream.index_at(recipe.seed, 64, 36)
     assert told["images"][0]["index"] == index and told["images"][0]["file"].endswith(".jpg")
     assert last(tmp_path / "run")["step"] == 4
+
+
+def test_a_checkpoint_that_had_diverged_is_not_recommended(tiny, tmp_path, monkeypatch):
+    """Its weights are finite, but so large that its own output is not."""
+    original, updates = loop.update, []
+
+    def diverge(optimizer, scaler):
+        applied = original(optimizer, scaler)
+        updates.append(1)
+        if len(updates) == 2:
+            optimizer.param_groups[0]["params"][0].data.mul_(1e38)
+        return applied
+
+    monkeypatch.setattr(loop, "update", diverge)
+    with pytest.raises(NotFinite) as caught:
+        run(tiny("save_every=2", "log_every=5"), tmp_path / "run")
+    message = str(caught.value)
+    assert last(tmp_path / "run")["step"] == 2  # saved, since all its numbers are finite
+    assert "last.pt of step 2. It had diverged already" in message and "good" not in message
+
+
+@pytest.mark.parametrize("steps, red", [(400_000, False), (40_000_000, True)])
+def test_the_expected_end_is_printed_in_red_beyond_14_days(tiny, tmp_path, monkeypatch, steps, red):
+    styles = {}
+    monkeypatch.setattr(
+        console.RunOutput, "print", lambda _, text, style=None: styles.update({text: style})
+    )
+    # 16 images a step at 160 images/s: ten steps a second, so 11 hours or 46 days.
+    clock = iter(range(10_000))
+    monkeypatch.setattr(metrics_module.time, "perf_counter", lambda: next(clock) / 10)
+    monkeypatch.setattr(metrics_module, "find_bottleneck", lambda *_: ("the net", ""))
+
+    def stop_at_3(update, recipe):
+        if update == 4:
+            raise KeyboardInterrupt
+        return learning_rate(update, recipe)
+
+    monkeypatch.setattr(loop, "learning_rate", stop_at_3)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny(f"schedule.steps={steps}", "save_every=1000000"), tmp_path / "run")
+    (line,) = (text for text in styles if text.startswith("expected end: "))
+    assert (styles[line] == "red") is red
+    assert re.fullmatch(
+        r"expected end: \d{4}-\d\d-\d\d \d\d:\d\d \(in .*, validation not included\)", line
+    )
 
 
 def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from tests.test_loop import history, last, metrics, numbers, run, same
 
 @pytest.fixture(autouse=True)
 def no_garbage():
-    """Exceptions that a test has caught keep the memory of their loaders until they are collected."""
+    """Exceptions that a test has caught keep the memory of their loaders."""
     yield
     gc.collect()
 
