@@ -12,7 +12,7 @@ import pytest
 from cspnet import cli
 from cspnet import recipe as recipes
 from cspnet.train import loop
-from cspnet.train.checkpoint import Checkpoints, load, write
+from cspnet.train.checkpoint import FORMAT, Checkpoints, load, write
 from tests.test_loop import last, metrics, numbers, run, same
 
 MB = 1 << 20
@@ -266,7 +266,7 @@ def test_a_limit_on_the_size_of_a_file(tiny, train, whole, tmp_path, options, co
 
 def test_a_limit_that_is_met_leaves_the_earlier_files(tmp_path):
     files = Checkpoints(tmp_path)
-    content = {"format": 2, "recipe": "", "classes": [], "state_dict": {}}
+    content = {"format": FORMAT, "recipe": "", "classes": [], "state_dict": {}}
     files.save({**content, "step": 1})
     with limit(3000), pytest.raises(loop.SaveError, match="File too large"):
         files.save({**content, "step": 2, "filling": "-" * 5000})
