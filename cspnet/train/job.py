@@ -16,7 +16,7 @@ from rich.console import Console
 import cspnet
 from cspnet.data.augment import augment
 from cspnet.data.check import quick
-from cspnet.data.sources import Source, open_training, open_validation
+from cspnet.data.sources import Source, open_parts
 from cspnet.errors import CheckpointError, RecipeError
 from cspnet.recipe import to_text
 from cspnet.schema import TIMM, Recipe
@@ -89,8 +89,7 @@ def prepare(recipe: Recipe, place: Place, console: Console, world: World = ALONE
             f"--passes {at_once}: a step has {len(groups)} groups{of_it}, "
             f"so give 1 to {len(groups)}"
         )
-    training = open_training(recipe.data.root)
-    validation = open_validation(recipe.data.root, training.classes)
+    training, validation = open_parts(recipe.data.root)
     asked = recipe.model.classes
     if asked not in ("auto", len(training.classes)):
         raise RecipeError(
