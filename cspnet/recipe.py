@@ -112,7 +112,7 @@ def load(path: Path | None, overrides: list[str], root: str | None = None) -> Re
 def from_text(text: str) -> Recipe:
     """The recipe that `to_text` wrote; RecipeError where this version's schema differs."""
     try:
-        stored = OmegaConf.create(_strings(OmegaConf.to_container(OmegaConf.create(text))))
+        stored = OmegaConf.create(strings(OmegaConf.to_container(OmegaConf.create(text))))
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), stored))
     except (YAMLError, OmegaConfBaseException) as error:
         raise RecipeError(f"the stored recipe is not of this version: {error}") from None
@@ -145,10 +145,10 @@ def _is_unicode(text: str) -> bool:
         return False
 
 
-def _strings(node: Any) -> Any:
-    """Containers with the paths in `!!binary` as strings, as `to_text` had them."""
+def strings(node: Any) -> Any:
+    """What YAML gives, with paths in `!!binary` as the strings that `to_text` had."""
     if isinstance(node, dict):
-        return {key: _strings(value) for key, value in node.items()}
+        return {key: strings(value) for key, value in node.items()}
     return os.fsdecode(node) if isinstance(node, bytes) else node
 
 
@@ -161,7 +161,7 @@ def _read(path: Path) -> dict:
         raise RecipeError(f"{path} is empty: a recipe holds `key: value` lines")
     if not isinstance(content, DictConfig):
         raise RecipeError(f"{path} must hold `key: value` lines, not a {type(content).__name__}")
-    return _strings(OmegaConf.to_container(content))
+    return strings(OmegaConf.to_container(content))
 
 
 def _parse(overrides: list[str], problems: list[str]) -> Iterator[tuple[str, Any]]:

@@ -3,7 +3,6 @@
 import base64
 import shlex
 from datetime import datetime, timedelta
-from html import escape
 from itertools import pairwise
 
 import numpy as np
@@ -19,7 +18,7 @@ from cspnet.report.classes import (
 )
 from cspnet.report.confusion import worst_pairs
 from cspnet.report.curves import MARKED, Chart, shortened
-from cspnet.report.figures import figure, lasting, stamp, time_axis
+from cspnet.report.figures import escape, figure, lasting, stamp, time_axis
 from cspnet.report.history import Run, periods
 from cspnet.report.mistakes import percent, to_jpeg
 from cspnet.report.origins import notes, sources
