@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cspnet.data import names, sources
+from cspnet.data.check import check
 from cspnet.errors import DataError
 from tests.conftest import ROOT
 
@@ -431,3 +432,35 @@ def test_messages_have_no_raw_control_character(folder, capsys):
             opens()
         message = str(caught.value)
         assert message.isprintable() and "b\\x1b[31m\\nr\\udcff" in message
+
+
+@pytest.mark.parametrize(
+    "mistake", [nested_twice, another_folder, missing, train_in_train, two_vals]
+)
+def test_a_message_about_the_current_folder_names_it(folder, mistake, monkeypatch):
+    """`.` at the end of a sentence would be `..`, at its beginning `.: `."""
+    opens = mistake(folder)
+    monkeypatch.chdir(folder)
+    if mistake == nested_twice:
+        monkeypatch.chdir(folder.parent)
+    for root in (".", "./", "train/.."):
+        with pytest.raises(DataError) as caught:
+            (train if mistake == nested_twice else opens)(root)
+        told = str(caught.value)
+        assert str(folder.parent) in told and ".." not in told and ".:" not in told
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
+def test_check_speaks_of_no_option_and_no_network(folder, mistake):
+    if mistake in (closed, closed_above):
+        pytest.skip("the folder would stay for ever")
+    mistake(folder)
+    told = []
+    for path in (folder, folder / "train", folder / "val", folder.parent):
+        try:
+            told += [line for _, line in check(str(path)).lines()]
+        except DataError as error:
+            told.append(str(error))
+    for word in ("network", "--data", "data.root", "cspnet-eval", "score means"):
+        allowed = mistake == two_vals and word == "cspnet-eval"  # it takes either
+        assert allowed or word not in "".join(told).replace(str(folder), "")

@@ -197,3 +197,29 @@ def test_a_root_in_a_folder_of_roots_is_named(folder):
     assert roots.is_misplaced(folder.parent) and not roots.is_misplaced(folder / "train")
     with pytest.raises(DataError, match=r"Its folder data/ has one: give"):
         sources.open_training(str(Path(folder.parent)))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_split_of_another_name_is_named_even_if_it_is_flat(folder, inside):
+    flat(folder)
+    (folder / "val").rename(folder / "Val")
+    if inside:
+        (folder / "Val").rename(folder / "images")
+        (folder / "Val").mkdir()
+        (folder / "images").rename(folder / "Val" / "images")
+    with pytest.raises(DataError, match="Is it Val/\\? Then rename it to val/"):
+        sources.open_parts(str(folder))
+
+
+def test_a_class_that_begins_like_a_split_is_none(folder):
+    for part in ("train", "val"):
+        (folder / part / "bear").rename(folder / part / "train_station")
+        (folder / part / "cat").rename(folder / part / "valve")
+    classes = ["apple", "train_station", "valve"]
+    with pytest.raises(DataError, match="It is a train folder itself"):
+        sources.open_training(str(folder / "train"))
+    (read,) = check(str(folder / "val")).parts
+    assert sorted(read.classes) == classes
+    (folder / "train").rename(folder.with_name("set"))
+    with pytest.raises(DataError, match=r"It has 3 class folders \(apple, train_station, valve\)"):
+        sources.open_training(str(folder.with_name("set")))

@@ -88,7 +88,8 @@ def _instead(folder: Path, names: tuple[str, ...], alike: tuple[str, ...]) -> st
         if set(names) & set(roots.parts(folder / name)) and roots.is_root(folder / name):
             return f"Its folder {name}/ has one: give {folder / name}."
     for name in inner:
-        if name not in names and name.lower().startswith(alike) and roots.is_part(folder / name):
+        part = roots.is_part(folder / name) or roots.is_split(folder / name)
+        if part and name not in names and name.lower().startswith(alike):
             return f"Is it {name}/? Then rename it to {names[0]}/."
     here = Path(os.path.abspath(folder))
     if here.name in PARTS and class_folders(folder):

@@ -41,8 +41,8 @@ def is_part(folder: Path) -> bool:
 
 
 def is_split(folder: Path) -> bool:
-    """Whether a folder has the name of a split, ours or another, and class folders in it."""
-    return bool(SPLIT.fullmatch(folder.name)) and is_part(folder)
+    """Whether a folder has the name of a split, ours or another, and images in it."""
+    return bool(SPLIT.fullmatch(folder.name)) and has_images(folder)
 
 
 def is_misplaced(folder: Path) -> bool:
@@ -51,6 +51,8 @@ def is_misplaced(folder: Path) -> bool:
     Then no sub-folder holds images directly. Raises DataError.
     """
     inner = [name for name in folders(folder) if has_images(folder / name)]
+    if _is_like_its_sibling(folder, set(inner)):
+        return False
     if any(has_own_images(folder / name) for name in inner):
         return False
     named = any(is_split(folder / name) for name in inner)

@@ -262,10 +262,15 @@ def existing(root: str, give: str = layout.GIVE) -> Path:
     """
     if "://" in root:
         raise DataError(layout.address(root))
-    folder = Path(root).expanduser()
+    folder = Path(_spelled(root)).expanduser()
     if not os.path.isdir(folder):
         raise DataError(layout.no_folder(folder, give))
     return folder
+
+
+def _spelled(root: str) -> str:
+    """A data root for a message, where `.` and `..` would look like a full stop."""
+    return os.path.abspath(root) if os.path.normpath(root).endswith(".") else root
 
 
 def display_names(classes: list[str]) -> list[str]:
@@ -291,7 +296,7 @@ def require_classes(source: Source, classes: list[str], where: str, owner: str =
         told = "the classes are not those of the network"
         if owner == TRAINING:
             told = "the classes for validation are not those of train/"
-        raise DataError(f"{where}: {told} ({len(classes)}): {difference}")
+        raise DataError(f"{_spelled(where)}: {told} ({len(classes)}): {difference}")
 
 
 def _images(root: Path, name: str) -> Iterator[bytes]:
