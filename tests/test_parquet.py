@@ -126,7 +126,10 @@ MISTAKES = [
     (no_image, "has no column `image`; its columns are picture, label"),
     (lambda root: write(root, names=None), "column `label` holds numbers, and the file does not"),
     (lambda root: write(root, labels=[0, -1, 1]), "1 of 3 rows have no label, as test sets"),
-    (lambda root: write(root, labels=[0, 3, 1]), "a label is 3, of 3"),
+    (
+        lambda root: write(root, labels=[0, 3, 1]),
+        "a label is 3, but the ClassLabel names 0 to 2 only",
+    ),
     (lambda root: write(root, names=["a", "b", "c"]), "its columns are not those of"),
 ]
 

@@ -339,6 +339,10 @@ def test_ties_among_the_worst_classes_are_stated(copy, monkeypatch):
     page = Page(page_of(copy, Verdict("best.pt", 1, False, "data", totals, names, [], [])))
     assert "lowest top-1, and 13 more with the same top-1 (50 %)." in page.sections["worst"]
 
+    none = replace(totals, confusion=np.zeros_like(confusion))  # no class has an image
+    page = Page(page_of(copy, Verdict("best.pt", 1, False, "data", none, names, [], [])))
+    assert "lowest top-1." in page.sections["worst"]
+
     drawn = []
     monkeypatch.setattr(classes, "save", lambda figure, path: drawn.append(figure))
     classes.draw_worst(scores, confusion, copy / "worst.png")

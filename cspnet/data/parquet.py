@@ -100,7 +100,8 @@ class Rows:
             )
         except IndexError:
             raise DataError(
-                f"{parquets.where}: a label is {max(numbers)}, of {len(words)}"
+                f"{parquets.where}: a label is {max(numbers)}, but the ClassLabel names 0 to "
+                f"{len(words) - 1} only"
             ) from None
         if not labels:
             raise DataError(f"{parquets.where}: no rows")

@@ -116,7 +116,7 @@ def draw_worst(scores: list[ClassScore], confusion: np.ndarray, path: Path) -> N
     heights = [max(1, len(low)), max(1, len(pairs))]
     classes, confused = figure.subplots(2, 1, height_ratios=heights)
     _bars(classes, [plain(score.name) for score in low], [score.top1 for score in low], "C0")
-    alike = f"; and {more:,} more with the same top-1" * bool(more)
+    alike = f"; and {more:,} more with the same top-1 ({low[-1].top1:.4g})" if more else ""
     classes.set_title(f"the worst classes: top-1, %{alike}", fontsize=10)
     classes.set_xlim(0, 110)  # percent, with room for the numbers
     told = [plain(f"{pair.true} → {pair.taken_for}") for pair in pairs]

@@ -238,7 +238,7 @@ def _worst(verdict: Verdict, scores: list[ClassScore]) -> str:
 def _alike(scores: list[ClassScore], low: list[ClassScore]) -> str:
     """That the list of the worst classes is cut within classes of equal top-1; else nothing."""
     more = more_alike(scores, low)
-    return f", and {more:,} more with the same top-1 ({low[-1].top1:.4g} %)" * bool(more)
+    return f", and {more:,} more with the same top-1 ({low[-1].top1:.4g} %)" if more else ""
 
 
 def _taken(score: ClassScore) -> str:
