@@ -1,10 +1,18 @@
 """What can go wrong through no fault of the code. Each kind knows the exit code of the command."""
 
+from cspnet.display import printable
+
 
 class CspnetError(Exception):
-    """A mistake or mishap told in one message: what, where, what to do. No traceback is shown."""
+    """A mistake or mishap told in one message: what, where, what to do. No traceback is shown.
+
+    The message may name files: what a terminal should not get is escaped, but for line ends.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = ""):
+        super().__init__(printable(str(message), keep="\n"))
 
 
 class RecipeError(CspnetError):
@@ -14,9 +22,15 @@ class RecipeError(CspnetError):
 
 
 class DataError(CspnetError):
-    """The data set is not there, or is not what it has to be."""
+    """The data set is not there, or is not what it has to be.
+
+    A line end in the message is part of a name, and escaped, unless it has several `lines`.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str = "", lines: bool = False):
+        super().__init__(message if lines else printable(str(message)))
 
 
 class CheckpointError(CspnetError):

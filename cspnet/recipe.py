@@ -5,6 +5,7 @@ one RecipeError that lists every problem found.
 """
 
 import difflib
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -31,11 +32,6 @@ ELSEWHERE = {
     "imgsz": "data.size",
     "label_smoothing": "loss.smoothing",
 }
-
-# A path may hold bytes that are not UTF-8; Python has them as surrogates, which YAML cannot hold.
-# In a recipe file they are characters of private use.
-BYTES_TO_YAML = {0xDC00 + byte: 0xEF00 + byte for byte in range(0x80, 0x100)}
-YAML_TO_BYTES = {there: here for here, there in BYTES_TO_YAML.items()}
 
 
 def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -116,14 +112,17 @@ def load(path: Path | None, overrides: list[str], root: str | None = None) -> Re
 def from_text(text: str) -> Recipe:
     """The recipe that `to_text` wrote; RecipeError where this version's schema differs."""
     try:
-        stored = OmegaConf.create(_with_bytes(OmegaConf.create(text)))
+        stored = OmegaConf.create(strings(OmegaConf.to_container(OmegaConf.create(text))))
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), stored))
     except (YAMLError, OmegaConfBaseException) as error:
         raise RecipeError(f"the stored recipe is not of this version: {error}") from None
 
 
 def to_text(recipe: Recipe) -> str:
-    """The recipe as YAML: every field that has an effect."""
+    """The recipe as YAML: every field that has an effect.
+
+    A path that is not UTF-8 becomes `!!binary`, since YAML has no other place for its bytes.
+    """
     content = asdict(recipe)
     values = dict(flatten(recipe))
     for key in values:
@@ -134,8 +133,23 @@ def to_text(recipe: Recipe) -> str:
         elif section and isinstance(values[key], str):
             # A path as it was typed, in which nothing is to be interpolated.
             text = values[key].replace("${", "\\${")
-            content[section][leaf] = text.translate(BYTES_TO_YAML)
+            content[section][leaf] = text if _is_unicode(text) else os.fsencode(text)
     return OmegaConf.to_yaml(OmegaConf.create(content))
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a string can be encoded: it has no bytes that were not UTF-8."""
+    try:
+        return bool(text.encode()) or not text
+    except UnicodeEncodeError:
+        return False
+
+
+def strings(node: Any) -> Any:
+    """What YAML gives, with paths in `!!binary` as the strings that `to_text` had."""
+    if isinstance(node, dict):
+        return {key: strings(value) for key, value in node.items()}
+    return os.fsdecode(node) if isinstance(node, bytes) else node
 
 
 def _read(path: Path) -> dict:
@@ -147,18 +161,7 @@ def _read(path: Path) -> dict:
         raise RecipeError(f"{path} is empty: a recipe holds `key: value` lines")
     if not isinstance(content, DictConfig):
         raise RecipeError(f"{path} must hold `key: value` lines, not a {type(content).__name__}")
-    return _with_bytes(content)
-
-
-def _with_bytes(content: DictConfig) -> dict:
-    """The plain dictionaries of a file, in whose texts BYTES_TO_YAML is undone."""
-
-    def undo(node: Any) -> Any:
-        if isinstance(node, dict):
-            return {key: undo(value) for key, value in node.items()}
-        return node.translate(YAML_TO_BYTES) if isinstance(node, str) else node
-
-    return undo(OmegaConf.to_container(content))
+    return strings(OmegaConf.to_container(content))
 
 
 def _parse(overrides: list[str], problems: list[str]) -> Iterator[tuple[str, Any]]:
@@ -166,6 +169,9 @@ def _parse(overrides: list[str], problems: list[str]) -> Iterator[tuple[str, Any
         key, equals, value = text.partition("=")
         if not equals or not key:
             problems.append(f"override {text!r} is not of the form section.key=value")
+            continue
+        if not _is_unicode(value):  # a path of other bytes than UTF-8, which YAML cannot read
+            yield key, value.replace("${", "\\${")
             continue
         try:
             # One key at a time, and only the value through YAML: `key=` alone means an empty one.

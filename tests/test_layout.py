@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cspnet.data import layout, sources
+from cspnet.data import names, sources
+from cspnet.data.check import check
 from cspnet.errors import DataError
 from tests.conftest import ROOT
 
@@ -136,12 +137,6 @@ def root_in_train(root):
     return train
 
 
-def left_over(root):
-    (root / "train" / "__MACOSX" / "apple").mkdir(parents=True)
-    (root / "train" / "__MACOSX" / "apple" / "._0.jpg").touch()
-    return train
-
-
 def no_val(root):
     shutil.rmtree(root / "val")
     return val
@@ -224,6 +219,47 @@ def another_data_set(root):
     return lambda root: val(root, ["plane", "ship"])
 
 
+def other_normalization(root):
+    for part, name in (("train", "caf\u00e9"), ("val", "cafe\u0301")):
+        (root / part / "bear").rename(root / part / name)
+    return lambda root: val(root, ["apple", "caf\u00e9", "cat"])
+
+
+def no_train_but_a_class_of_that_name(root):
+    for part in ("train", "val"):
+        (root / part / "bear").rename(root / part / "train")
+    return lambda root: train(root / "train")
+
+
+def in_one_folder(root):
+    flat(root)
+    move_down(root, "val", "images")
+    return val
+
+
+def tiny_imagenet(root):
+    in_one_folder(root)
+    (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn01443537\t0\t32\t44\t62\n")
+    return val
+
+
+def kaggle(root):
+    """As the archive unpacks: the data root is ILSVRC/Data/CLS-LOC, and its val/ is flat."""
+    inner = root / "ILSVRC" / "Data" / "CLS-LOC"
+    inner.mkdir(parents=True)
+    for part in ("train", "val"):
+        (root / part).rename(inner / part)
+    return train
+
+
+def flat_imagenet(root):
+    shutil.rmtree(root / "val")
+    (root / "val").mkdir()
+    for number in (1, 2):
+        (root / "val" / f"ILSVRC2012_val_{number:08}.JPEG").touch()
+    return val
+
+
 def another_number(root):
     return lambda root: sources.open_validation(str(root), None, 5)
 
@@ -255,8 +291,6 @@ MISTAKES = {
     train_in_train: "has one folder only, train/, and 3 class folders (apple, bear, cat) in it: "
     "a level too many.",
     root_in_train: "holds train/ and val/, not class folders: it is a whole data root.",
-    left_over: "no image in 1 class folder (__MACOSX). __MACOSX is left over from an archive: "
-    "remove it.",
     no_val: "has train/ but none of val/, valid/, validation/. A data root holds",
     val_named_otherwise: "has train/ but none of val/, valid/, validation/. Is it Val/? "
     "Then rename it to val/.",
@@ -274,6 +308,15 @@ MISTAKES = {
     numbers: "Numbers are not names, and ImageNet's do not follow the order of the synsets",
     numbers_from_one: "One is counted from 0, one from 1: rename the folders.",
     another_data_set: "No class is in both: are these two parts of one data set?",
+    other_normalization: "Names that look the same differ in their Unicode normalization: "
+    "cafe\\u0301 (NFD) for caf\\xe9 (NFC). Rename the folders: convmv",
+    no_train_but_a_class_of_that_name: "train is the folder of a class, not of the training "
+    "set. It is a train folder itself: give the one above",
+    in_one_folder: "is flat: its images are in images/, and it has no class folder.",
+    tiny_imagenet: "is the validation set of Tiny-ImageNet as its archive unpacks: "
+    "all images are in images/, and val_annotations.txt names their classes.",
+    kaggle: "is ImageNet as Kaggle packs it: give its data root, ",
+    flat_imagenet: "is flat: 2 validation images of ImageNet and no class folder.",
     another_number: "has 3 classes, the network 5",
 }
 
@@ -320,13 +363,13 @@ def test_links_upward_end(folder):
 
 def test_names_that_a_person_may_take_for_the_same():
     for one, other in (("Bear", "bear"), ("bear ", "bear"), ("01", "1"), ("é", "e\u0301")):
-        assert layout.alike(one) == layout.alike(other)
+        assert names.alike(one) == names.alike(other)
     for one, other in (("c", "c++"), ("10", "1"), ("bear", "beer"), ("_", "-")):
-        assert layout.alike(one) != layout.alike(other)
+        assert names.alike(one) != names.alike(other)
 
 
 def test_names_of_any_bytes_can_be_shown():
-    assert layout.some(["é", "a\x1b[31m", "b\udcff"], "class").isprintable()
+    assert names.some(["é", "a\x1b[31m", "b\udcff"], "class").isprintable()
 
 
 def test_class_folders_deep_down_are_no_level_too_many(folder):
@@ -335,3 +378,89 @@ def test_class_folders_deep_down_are_no_level_too_many(folder):
     (folder / "train" / "apple").mkdir()
     (folder / "moving").rename(folder / "train" / "apple" / "red")
     assert len(train(folder)) == 36
+
+
+def test_no_message_of_a_data_command_speaks_of_a_network_or_an_option(folder, command, tmp_path):
+    """check, index and pack take their data as an argument; they know of no network."""
+    shutil.copytree(folder / "val" / "bear", folder / "val" / "dog")
+    shutil.rmtree(folder / "val" / "cat")
+    shutil.make_archive(str(folder), "zip", folder)
+    told = []
+    for path in (folder, folder / "gone", folder.with_suffix(".zip"), folder.parent, "digit"):
+        for line in (["check", path], ["index", path], ["pack", path, "--to", tmp_path / "to"]):
+            done = command("main", *line)
+            assert done.returncode in (1, 2) or line[0] == "index"
+            told.append(done.stdout + done.stderr)
+    every = "".join(told)
+    assert "it has 1 class (dog) that train/ lacks" in every and "gone does not exist" in every
+    for word in ("network", "--data", "data.root"):
+        assert word not in every
+    assert ".." not in every and ".:" not in every
+
+
+def test_training_compares_the_two_parts_and_no_network(folder):
+    shutil.copytree(folder / "val" / "bear", folder / "val" / "dog")
+    with pytest.raises(DataError) as caught:
+        sources.open_parts(str(folder))
+    assert "for validation are not those of train/ (3): it has 1 class (dog)" in str(caught.value)
+    shutil.rmtree(folder / "val" / "dog")
+    training, validation = sources.open_parts(str(folder))
+    assert training.classes == validation.classes == CLASSES
+
+
+def test_twins_by_normalization_are_told_apart_in_every_list():
+    composed, combined = "caf\u00e9", "cafe\u0301"
+    assert names.some([combined, composed], "class") == "2 classes (cafe\\u0301, caf\\xe9)"
+    assert names.some([composed, "b\u00e4r"], "class") == "2 classes (caf\u00e9, b\u00e4r)"
+    told = names.differing([combined, "x"], [composed, "x"], names.TRAINING)
+    assert "lacks 1 class (caf\\xe9)" in told and "has 1 class (cafe\\u0301) that train/" in told
+    assert "--nfc" in told
+    assert "--nfd" in names.differing([composed], [combined], names.NETWORK)
+
+
+def test_messages_have_no_raw_control_character(folder, capsys):
+    """Whatever is in a path or a name: escaped in the message, and one line."""
+    odd = "b\x1b[31m\nr\udcff"
+    (folder / "val" / "bear").rename(folder / "val" / odd)
+    for opens in (
+        lambda: val(folder),
+        lambda: train(folder / odd),
+        lambda: sources.find_images([str(folder / odd)]),
+        lambda: val(folder / "val" / odd),
+    ):
+        with pytest.raises(DataError) as caught:
+            opens()
+        message = str(caught.value)
+        assert message.isprintable() and "b\\x1b[31m\\nr\\udcff" in message
+
+
+@pytest.mark.parametrize(
+    "mistake", [nested_twice, another_folder, missing, train_in_train, two_vals]
+)
+def test_a_message_about_the_current_folder_names_it(folder, mistake, monkeypatch):
+    """`.` at the end of a sentence would be `..`, at its beginning `.: `."""
+    opens = mistake(folder)
+    monkeypatch.chdir(folder)
+    if mistake == nested_twice:
+        monkeypatch.chdir(folder.parent)
+    for root in (".", "./", "train/.."):
+        with pytest.raises(DataError) as caught:
+            (train if mistake == nested_twice else opens)(root)
+        told = str(caught.value)
+        assert str(folder.parent) in told and ".." not in told and ".:" not in told
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
+def test_check_speaks_of_no_option_and_no_network(folder, mistake):
+    if mistake in (closed, closed_above):
+        pytest.skip("the folder would stay for ever")
+    mistake(folder)
+    told = []
+    for path in (folder, folder / "train", folder / "val", folder.parent):
+        try:
+            told += [line for _, line in check(str(path)).lines()]
+        except DataError as error:
+            told.append(str(error))
+    for word in ("network", "--data", "data.root", "cspnet-eval", "score means"):
+        allowed = mistake == two_vals and word == "cspnet-eval"  # it takes either
+        assert allowed or word not in "".join(told).replace(str(folder), "")

@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import multiprocessing
-import os
 import pickle
 import signal
 import subprocess
@@ -221,11 +220,3 @@ next(training_groups(source, resolved, 0, 1, False))
             return
         time.sleep(0.1)
     raise AssertionError("an orphan")
-
-
-def test_cores_are_counted_where_the_system_does_not_tell_which(monkeypatch):
-    from cspnet.data import worker
-
-    assert worker.cores() == len(os.sched_getaffinity(0))
-    monkeypatch.delattr(os, "sched_getaffinity")
-    assert worker.cores() == os.cpu_count()

@@ -255,7 +255,7 @@ def refusals(folder, out):
     yield out, SMALL, "holds a finished pack"
     for part in ("train", "val"):
         (folder / part / "bear").rename(folder / part / "be\nar")
-    yield folder.parent / "new", SMALL, "a name that is no line"
+    yield folder.parent / "new", SMALL, "classes.txt cannot hold these names"
 
 
 def test_folders_that_are_refused(folder, tmp_path):

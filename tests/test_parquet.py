@@ -126,8 +126,39 @@ MISTAKES = [
     (no_image, "has no column `image`; its columns are picture, label"),
     (lambda root: write(root, names=None), "column `label` holds numbers, and the file does not"),
     (lambda root: write(root, labels=[0, -1, 1]), "1 of 3 rows have no label, as test sets"),
-    (lambda root: write(root, labels=[0, 3, 1]), "a label is 3, of 3"),
+    (
+        lambda root: write(root, labels=[0, 3, 1]),
+        "a label is 3, but the ClassLabel names 0 to 2 only",
+    ),
     (lambda root: write(root, names=["a", "b", "c"]), "its columns are not those of"),
+]
+
+
+def category_of_numbers(root):
+    column = pa.array([0, 1, 2]).dictionary_encode()
+    write(root, labels=column, names=None)
+
+
+def twice(root):
+    write(root, names=["crane", "bear", "crane"], labels=[0, 1, 0])
+
+
+def words_with_a_class_label(root):
+    write(root, labels=["dog", "ant", "cat"])
+
+
+def not_utf8(root):
+    words = pa.array([b"p\xeache", b"b", b"c"]).cast(pa.string(), safe=False)
+    write(root, labels=words, names=None)
+
+
+MISTAKES += [
+    (category_of_numbers, "column `label` holds numbers, and the file does not"),
+    (twice, "the ClassLabel of column `label` has 1 name (crane) more than once"),
+    (words_with_a_class_label, "column `label` is string, not the numbers of its ClassLabel"),
+    (lambda root: write(root, labels=[0.0, 1.0, 2.0]), "is double, not the numbers of its Class"),
+    (lambda root: write(root, labels=[0.0, 1.0, 2.0], names=None), "not the names of classes"),
+    (not_utf8, "column `label` holds strings that are not UTF-8"),
 ]
 
 
@@ -137,7 +168,39 @@ def test_mistakes_have_a_message(root, mistake, told):
     mistake(folder)
     with pytest.raises(DataError) as caught:
         sources.open_training(str(folder))
-    assert told in str(caught.value)
+    message = str(caught.value)
+    assert told in message and ".." not in message and "\n" not in message
+
+
+WORDS = pa.array(["b", "a", "b"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        WORDS,
+        WORDS.cast(pa.large_string()),
+        WORDS.cast(pa.string_view()),
+        WORDS.dictionary_encode(),  # a column of pandas' type category
+        WORDS.cast(pa.large_string()).dictionary_encode(),
+    ],
+    ids=lambda words: str(words.type),
+)
+def test_strings_of_any_encoding_are_names(tmp_path, words):
+    (tmp_path / "data").mkdir()
+    write(tmp_path, "train.parquet", labels=words, names=None)
+    source = sources.open_training(str(tmp_path))
+    assert source.classes == ["a", "b"] and source.labels.tolist() == [1, 0, 1]
+
+
+def test_a_path_may_have_any_bytes(root):
+    odd = root[0].with_name(os.fsdecode(b"donn\xe9es"))
+    root[0].rename(odd)
+    source = sources.open_training(str(odd))
+    index = 30
+    assert source.read(index)[0] == root[1][index]
+    again = pickle.loads(pickle.dumps(source))
+    assert again.read(2)[0] == root[1][2]
 
 
 def test_a_class_without_images_and_words_for_labels(tmp_path):

@@ -309,6 +309,52 @@ def test_curves_are_means_over_spans_of_steps():
         assert 2 <= len(marks) <= 5 and low <= marks[0] and marks[-1] <= high
 
 
+def test_charts_of_percentages_start_at_zero(trained, copy):
+    run = read_run(copy)
+    drawn = {chart.title: chart for chart in curves.charts(run)}
+    for title in ("validation, % of the images right", "waiting for images, % of the time"):
+        assert curves.extent(drawn[title])[2] == 0
+    steps = np.array([1.0, 2.0])
+    for values in ([0.0, 0.0], [76.0, 76.5], [50.0, 50.0]):
+        chart = curves.Chart("x", [curves.Curve("x", steps, np.array(values), 0)], 2, "", True)
+        _, _, low, high = curves.extent(chart)
+        assert low == 0 and high > max(values)
+        assert "bottom:0.00%" in figures.figure(chart, [])
+
+
+def test_ties_among_the_worst_classes_are_stated(copy, monkeypatch):
+    """40 classes: 3 with 0 %, 30 with 50 %, 7 with 100 %; 20 are shown."""
+    rights = [0] * 3 + [1] * 30 + [2] * 7
+    confusion = np.zeros((40, 40), np.int64)
+    for k, right in enumerate(rights):
+        confusion[k, k] = right
+        confusion[k, (k + 1) % 40] += 2 - right
+    names = [f"class {k}" for k in range(40)]
+    scores = classes.class_scores(confusion, names)
+    low = classes.worst(scores)
+    assert len(low) == 20 and classes.more_alike(scores, low) == 13
+    assert classes.more_alike(scores[:3], classes.worst(scores[:3])) == 0
+    assert classes.more_alike([], []) == 0
+    totals = Scores(1.0, 1.0, 1.0, 80, 0, 1.0, confusion)
+    page = Page(page_of(copy, Verdict("best.pt", 1, False, "data", totals, names, [], [])))
+    assert "lowest top-1, and 13 more with the same top-1 (50 %)." in page.sections["worst"]
+
+    none = replace(totals, confusion=np.zeros_like(confusion))  # no class has an image
+    page = Page(page_of(copy, Verdict("best.pt", 1, False, "data", none, names, [], [])))
+    assert "lowest top-1." in page.sections["worst"]
+
+    drawn = []
+    monkeypatch.setattr(classes, "save", lambda figure, path: drawn.append(figure))
+    classes.draw_worst(scores, confusion, copy / "worst.png")
+    nothing = np.array([[0, 4], [4, 0]])
+    classes.draw_worst(classes.class_scores(nothing, ["a", "b"]), nothing, copy / "worst.png")
+    bars, counts = drawn[0].axes
+    assert "and 13 more with the same top-1" in bars.get_title()
+    assert "more" not in drawn[1].axes[0].get_title()
+    for axes in (bars, counts, *drawn[1].axes):
+        assert axes.get_xlim()[0] == 0 < axes.get_xlim()[1]
+
+
 def test_the_time_axis_tells_stops_and_kills(copy):
     lines = [
         ("00:00", "start", 0, []),

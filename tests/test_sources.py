@@ -5,6 +5,7 @@ import pytest
 
 from cspnet.data import sources
 from cspnet.data.loader import Batches, Groups, evaluation_batches, training_groups
+from cspnet.errors import DataError
 from cspnet.recipe import load
 from cspnet.schema import Evaluate
 
@@ -143,3 +144,63 @@ def test_an_image_that_vanishes_is_unreadable(folder):
     groups = Groups(source, recipe_for(folder))
     batches = [groups[step, group] for step in range(5) for group in range(groups.recipe.groups)]
     assert {index for batch in batches for index in batch.unreadable} == set(range(24, 36))
+
+
+SYSTEM = [
+    *("@eaDir", "#recycle", "lost+found", "__MACOSX", "$RECYCLE.BIN", "@Recycle"),
+    *("System Volume Information", ".ipynb_checkpoints", ".Trash-1000", "@eadir"),
+]
+
+
+@pytest.mark.parametrize("name", SYSTEM)
+def test_folders_of_a_system_are_no_classes_and_not_read(folder, name, command):
+    """At the level of the classes and below; `check` counts them."""
+    for place in ("train", "train/bear", "val/cat"):
+        (folder / place / name / "deeper").mkdir(parents=True)
+        shutil.copy(folder / "val" / "cat" / "0.jpg", folder / place / name / "deeper" / "x.jpg")
+        shutil.copy(folder / "val" / "cat" / "0.jpg", folder / place / name / "y.jpg")
+    (folder / name).mkdir()
+    training, validation = sources.open_parts(str(folder))
+    assert training.classes == validation.classes == ["apple", "bear", "cat"]
+    assert len(training) == 36 and len(validation) == 9
+    assert len(sources.find_images([str(folder / "val")])) == 9
+    done = command("main", "check", folder, "-j", 0)
+    assert done.returncode == 0, done.stdout
+    found = [line for line in done.stdout.splitlines() if "operating system" in line]
+    assert [line.rpartition(": ")[2] for line in found] == [f"2 × {name}", f"1 × {name}"]
+    assert "train: 2 files or folders of" in found[0] and "val: 1 file or folders of" in found[1]
+
+
+def test_files_of_a_system_are_counted_apart(folder):
+    from cspnet.data.check import check
+
+    for name in ("Thumbs.db", "desktop.ini", ".DS_Store", "notes.txt"):
+        (folder / "train" / "bear" / name).touch()
+    (folder / "train" / "Thumbs.db").touch()
+    messages = [finding.message for finding in check(str(folder)).findings]
+    (system,) = (text for text in messages if "operating system" in text)
+    assert system.endswith("2 × Thumbs.db, 1 × .DS_Store, 1 × desktop.ini")
+    (others,) = (text for text in messages if "of no image suffix" in text)
+    assert others.endswith("1 file of no image suffix, not read: 1 × .txt")
+
+
+def test_folders_of_a_system_in_a_tar_file_are_no_classes(folder):
+    import io
+    import tarfile
+
+    shutil.rmtree(folder / "train")
+    with tarfile.open(folder / "train.tar", "w") as tar:
+        for name in ("apple/0.jpg", "@eaDir/apple/0.jpg", "bear/@eaDir/1.jpg", "bear/0.jpg"):
+            member = tarfile.TarInfo(name)
+            member.size = 1
+            tar.addfile(member, io.BytesIO(b"x"))
+    source = sources.open_training(str(folder))
+    assert source.classes == ["apple", "bear"] and len(source) == 2
+
+
+def test_a_system_folder_makes_no_level_too_many(folder):
+    """A lone class is still told, and an otherwise empty part is empty."""
+    shutil.rmtree(folder / "val")
+    (folder / "val" / "lost+found").mkdir(parents=True)
+    with pytest.raises(DataError, match="is empty"):
+        sources.open_parts(str(folder))

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from cspnet.cli.options import Workers, complete_data, require_folder, write_text
+from cspnet.display import printable
 from cspnet.errors import RecipeError
 
 
@@ -41,7 +42,7 @@ def data(
     with _progress(name) as progress:
         new = fetch(name, to, archives, lambda line: print(line, flush=True), progress)
     state = "ready" if new else "there already, nothing to do"
-    print(f"{to}: train/ and val/ are {state}; look at it: cspnet check {to}")
+    print(printable(f"{to}: train/ and val/ are {state}; look at it: cspnet check {to}"))
 
 
 def check(
@@ -94,13 +95,14 @@ def index(
     code is 1 where something in a tar file is wrong, 2 where the path is.
     """
     from cspnet.data.members import Unfit
+    from cspnet.data.names import TRAINING
     from cspnet.data.parquet import Parquets
     from cspnet.data.shards import Shards, Tars
     from cspnet.data.sources import places, require_classes
     from cspnet.errors import DataError
 
     lines, sources, wrong = [], [], False
-    for name, place in places(data).items():
+    for name, place in places(data, "Give a data root or a folder of tar files").items():
         if not isinstance(place, Tars):
             kind = "parquet files" if isinstance(place, Parquets) else "class folders"
             lines.append(("", f"{name}: {kind}, which need no index"))
@@ -117,7 +119,7 @@ def index(
         lines.append(("", f"{name}: tar files {len(place.files):,}, {counts}; {place.index}"))
     if len(sources) == 2:
         try:
-            require_classes(sources[1], sources[0].classes, data)
+            require_classes(sources[1], sources[0].classes, data, TRAINING)
         except DataError as error:
             wrong = True
             lines.append(("error", f"error: {error}"))
@@ -181,11 +183,11 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _print(lines: Iterable[tuple[str, str]]) -> None:
-    """Prints lines, each with the severity of what it is about."""
+    """Prints lines, each with the severity of what it is about; names in them are escaped."""
     from rich.console import Console
 
-    sys.stdout.reconfigure(errors="backslashreplace")  # a path may be any bytes
+    sys.stdout.reconfigure(errors="backslashreplace")  # an encoding other than UTF-8
     console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
     styles = {"error": "red", "warning": "yellow"}
     for severity, line in lines:
-        console.print(line, style=styles.get(severity))
+        console.print(printable(line), style=styles.get(severity))

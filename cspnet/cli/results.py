@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cspnet.cli.options import Batch, Checkpoint, Device, Workers, facts, require_folder, write_text
+from cspnet.display import printable
 from cspnet.errors import Incomplete, RecipeError
 from cspnet.schema import DIGITS
 
@@ -38,7 +39,8 @@ def evaluate(
     where = find_device(device, world)
     require_folder("--json", json_file)
     if data != DIGITS:
-        existing(data)  # before a net is loaded for nothing
+        give = f"Give one with --data DIR; --data {DIGITS} needs none"
+        existing(data, give)  # before a net is loaded for nothing
     trained = open_trained(checkpoint)
     recipe = trained.recipe
     require_order(trained, checkpoint)
@@ -129,7 +131,7 @@ def predict(
         for prediction in bar.track(found, total=len(files)):
             predictions.append(prediction)
             if prediction.error is not None:
-                notes.print(f"{prediction.file}: {prediction.error}", style="red")
+                notes.print(printable(f"{prediction.file}: {prediction.error}"), style="red")
     sys.stdout.reconfigure(errors="surrogateescape")  # a file's name may be any bytes
     if json_file:
         write_text(json_file, to_json(predictions))

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 
 from cspnet.data import findings as find
-from cspnet.data import layout, shards
+from cspnet.data import layout, roots, shards
 from cspnet.data.contents import of_contents
 from cspnet.data.findings import Finding
 from cspnet.data.parquet import Rows
@@ -26,9 +26,11 @@ from cspnet.data.sources import (
     training_place,
     validation_place,
 )
+from cspnet.display import printable
 from cspnet.errors import DataError
 from cspnet.schema import DIGITS
 
+GIVE = f"Give a data root, a folder with one folder per class, or `{DIGITS}`"
 SEVERITIES = ("error", "warning", "note")
 SHOWN = 5  # examples of a finding before people
 
@@ -74,12 +76,12 @@ class Report:
     def lines(self) -> Iterator[tuple[str, str]]:
         """For people: lines, each with the severity of what it is about; some files as examples."""
         for part in self.parts:
-            yield "", str(part)
+            yield "", printable(str(part))
         for finding in self.findings:
-            yield finding.severity, f"{finding.severity}: {finding.message}"
+            yield finding.severity, printable(f"{finding.severity}: {finding.message}")
             examples = finding.groups or [[file] for file in finding.files]
             for group in examples[:SHOWN]:
-                yield "", "    " + " = ".join(map(layout.printable, group))
+                yield "", "    " + " = ".join(map(printable, group))
             if len(examples) > SHOWN:
                 yield "", f"    … and {len(examples) - SHOWN:,} more"
         counts = [
@@ -121,17 +123,17 @@ def quick(training: Source, validation: Source) -> list[str]:
         *find.of_classes("val", validation),
         *find.of_sharing(training, validation),
     ]
-    return [finding.message for finding in findings]
+    return [printable(finding.message) for finding in findings]
 
 
 def _open(data: str) -> tuple[dict[str, Source], list[Finding]]:
     """The parts that can be opened, by name, and what keeps the others from it."""
     if data == DIGITS:
         return {"train": Digits(train=True), "val": Digits(train=False)}, []
-    folder = existing(data)
+    folder = existing(data, GIVE)
     if not has_parts(folder):
         single = open_place(shards.inside(folder) or folder, empty=True)
-        if isinstance(single, Folder) and not layout.class_folders(folder):  # a root, in disguise
+        if isinstance(single, Folder) and (not len(single) or roots.is_misplaced(folder)):
             raise DataError(layout.no_training(folder))
         return {Path(os.path.abspath(folder)).name: single}, []
     sources: dict[str, Source] = {}

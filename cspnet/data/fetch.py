@@ -148,7 +148,8 @@ def _require_archives(missing: list[str], archives: Path) -> None:
             f"ImageNet's archives are needed in {archives}:"
             + "".join(f"\n  - {line}" for line in lines)
             + "\nGet them from https://image-net.org/download-images (ILSVRC 2012; an account is "
-            "needed), and put them there, or give their folder with --archives DIR."
+            "needed), and put them there, or give their folder with --archives DIR.",
+            lines=True,
         )
 
 

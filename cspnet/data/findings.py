@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from cspnet.data import layout
-from cspnet.data.sources import Folder, Source, require_classes, walk
+from cspnet.data.names import TRAINING, alike, some
+from cspnet.data.sources import Folder, Source, require_classes
+from cspnet.data.tree import is_image, is_system, walk
 from cspnet.errors import DataError
 
 SHARE = 0.1  # of the median: a class with less is nearly empty
@@ -45,7 +48,7 @@ def of_classes(name: str, source: Source) -> Iterator[Finding]:
     middle = float(np.median(counts))
     without = [source.classes[k] for k in np.flatnonzero(counts == 0)]
     if without:
-        told = f"{name}: no image of {layout.some(without, 'class')}, which classes.txt lists"
+        told = f"{name}: no image of {some(without, 'class')}, which classes.txt lists"
         if isinstance(source, Folder):
             told = layout.empty(source.root, without)
         yield Finding("empty class", "error", told, classes=without)
@@ -54,41 +57,60 @@ def of_classes(name: str, source: Source) -> Iterator[Finding]:
         yield Finding("one class", "error", told, classes=source.classes)
     few = [source.classes[k] for k in np.flatnonzero((counts > 0) & (counts < SHARE * middle))]
     if few:
-        told = f"{name}: {layout.some(few, 'class')} with less than a tenth of the median of "
+        told = f"{name}: {some(few, 'class')} with less than a tenth of the median of "
         yield Finding("small class", "warning", f"{told}{middle:g} images", classes=few)
-    alike: dict[str, list[str]] = {}
+    folded: dict[str, list[str]] = {}
     for label in source.classes:
-        alike.setdefault(layout.alike(label), []).append(label)
-    twins = [label for labels in alike.values() if len(labels) > 1 for label in labels]
+        folded.setdefault(alike(label), []).append(label)
+    twins = [label for labels in folded.values() if len(labels) > 1 for label in labels]
     if twins:
-        told = f"{name}: {layout.some(twins, 'class')} whose names hardly differ: are they meant?"
+        told = f"{name}: {some(twins, 'class')} whose names hardly differ: are they meant?"
         yield Finding("alike", "warning", told, classes=twins)
 
 
 def of_strays(name: str, source: Folder) -> Iterator[Finding]:
     """What lies in the folder of a part and is not read."""
-    lost, loose, hidden = [], [], []
+    lost, loose, hidden, system = [], [], [], []
     others: dict[str, list[str]] = {}  # by suffix
+    skipped: list[str] = []  # folders
     for entry in sorted(os.scandir(source.root), key=lambda entry: entry.name):
         if not os.path.exists(entry.path):
             lost.append(entry.path)
-        elif entry.name.startswith("."):
-            hidden += [entry.path] * _holds_images(entry.path)
-        elif layout.is_image(entry.name):
+        elif is_system(entry.name) or entry.name.startswith("."):
+            skipped.append(entry.path)
+        elif is_image(entry.name):
             loose.append(entry.path)
     for label in source.classes:
-        for folder, names in walk(source.root / label):
+        for folder, names in walk(source.root / label, skipped):
             for file in sorted(names):
                 path = os.path.join(folder, file)
-                if layout.is_image(file):
+                if is_image(file):
                     continue
                 if not os.path.exists(path):
                     lost.append(path)
+                elif is_system(file):
+                    system.append(path)
                 elif file.startswith("."):
-                    hidden += [path] * layout.is_image(file.lstrip("._"))
+                    hidden += [path] * is_image(file.lstrip("._"))
                 else:
                     suffix = os.path.splitext(file)[1].lower() or "no suffix"
                     others.setdefault(suffix, []).append(path)
+    for path in skipped:
+        if is_system(os.path.basename(path)):
+            system.append(path)
+        else:
+            hidden += [path] * _holds_images(path)
+    yield from _strays(name, lost, loose, hidden, system, others)
+
+
+def _strays(
+    name: str,
+    lost: list[str],
+    loose: list[str],
+    hidden: list[str],
+    system: list[str],
+    others: dict[str, list[str]],
+) -> Iterator[Finding]:
     if lost:
         told = f"{name}: {count_files(lost)} linked to nowhere"
         yield Finding("broken link", "error", told, lost)
@@ -98,6 +120,11 @@ def of_strays(name: str, source: Folder) -> Iterator[Finding]:
     if hidden:
         told = f"{name}: {count_files(hidden)} or folders with a dot in front, not read"
         yield Finding("hidden", "note", told, hidden)
+    if system:
+        counts = Counter(os.path.basename(path) for path in system)
+        kinds = ", ".join(f"{count:,} × {kind}" for kind, count in counts.most_common(5))
+        told = f"{name}: {count_files(system)} or folders of an operating system, file server or "
+        yield Finding("system", "note", f"{told}notebook, not read: {kinds}", system)
     if others:
         most = sorted(others.items(), key=lambda item: (-len(item[1]), item[0]))
         kinds = ", ".join(f"{len(paths):,} × {suffix}" for suffix, paths in most[:5])
@@ -108,14 +135,14 @@ def of_strays(name: str, source: Folder) -> Iterator[Finding]:
 
 def _holds_images(folder: str) -> bool:
     with contextlib.suppress(OSError):
-        return any(map(layout.is_image, os.listdir(folder)))
+        return any(map(is_image, os.listdir(folder)))
     return False
 
 
 def of_pair(where: str, training: Source, validation: Source) -> Iterator[Finding]:
     """Whether the classes of the two parts of `where` are the same, by name."""
     try:
-        require_classes(validation, training.classes, where)
+        require_classes(validation, training.classes, where, TRAINING)
     except DataError as error:
         either = sorted(set(training.classes) ^ set(validation.classes))
         yield Finding("classes", "error", str(error), classes=either)
@@ -141,7 +168,7 @@ def of_sharing(training: Source, validation: Source) -> Iterator[Finding]:
         if _same_file(training.root / label, validation.root / label)
     ]
     if shared:
-        told = f"val and train have the same folders of {layout.some(shared, 'class')}"
+        told = f"val and train have the same folders of {some(shared, 'class')}"
         yield Finding("same files", "error", f"{told}: a score will say little", classes=shared)
         return
     yield from _of_namesakes(training, validation)

@@ -5,53 +5,23 @@ mistake was not made. Names of images are looked at, never their bytes.
 """
 
 import os
-import unicodedata
 from collections import Counter
 from pathlib import Path
 
-from cspnet.errors import DataError
+from cspnet.data import roots
+from cspnet.data.downloads import recognise
+from cspnet.data.names import some
+from cspnet.data.roots import PARTS, VALIDATION
+from cspnet.data.tree import SUFFIXES, class_folders, entries, folders, has_own_images, is_image
+from cspnet.display import printable
 from cspnet.schema import DIGITS
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-VALIDATION = ("val", "valid", "validation")
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar")
 # Data sets that `cspnet data` makes, and how many classes they have.
 KNOWN = {"imagenet": 1000, "imagenette": 10, "cifar10": 10}
 HOLDS = "A data root holds train/ and val/, each with one folder per class"
-
-
-def is_image(name: str) -> bool:
-    """Whether a file of this name is read as an image."""
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
-
-
-def entries(folder: Path) -> list[os.DirEntry]:
-    """What is in a folder and not hidden, by name. Raises DataError where it cannot be read."""
-    try:
-        found = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
-    except OSError as error:
-        raise unreadable_folder(error) from None
-    return sorted(found, key=lambda entry: entry.name)
-
-
-def unreadable_folder(error: OSError) -> DataError:
-    """For a folder that the system does not let us list."""
-    return DataError(
-        f"{error.filename} cannot be read: {error.strerror}. Give yourself the right to read it "
-        "(chmod -R u+rX), or look whether the disk is mounted and well."
-    )
-
-
-def printable(name: str) -> str:
-    """A name for people: it may hold any bytes, which a terminal should not get."""
-    return name if name.isprintable() else ascii(name)
-
-
-def some(names: list[str], noun: str) -> str:
-    """A number of things, and the first of their names: `2 classes (bear, cat)`."""
-    plural = noun if len(names) == 1 else noun + ("es" if noun.endswith("s") else "s")
-    shown = ", ".join(map(printable, names[:5])) + " …" * (len(names) > 5)
-    return f"{len(names):,} {plural} ({shown})"
+GIVE = f"Give one with --data DIR (or data.root=DIR); --data {DIGITS} needs none"
+IMAGES = ("image", "images", "img", "imgs", "jpegimages")  # names of folders, but of no class
 
 
 def listing(folder: Path) -> str:
@@ -70,9 +40,9 @@ def address(root: str) -> str:
     )
 
 
-def no_folder(path: Path) -> str:
-    """For a path that is given as a data folder and is none."""
-    advice = f"Give one with --data DIR (or data.root=DIR); --data {DIGITS} needs none."
+def no_folder(path: Path, give: str = GIVE) -> str:
+    """For a path that is given as a data folder and is none; `give` says what to give instead."""
+    advice = f"{give}."
     if path.name in KNOWN:
         advice += f" `cspnet data {path.name} --to DIR` makes it."
     what = "is a file"
@@ -91,7 +61,10 @@ def no_folder(path: Path) -> str:
 
 def no_training(folder: Path) -> str:
     """For a data root without train/."""
-    return f"{folder} has no folder train/. {_instead(folder, ('train',), ('train',))}"
+    told = f"{folder} has no folder train/."
+    if (folder / "train").is_dir():
+        told = f"{folder / 'train'} is the folder of a class, not of the training set."
+    return f"{told} {_instead(folder, ('train',), ('train',))}"
 
 
 def no_validation(folder: Path) -> str:
@@ -108,17 +81,21 @@ def _instead(folder: Path, names: tuple[str, ...], alike: tuple[str, ...]) -> st
             return f"{entry.name} is a link to {os.readlink(entry.path)}, which is not there."
         if entry.name in names and entry.is_file():
             return f"{entry.name} is a file; it must be a folder with one folder per class."
-    folders = [entry.name for entry in entries(folder) if entry.is_dir()]
-    for name in folders:
-        if (folder / name / names[0]).is_dir():
+    if told := recognise(folder):
+        return told
+    inner = folders(folder)
+    for name in inner:
+        if set(names) & set(roots.parts(folder / name)) and roots.is_root(folder / name):
             return f"Its folder {name}/ has one: give {folder / name}."
-    for name in folders:
-        if name.lower().startswith(alike):
+    for name in inner:
+        part = roots.is_part(folder / name) or roots.is_split(folder / name)
+        if part and name not in names and name.lower().startswith(alike):
             return f"Is it {name}/? Then rename it to {names[0]}/."
     here = Path(os.path.abspath(folder))
-    if here.name in ("train", *VALIDATION) and class_folders(folder):
+    if here.name in PARTS and class_folders(folder):
         return f"It is a {here.name} folder itself: give the one above, {here.parent}."
-    if names == ("train",) and (found := class_folders(folder)):
+    found = [name for name in class_folders(folder) if not roots.is_split(folder / name)]
+    if found and names == ("train",) and "train" not in inner:
         return f"It has {some(found, 'class folder')} itself: move them into {folder / 'train'}."
     packed = [entry.name for entry in entries(folder) if entry.name.endswith(ARCHIVES)]
     if packed:
@@ -127,15 +104,6 @@ def _instead(folder: Path, names: tuple[str, ...], alike: tuple[str, ...]) -> st
             how = f", with `cspnet data imagenet --to {folder}`."
         return f"It holds {some(packed, 'archive')}: unpack{how}"
     return f"{HOLDS}; found there: {listing(folder)}"
-
-
-def class_folders(folder: Path) -> list[str]:
-    """Names of the sub-folders with an image directly in them."""
-    return [
-        entry.name
-        for entry in entries(folder)
-        if entry.is_dir() and any(is_image(inner.name) for inner in entries(Path(entry.path)))
-    ]
 
 
 def two_validations(folder: Path, names: list[str]) -> str:
@@ -177,19 +145,25 @@ def no_classes(folder: Path) -> str:
 
 
 def nested(folder: Path, classes: list[str]) -> str:
-    """For a folder with one sub-folder, and the class folders in that one: a level too many."""
-    if len(classes) > 1 and not set(classes) <= {"train", *VALIDATION}:
-        return ""
+    """For class folders that are a data root or one level too deep; else nothing."""
+    named = roots.parts(folder)
     if len(classes) > 1:
-        return (
-            f"{folder} holds {' and '.join(f'{name}/' for name in classes)}, not class folders: "
-            "it is a whole data root. Give that one, or link its parts."
-        )
-    only = folder / classes[0]
-    names = [entry.name for entry in entries(only) if entry.is_dir()]
-    if not names or any(is_image(entry.name) for entry in entries(only)):
+        if "train" in named and len(named) > 1:
+            return (
+                f"{folder} holds {' and '.join(f'{name}/' for name in named)}, not class folders: "
+                "it is a whole data root. Give that one, or link its parts."
+            )
         return ""
-    if set(names) & {"train", *VALIDATION}:
+    only = folder / classes[0]
+    if classes[0].lower() in IMAGES and has_own_images(only):
+        return (
+            f"{folder} is flat: its images are in {classes[0]}/, and it has no class folder. "
+            "Sort them into one folder per class."
+        )
+    names = folders(only)
+    if not names or has_own_images(only):
+        return ""
+    if roots.parts(only):
         return f"{folder} has one folder only, with a data root in it: give {only}."
     return (
         f"{folder} has one folder only, {classes[0]}/, and {some(names, 'class folder')} in it: "
@@ -200,8 +174,6 @@ def nested(folder: Path, classes: list[str]) -> str:
 def empty(folder: Path, names: list[str]) -> str:
     """For class folders without an image."""
     told = f"{folder}: no image in {some(names, 'class folder')}"
-    if "__MACOSX" in names:
-        return f"{told}. __MACOSX is left over from an archive: remove it."
     others = Counter(
         os.path.splitext(file)[1].lower() or "no suffix"
         for _, _, files in os.walk(folder / names[0])
@@ -211,49 +183,3 @@ def empty(folder: Path, names: list[str]) -> str:
         kinds = ", ".join(f"{count:,} × {kind}" for kind, count in others.most_common(3))
         return f"{told}, other files only ({kinds}). Read are {', '.join(SUFFIXES)}: convert them."
     return f"{told}. Add images ({', '.join(SUFFIXES[:3])} …) or remove the folder."
-
-
-def differing(have: list[str], want: list[str]) -> str:
-    """How class folders differ from the classes that they must be, and what to do; or nothing."""
-    missing = [name for name in want if name not in set(have)]
-    extra = [name for name in have if name not in set(want)]
-    if not missing and not extra:
-        return ""
-    parts = []
-    if missing:
-        parts.append(f"it lacks {some(missing, 'class')}")
-    if extra:
-        parts.append(f"it has {some(extra, 'class')} that the network was not trained for")
-    return f"{'; '.join(parts)}. {_cure(missing, extra, len(want))}"
-
-
-def _cure(missing: list[str], extra: list[str], count: int) -> str:
-    folded = {alike(name): name for name in missing}
-    pairs = [(name, folded[alike(name)]) for name in extra if alike(name) in folded]
-    if pairs:
-        shown = ", ".join(f"{name!r} for {meant!r}" for name, meant in pairs[:3])
-        return f"Only case, blanks or zeros differ: {shown}. Rename the folders."
-    numbers = [int(name) for name in (*missing, *extra) if name.isdecimal()]
-    if (
-        len(missing) == len(extra) == 1
-        and len(numbers) == 2
-        and count == abs(numbers[0] - numbers[1])
-    ):
-        return (
-            f"One is counted from {min(numbers)}, one from {min(numbers) + 1}: rename the folders."
-        )
-    if extra and all(name.isdecimal() for name in extra) and len(numbers) == len(extra):
-        return (
-            "Numbers are not names, and ImageNet's do not follow the order of the synsets: "
-            "rename each folder to its class; data/README.md says how for ImageNet's val."
-        )
-    if len(missing) == count and extra:
-        return "No class is in both: are these two parts of one data set?"
-    return "Folder names must be the class names of the training set."
-
-
-def alike(name: str) -> str:
-    """Equal for names that a person may take for the same."""
-    folded = unicodedata.normalize("NFKC", name).casefold()
-    folded = "".join(sign for sign in folded if not sign.isspace() and sign not in "_-")
-    return str(int(folded)) if folded.isdecimal() else folded or name

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cspnet.data.layout import some
+from cspnet.data.names import some
 from cspnet.data.sources import Source
+from cspnet.display import printable
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def compare(
     pairs = zip(classes, then.contents, now.contents, strict=True)
     changed = [(name, digest) for name, old, digest in pairs if digest != old]
     moved = [
-        f"{split}: the images of class {before[digest]} are in class {name} now"
+        printable(f"{split}: the images of class {before[digest]} are in class {name} now")
         for name, digest in changed
         if digest in before
     ]

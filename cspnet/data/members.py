@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from cspnet.data import layout
+from cspnet.data.roots import PARTS
+from cspnet.data.tree import is_ignored
+from cspnet.display import printable, sentence
 from cspnet.errors import DataError
 
 LIST = "classes.txt"  # beside the tar files: the names of numbered classes, one a line
 MAX_LABEL = 1_000  # bytes of a .cls
 MAX_JSON = 2**20  # bytes
-PARTS = ("train", *layout.VALIDATION)
 AGAIN = "copy or download it again"
 
 
@@ -26,7 +28,7 @@ class Unfit(DataError):
         self.problems = problems
         more = len(problems) - 1
         rest = f" And {more:,} more: `cspnet index` names them." if more else ""
-        super().__init__(f"{where}: {problems[0]}.{rest}")
+        super().__init__(f"{where}: {sentence(problems[0])}{rest}")
 
 
 class Image(NamedTuple):
@@ -69,8 +71,12 @@ def listed(folder: Path) -> list[str] | None:
         lines = [line.strip() for line in file.read_text("utf-8-sig").rstrip().split("\n")]
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read: {error}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file} is not UTF-8 (byte {error.start:,}): convert it, with iconv -t UTF-8"
+        ) from None
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from None
     twice = [line for line, count in Counter(lines).items() if line and count > 1]
     if twice:
         raise DataError(f"{file} has {layout.some(twice, 'name')} more than once: one class a line")
@@ -102,13 +108,13 @@ def _reason(file: Path, error: Exception, last: str) -> str:
         return f"cannot be read: {error.strerror}"
     size = os.path.getsize(file)
     if "unexpected end of data" in str(error):
-        return f"cut short at byte {size:,}, in {layout.printable(last)}: {AGAIN}"
+        return f"cut short at byte {size:,}, in {printable(last)}: {AGAIN}"
     if not size:
         return f"empty, 0 bytes: {AGAIN}"
     with open(file, "rb") as start:
         if start.read(4).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd")):
             return "compressed, so there is no reading in it: decompress it"
-    return f"no tar file, or damaged at {layout.printable(last)}: {AGAIN}"
+    return f"no tar file, or damaged at {printable(last)}: {AGAIN}"
 
 
 def _look_behind(found: Scan, file: IO[bytes], end: int) -> None:
@@ -139,7 +145,7 @@ def _add(found: Scan, member: tarfile.TarInfo, file: IO[bytes]) -> None:
         problem = "is a link: pack the file itself (tar --dereference --hard-dereference)"
     elif not member.isreg() or member.issparse():
         problem = "is no ordinary file: pack it without"
-    elif any(part.startswith(".") for part in parts):
+    elif any(map(is_ignored, parts)):
         return
     place = (member.offset_data, member.size)
     key, field = split(name)
@@ -156,7 +162,7 @@ def _add(found: Scan, member: tarfile.TarInfo, file: IO[bytes]) -> None:
     elif len(found.others) < 10:
         found.others.append(name)
     if problem:
-        found.problems.append(f"{found.file.name}: {layout.printable(name)} {problem}")
+        found.problems.append(f"{found.file.name}: {printable(name)} {problem}")
 
 
 def split(name: str) -> tuple[str, str]:
@@ -191,7 +197,7 @@ def _no_images(where: str, scans: list[Scan]) -> str:
     told = f"{where}: no image in {names}"
     if any(name.endswith(layout.ARCHIVES) for name in others):
         return f"{told}, but further archives ({others[0]} …). Unpack them."
-    kinds = f"; found there: {', '.join(map(layout.printable, others[:5]))}" if others else ""
+    kinds = f"; found there: {', '.join(map(printable, others[:5]))}" if others else ""
     return f"{told}{kinds}. Read are {', '.join(layout.SUFFIXES)}."
 
 
@@ -211,7 +217,15 @@ def _take_notes(scan: Scan) -> None:
             values = [note.get(field) for field in ("class", "label")] if type(note) is dict else []
             values = [value for value in values if type(value) in (int, str)]
             if values:
-                scan.labels[key] = str(values[0]).encode("utf-8", "replace")[:MAX_LABEL]
+                scan.labels[key] = _label_bytes(str(values[0]))[:MAX_LABEL]
+
+
+def _label_bytes(label: str) -> bytes:
+    """A label of a .json as the .cls of the same class has it; `\\udcff` in it is a byte."""
+    try:
+        return raw(label)
+    except UnicodeEncodeError:  # another surrogate, which no file's name gave
+        return label.encode("utf-8", "surrogatepass")
 
 
 def _samples(scans: list[Scan], listed: list[str] | None) -> tuple[list[Image], list[str]]:
@@ -222,7 +236,7 @@ def _samples(scans: list[Scan], listed: list[str] | None) -> tuple[list[Image], 
     known = frozenset(listed or ())
     for shard, scan in enumerate(scans):
         for key, name, problem in _pairs(scan):
-            label = scan.labels.get(key, b"").decode("utf-8", "replace").strip()
+            label = text(scan.labels.get(key, b"")).strip()
             number = int(label) if re.fullmatch("-?[0-9]+", label) else None
             if number is not None and listed is None:
                 unnamed.add(number)
@@ -231,9 +245,9 @@ def _samples(scans: list[Scan], listed: list[str] | None) -> tuple[list[Image], 
             elif number is not None:
                 label = listed[number]
             elif listed is not None and label not in known:
-                problem = problem or f"is of class {layout.printable(label)}, which {LIST} lacks"
+                problem = problem or f"is of class {printable(label)}, which {LIST} lacks"
             if problem:
-                problems.append(f"{scan.file.name}: {layout.printable(name)} {problem}")
+                problems.append(f"{scan.file.name}: {printable(name)} {problem}")
             else:
                 images.append(Image(raw(name), shard, *scan.places[name], label))
     if unnamed:
@@ -286,7 +300,7 @@ def _class_folders(where: str, scans: list[Scan]) -> tuple[list[Image], list[str
         if tops[0] not in PARTS:
             inner = sorted({parts[1] for parts in every})
             raise DataError(
-                f"{where}: one folder only in the tar files, {layout.printable(tops[0])}/, and "
+                f"{where}: one folder only in the tar files, {printable(tops[0])}/, and "
                 f"{layout.some(inner, 'folder')} in it: a level too many. Pack those."
             )
         cut = len(tops[0]) + 1
@@ -298,6 +312,6 @@ def _class_folders(where: str, scans: list[Scan]) -> tuple[list[Image], list[str
             if slash:
                 images.append(Image(raw(name[cut:]), shard, *place, label))
             else:
-                shown = layout.printable(name)
+                shown = printable(name)
                 problems.append(f"{scan.file.name}: {shown} has no class: it is in no folder")
     return images, problems

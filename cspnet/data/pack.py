@@ -24,8 +24,10 @@ from cspnet.data import layout, shards
 from cspnet.data.decode import MAX_SIDE, TooLarge, Unreadable, decode
 from cspnet.data.members import LIST
 from cspnet.data.shards import Shards
-from cspnet.data.sources import Source, open_training, open_validation
+from cspnet.data.sources import Source, existing, open_parts
+from cspnet.display import printable
 from cspnet.errors import CspnetError, DataError
+from cspnet.schema import DIGITS
 
 JOURNAL = "pack.json"
 STARTS = {b"\x89PNG": ".png", b"RIFF": ".webp", b"BM": ".bmp", b"II*": ".tif", b"MM": ".tif"}
@@ -99,8 +101,10 @@ def pack(
     done, and of how many. Raises DataError where the data or the folder is wrong, CspnetError where
     the folder cannot be written.
     """
-    training = open_training(data)
-    sources = {"train": training, "val": open_validation(data, training.classes)}
+    if data != DIGITS:
+        existing(data, "Give a data root")
+    training, validation = open_parts(data)
+    sources = {"train": training, "val": validation}
     _require_names(training.classes)
     _require_apart(data, to)
     try:
@@ -132,15 +136,25 @@ def summary(parts: dict[str, list[Shard]], settings: Settings) -> Iterator[tuple
             f"{settings.short} pixels as JPEG of quality {settings.quality}, {copied:,} copied",
         )
         for problem in (problem for shard in done for problem in shard.unreadable):
-            yield "error", f"error: {name}: left out: {layout.printable(problem)}"
+            yield "error", f"error: {name}: left out: {printable(problem)}"
     if any(shard.encoded for done in parts.values() for shard in done):
         yield "", "What was scaled has other pixels than before: a run on it is another run."
 
 
 def _require_names(classes: list[str]) -> None:
-    odd = [name for name in classes if not name.isprintable() or name != name.strip()]
+    """Raises DataError unless LIST can hold the names: lines of UTF-8 without blanks around."""
+    odd = [name for name in classes if not _is_line(name)]
     if odd:
-        raise DataError(f"{layout.some(odd, 'class')} with a name that is no line: rename them")
+        raise DataError(
+            f"{layout.some(odd, 'class')}: {LIST} cannot hold these names, one per line in UTF-8, "
+            "without blanks around them. Rename the class folders."
+        )
+
+
+def _is_line(name: str) -> bool:
+    with contextlib.suppress(UnicodeEncodeError):
+        return name.encode() and name == name.strip().lstrip("\ufeff") and not {*"\r\n"} & {*name}
+    return False
 
 
 def _require_apart(data: str, to: Path) -> None:

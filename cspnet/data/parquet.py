@@ -11,7 +11,7 @@ import json
 import os
 import re
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from cspnet.data import layout
+from cspnet.data.names import some
 from cspnet.errors import DataError
 
 NUMBERED = r"([-_]\d+(-of-\d+)?)?\.parquet"  # what follows on the name of a part
@@ -100,7 +101,8 @@ class Rows:
             )
         except IndexError:
             raise DataError(
-                f"{parquets.where}: a label is {max(numbers)}, of {len(words)}"
+                f"{parquets.where}: a label is {max(numbers)}, but the ClassLabel names 0 to "
+                f"{len(words) - 1} only"
             ) from None
         if not labels:
             raise DataError(f"{parquets.where}: no rows")
@@ -109,12 +111,17 @@ class Rows:
         counts = np.bincount(self.labels, minlength=len(self.classes))
         without = [self.classes[k] for k in np.flatnonzero(counts == 0)]
         if without and not empty:
-            raise DataError(f"{parquets.where}: no image of {layout.some(without, 'class')}")
+            raise DataError(f"{parquets.where}: no image of {some(without, 'class')}")
 
     def _labels(self, opened: Any, file: Path) -> list:
         """The labels of a file: numbers or words. Raises DataError where one is missing."""
         _, label, named = self._columns
-        values = opened.read(columns=[label], use_threads=False).column(0).to_pylist()
+        try:
+            values = opened.read(columns=[label], use_threads=False).column(0).to_pylist()
+        except UnicodeDecodeError:
+            raise DataError(
+                f"{file}: column `{label}` holds strings that are not UTF-8: write it again"
+            ) from None
         unknown = [v for v in values if v is None or (named is not None and v < 0)]
         if unknown:
             raise DataError(
@@ -177,7 +184,9 @@ class Rows:
         if number not in self._readers:
             file = self.parquets.files[number]
             try:
-                self._readers[number] = pyarrow.parquet.ParquetFile(file)
+                # pyarrow takes paths of UTF-8 only; any other file is opened by Python.
+                source = file if _is_utf8(file) else open(file, "rb")  # noqa: SIM115
+                self._readers[number] = pyarrow.parquet.ParquetFile(source)
             except (pyarrow.ArrowException, OSError) as error:
                 told = str(error).partition(". ")[0]
                 raise DataError(f"{file} cannot be read as parquet: {told}") from None
@@ -195,6 +204,13 @@ class Rows:
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._forget()
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        return bool(str(path).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _columns(schema: Any, file: Path) -> tuple[str, str, tuple[str, ...] | None]:
@@ -216,15 +232,32 @@ def _columns(schema: Any, file: Path) -> tuple[str, str, tuple[str, ...] | None]
 
     image, label = one("Image", "image"), one("ClassLabel", "label")
     names = features.get(label, {}).get("names")
+    if names is not None:
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            raise DataError(
+                f"{file}: the ClassLabel of column `{label}` has {some(twice, 'name')} more than "
+                "once, so that their classes cannot be told apart: write it with distinct names"
+            )
     types = pyarrow.types
     kind = schema.field(image).type
     if types.is_struct(kind):
         kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else kind
     if not (types.is_binary(kind) or types.is_large_binary(kind)):
         raise DataError(f"{file}: column `{image}` is {kind}, not the bytes of a JPEG or PNG")
-    if names is None and not types.is_string(schema.field(label).type):
+    kind = schema.field(label).type
+    kind = kind.value_type if types.is_dictionary(kind) else kind  # a pandas category
+    if names is not None and not types.is_integer(kind):
+        raise DataError(
+            f"{file}: column `{label}` is {kind}, not the numbers of its ClassLabel: write it with "
+            "integers, or as strings without a ClassLabel"
+        )
+    words = (types.is_string, types.is_large_string, types.is_string_view)
+    if names is None and types.is_integer(kind):
         raise DataError(
             f"{file}: column `{label}` holds numbers, and the file does not tell their names: "
             "write it with the features of the data set (a ClassLabel), or with names as labels"
         )
+    if names is None and not any(is_kind(kind) for is_kind in words):
+        raise DataError(f"{file}: column `{label}` is {kind}, not the names of classes")
     return image, label, None if names is None else tuple(names)

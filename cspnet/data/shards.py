@@ -22,6 +22,8 @@ import numpy as np
 
 from cspnet.data import layout, members
 from cspnet.data.members import Image, Unfit
+from cspnet.data.roots import PARTS
+from cspnet.display import printable
 from cspnet.errors import DataError
 
 VERSION = 1
@@ -109,7 +111,7 @@ def beside(root: Path, names: tuple[str, ...]) -> Tars | None:
 def is_part(folder: Path) -> str:
     """For a folder of tar files that is given as a data root and is a part of one; else nothing."""
     here = Path(os.path.abspath(folder))
-    if here.name not in members.PARTS or not inside(folder):
+    if here.name not in PARTS or not inside(folder):
         return ""
     told = f"{folder} has no folder train/. It holds the tar files of {here.name}/"
     return f"{told}: give the one above, {here.parent}."
@@ -241,7 +243,7 @@ def _open_index(tars: Tars, save: bool, again: bool, progress: Callable[[int, in
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def _make(tars: Tars, stamp: dict, progress: Callable[[int, int], None]) -> Index:

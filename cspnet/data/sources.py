@@ -12,10 +12,14 @@ from typing import Protocol
 
 import numpy as np
 
-from cspnet.data import layout, parquet, shards
-from cspnet.data.layout import SUFFIXES, VALIDATION
+from cspnet.data import layout, parquet, roots, shards
+from cspnet.data.downloads import recognise
+from cspnet.data.names import NETWORK, TRAINING, differing
 from cspnet.data.parquet import Parquets, Rows
+from cspnet.data.roots import PARTS, VALIDATION
 from cspnet.data.shards import Shards, Tars
+from cspnet.data.tree import SUFFIXES, folders, is_image, walk
+from cspnet.display import printable
 from cspnet.errors import DataError
 from cspnet.schema import DIGITS
 
@@ -51,7 +55,9 @@ class Folder:
 
     def __init__(self, root: str | Path, empty: bool = False):
         self.root = Path(root)
-        self.classes = [entry.name for entry in layout.entries(self.root) if entry.is_dir()]
+        self.classes = folders(self.root)
+        if mistake := recognise(self.root):
+            raise DataError(mistake)
         if not self.classes:
             raise DataError(layout.no_classes(self.root))
         if mistake := layout.nested(self.root, self.classes):
@@ -177,19 +183,32 @@ def open_training(root: str) -> Source:
     return Digits(train=True) if root == DIGITS else open_place(training_place(root))
 
 
+def open_parts(root: str) -> tuple[Source, Source]:
+    """The training and the validation images of a data root, which have the same classes.
+
+    Raises DataError where they do not, or where one of them is missing. Writes nothing.
+    """
+    training, validation = open_training(root), _open_validation(root)
+    require_classes(validation, training.classes, root, TRAINING)
+    return training, validation
+
+
 def open_validation(root: str, classes: list[str] | None, count: int | None = None) -> Source:
-    """The validation images below a data root, or in a val folder itself, with `classes` as labels.
+    """The validation images below a data root, or in a val folder itself, with a net's `classes`.
 
     Raises DataError where the folder's classes are not exactly `classes`, by name; where the net
     has no names (None), unless there are `count` of them.
     """
-    digits = root == DIGITS
-    source = Digits(train=False) if digits else open_place(validation_place(root))
+    source = _open_validation(root)
     if classes is not None:
         require_classes(source, classes, root)
     elif len(source.classes) != count:
         raise DataError(f"{root} has {len(source.classes)} classes, the network {count}")
     return source
+
+
+def _open_validation(root: str) -> Source:
+    return Digits(train=False) if root == DIGITS else open_place(validation_place(root))
 
 
 def open_place(place: Place, empty: bool = False) -> Source:
@@ -219,24 +238,23 @@ def _files(root: Path, names: tuple[str, ...]) -> Tars | Parquets | None:
     return shards.beside(root, names) or parquet.beside(root, names)
 
 
-def places(root: str) -> dict[str, Place]:
+def places(root: str, give: str = layout.GIVE) -> dict[str, Place]:
     """The parts of a data root, or the folder itself where it is a single one. Raises DataError."""
-    folder = existing(root)
+    folder = existing(root, give)
     if has_parts(folder):
         return {"train": training_place(root), "val": validation_place(root)}
     return {Path(os.path.abspath(folder)).name: shards.inside(folder) or folder}
 
 
 def has_parts(folder: Path) -> bool:
-    """Whether something in a folder has the name of a part of a data set. Raises DataError."""
-    names = ("train", *VALIDATION)
-    return any(os.path.lexists(folder / name) or _files(folder, (name,)) for name in names)
+    """Whether something in a folder is a part of a data set, by its name. Raises DataError."""
+    return bool(roots.parts(folder)) or any(_files(folder, (name,)) for name in PARTS)
 
 
 def training_folder(root: str) -> Path:
     """The folder train/ of a data root. Raises DataError where there is none."""
     folder = existing(root)
-    if not os.path.isdir(folder / "train"):
+    if "train" not in roots.parts(folder) or not os.path.isdir(folder / "train"):
         raise DataError(shards.is_part(folder) or layout.no_training(folder))
     return folder / "train"
 
@@ -244,65 +262,61 @@ def training_folder(root: str) -> Path:
 def validation_folder(root: str) -> Path:
     """The validation folder of a data root, or `root` where it is one itself. Raises DataError."""
     folder = existing(root)
-    named = [name for name in VALIDATION if os.path.isdir(folder / name)]
+    parts = [name for name in roots.parts(folder) if os.path.isdir(folder / name)]
+    named = [name for name in parts if name in VALIDATION]
     if len(named) > 1:
         raise DataError(layout.two_validations(folder, named))
     if named:
         return folder / named[0]
-    if os.path.isdir(folder / "train"):
+    if "train" in parts:
         raise DataError(layout.no_validation(folder))
     if mistake := shards.no_validation(folder) or layout.training_as_validation(folder):
         raise DataError(mistake)
     return folder
 
 
-def existing(root: str) -> Path:
-    """The path of a data root, `~` expanded. Raises DataError where it is not a folder."""
+def existing(root: str, give: str = layout.GIVE) -> Path:
+    """The path of a data root, `~` expanded. Raises DataError where it is not a folder.
+
+    `give` says how the command at hand is given one.
+    """
     if "://" in root:
         raise DataError(layout.address(root))
-    folder = Path(root).expanduser()
+    folder = Path(_spelled(root)).expanduser()
     if not os.path.isdir(folder):
-        raise DataError(layout.no_folder(folder))
+        raise DataError(layout.no_folder(folder, give))
     return folder
+
+
+def _spelled(root: str) -> str:
+    """A data root for a message, where `.` and `..` would look like a full stop."""
+    return os.path.abspath(root) if os.path.normpath(root).endswith(".") else root
 
 
 def display_names(classes: list[str]) -> list[str]:
     """What to call the classes before people: WordNet's first word for a synset, else the name.
 
-    timm carries the words of ImageNet's synsets (n01440764 is a tench).
+    timm carries the words of ImageNet's synsets (n01440764 is a tench). What cannot be displayed or
+    is no single line is escaped.
     """
     if not all(re.fullmatch(r"n\d{8}", name) for name in classes):
-        return classes
+        return list(map(printable, classes))
     from timm.data import ImageNetInfo  # seconds to import
 
     words = ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True)
     return [words.get(name, name).partition(",")[0] for name in classes]
 
 
-def require_classes(source: Source, classes: list[str], where: str) -> None:
-    """Raises DataError unless the source has exactly these classes, in this order of names."""
-    if difference := layout.differing(source.classes, classes):
-        raise DataError(
-            f"{where}: the classes are not those of the network ({len(classes)}): {difference}"
-        )
+def require_classes(source: Source, classes: list[str], where: str, owner: str = NETWORK) -> None:
+    """Raises DataError unless the source has exactly these classes, in this order of names.
 
-
-def walk(top: Path) -> Iterator[tuple[str, list[str]]]:
-    """Folders from `top` downward, links followed, each with the names of its files; none hidden.
-
-    Raises DataError where one cannot be read, which os.walk would pass over.
+    They are those of `owner`: NETWORK, or TRAINING, of which the source is the validation set.
     """
-
-    def fail(error: OSError) -> None:
-        raise layout.unreadable_folder(error) from None
-
-    for folder, inner, files in os.walk(top, onerror=fail, followlinks=True):
-        inner[:] = [
-            name
-            for name in inner
-            if not name.startswith(".") and not _leads_up(os.path.join(folder, name))
-        ]
-        yield folder, files
+    if difference := differing(source.classes, classes, owner):
+        told = "the classes are not those of the network"
+        if owner == TRAINING:
+            told = "the classes for validation are not those of train/"
+        raise DataError(f"{_spelled(where)}: {told} ({len(classes)}): {difference}")
 
 
 def _images(root: Path, name: str) -> Iterator[bytes]:
@@ -310,13 +324,5 @@ def _images(root: Path, name: str) -> Iterator[bytes]:
     for folder, files in walk(root / name):
         below = os.path.relpath(folder, root)
         for file in files:
-            if layout.is_image(file):
+            if is_image(file):
                 yield os.fsencode(os.path.join(below, file))
-
-
-def _leads_up(folder: str) -> bool:
-    """Whether a folder is a link to one above it: walking there would never end."""
-    if not os.path.islink(folder):
-        return False
-    above, here = os.path.realpath(folder), os.path.realpath(os.path.dirname(folder))
-    return os.path.commonpath([above, here]) == above

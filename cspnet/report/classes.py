@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cspnet.display import printable
 from cspnet.report.confusion import worst_pairs
 from cspnet.report.curves import plain, save
 
@@ -32,7 +33,8 @@ class ClassScore:
 def labels(classes: list[str], names: list[str]) -> list[str]:
     """What to call the classes where each must be told from all others: a synset keeps its id."""
     return [
-        name if name == own else f"{name} ({own})" for own, name in zip(classes, names, strict=True)
+        name if name == own else f"{name} ({own})"
+        for own, name in zip(map(printable, classes), names, strict=True)
     ]
 
 
@@ -56,6 +58,14 @@ def class_scores(confusion: np.ndarray, names: list[str]) -> list[ClassScore]:
 def worst(scores: list[ClassScore], most: int = WORST) -> list[ClassScore]:
     """The classes with the lowest top-1, lowest first; one without images is none of them."""
     return sorted((score for score in scores if score.images), key=lambda s: s.top1)[:most]
+
+
+def more_alike(scores: list[ClassScore], shown: list[ClassScore]) -> int:
+    """Classes with images beyond the worst ones `shown` that have the same top-1 as the last."""
+    if not shown:
+        return 0
+    with_images = [score for score in scores if score.images]
+    return sum(score.top1 <= shown[-1].top1 for score in with_images) - len(shown)
 
 
 def shares(confusion: np.ndarray) -> tuple[np.ndarray, float]:
@@ -100,12 +110,15 @@ def draw_worst(scores: list[ClassScore], confusion: np.ndarray, path: Path) -> N
     from matplotlib.figure import Figure
 
     low = worst(scores)
+    more = more_alike(scores, low)
     pairs = worst_pairs(confusion, [score.name for score in scores], WORST)
     figure = Figure(figsize=(9, 1.5 + 0.24 * (len(low) + len(pairs))), layout="constrained")
     heights = [max(1, len(low)), max(1, len(pairs))]
     classes, confused = figure.subplots(2, 1, height_ratios=heights)
     _bars(classes, [plain(score.name) for score in low], [score.top1 for score in low], "C0")
-    classes.set_title("the worst classes: top-1, %", fontsize=10)
+    alike = f"; and {more:,} more with the same top-1 ({low[-1].top1:.4g})" if more else ""
+    classes.set_title(f"the worst classes: top-1, %{alike}", fontsize=10)
+    classes.set_xlim(0, 110)  # percent, with room for the numbers
     told = [plain(f"{pair.true} → {pair.taken_for}") for pair in pairs]
     _bars(confused, told, [pair.images for pair in pairs], "C1")
     confused.set_title("confused most: images", fontsize=10)
@@ -118,3 +131,4 @@ def _bars(place, names: list[str], values: list[float], colour: str) -> None:
     place.set_yticks(range(len(names)), names, fontsize=8)
     place.invert_yaxis()
     place.margins(x=0.1)
+    place.set_xlim(0, max(1, 1.1 * max(values, default=0)))

@@ -8,6 +8,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from cspnet.display import printable
 from cspnet.errors import RecipeError
 from cspnet.report.curves import HEADROOM, number, plain, save, smooth, thin
 from cspnet.report.files import replace_file
@@ -88,7 +89,7 @@ def _table(head, rows: list[list[str]], right) -> Table:
         table.add_column(Text(title), justify=justify, no_wrap=True)
     for row in rows:
         # Text, for a str may be taken for markup or an emoji's name.
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     return table
 
 

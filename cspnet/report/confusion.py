@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cspnet.display import printable
+
 
 class Pair(NamedTuple):
     """Images of a class that were taken for another."""
@@ -34,9 +36,15 @@ def worst_pairs(confusion: np.ndarray, names: list[str], most: int = 20) -> list
 
 
 def to_markdown(pairs: list[Pair]) -> str:
-    """A table of pairs, as TensorBoard's text tab shows it."""
+    """A table of pairs, as TensorBoard's text tab shows it. Names are escaped: it is UTF-8."""
     rows = [
-        f"| {pair.true} | {pair.taken_for} | {pair.images:,} of {pair.of:,} | {pair.share:.0%} |"
+        f"| {_cell(pair.true)} | {_cell(pair.taken_for)} | {pair.images:,} of {pair.of:,} | "
+        f"{pair.share:.0%} |"
         for pair in pairs
     ]
     return "\n".join(["| class | taken for | images | share |", "|---|---|---|---|", *rows])
+
+
+def _cell(name: str) -> str:
+    """A name in a cell of a Markdown table, which a bar would end."""
+    return printable(name).replace("|", "\\|")

@@ -77,7 +77,7 @@ def charts(run: Run) -> list[Chart]:
         for colour, k in enumerate((1, 5))
         if np.isfinite(validation[f"top{k}"]).any()
     ]
-    found.append(Chart("validation, % of the images right", top, run.step))
+    found.append(Chart("validation, % of the images right", top, run.step, from_zero=True))
     waits = {**training, "data_wait": 100 * training["data_wait"]}
     for title, part, name in (
         ("learning rate", training, "lr"),
@@ -155,6 +155,7 @@ def extent(chart: Chart) -> tuple[float, float, float, float]:
     low, high = float(values.min()), min(float(values.max()), chart.ceiling)
     if chart.from_zero:
         low = min(low, 0.0)
+        high = 1.0 if low == high == 0 else high  # else there would be room below 0
     if high <= low:
         room = abs(high) / 10 or 1.0
         low, high = low - room, high + room

@@ -3,12 +3,13 @@
 So a page needs no script, no picture, and is as readable on a telephone as on a wide screen.
 """
 
+import html
 from datetime import UTC, datetime, timedelta
-from html import escape
 from pathlib import Path
 
 import numpy as np
 
+from cspnet.display import printable
 from cspnet.report.curves import MARKED, Chart, Curve, extent, number, plain, save, ticks
 from cspnet.report.history import STOPS, Period, Run, periods
 
@@ -18,6 +19,11 @@ SPANS = [
     *(timedelta(hours=n) for n in (1, 2, 3, 6, 12)),
     *(timedelta(days=n) for n in (1, 2, 3, 5, 7, 14, 28, 91, 364, 3640)),
 ]
+
+
+def escape(text: str) -> str:
+    """A text as HTML, in which other characters than printable ones are escaped too."""
+    return html.escape(printable(text, keep="\n\t"))
 
 
 def figure(chart: Chart, marks: list[int]) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 from cspnet.errors import RecipeError
-from cspnet.recipe import flatten
+from cspnet.recipe import flatten, strings
 
 TRAINING = ("step", "loss", "lr", "images_per_second", "data_wait", "loss_scale", "skipped")
 VALIDATION = ("step", "top1", "top5", "loss", "images")
@@ -110,7 +110,7 @@ def read_run(folder: Path) -> Run:
         return Run(
             folder=folder,
             recipe=recipe,
-            fields=dict(flatten(content)),
+            fields=dict(flatten(strings(content))),
             environment=_environment(folder / "env.json"),
             training=training,
             validation=validation,

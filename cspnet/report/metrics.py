@@ -15,11 +15,11 @@ import torch
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from cspnet.console import RunOutput
-from cspnet.data.layout import printable
 from cspnet.data.loader import Batch
 from cspnet.data.sources import Source, display_names
 from cspnet.data.supervision import WorkerMonitor
 from cspnet.data.worker import cores
+from cspnet.display import from_line, printable, to_line
 from cspnet.errors import DataError, SaveError
 from cspnet.evaluate import Scores
 from cspnet.report.board import Board
@@ -270,7 +270,7 @@ class Report:
             self.unreadable.add(name)
             if self._world.first:
                 with suppress(OSError), open(self._list, "a", **NAMES) as file:
-                    file.write(f"{name}\n")
+                    file.write(f"{to_line(name)}\n")
         if len(self._met) <= 3:
             self.console.print(
                 f"unreadable image, the next one stands in for it: {printable(name)}",
@@ -288,8 +288,10 @@ class Report:
 
 
 def _names(path: Path) -> set[str]:
-    """The lines of a list of files; none where there is no list."""
-    return set(path.read_text(**NAMES).splitlines()) if path.exists() else set()
+    """The names in a list of files; none where there is no list."""
+    if not path.exists():
+        return set()
+    return {from_line(line) for line in path.read_text(**NAMES).split("\n") if line}
 
 
 def memory_gb() -> float:

@@ -3,15 +3,22 @@
 import base64
 import shlex
 from datetime import datetime, timedelta
-from html import escape
 from itertools import pairwise
 
 import numpy as np
 
-from cspnet.report.classes import DEEP, MATRIX, ClassScore, class_scores, shares, worst
+from cspnet.report.classes import (
+    DEEP,
+    MATRIX,
+    ClassScore,
+    class_scores,
+    more_alike,
+    shares,
+    worst,
+)
 from cspnet.report.confusion import worst_pairs
 from cspnet.report.curves import MARKED, Chart, shortened
-from cspnet.report.figures import figure, lasting, stamp, time_axis
+from cspnet.report.figures import escape, figure, lasting, stamp, time_axis
 from cspnet.report.history import STOPS, Run, periods
 from cspnet.report.mistakes import percent, to_jpeg
 from cspnet.report.origins import notes, sources
@@ -211,6 +218,7 @@ def _pairs(verdict: Verdict) -> str:
 
 
 def _worst(verdict: Verdict, scores: list[ClassScore]) -> str:
+    low = worst(scores)
     rows = [
         [
             escape(score.name),
@@ -218,14 +226,20 @@ def _worst(verdict: Verdict, scores: list[ClassScore]) -> str:
             f"{score.images:,}",
             _taken(score),
         ]
-        for score in worst(scores)
+        for score in low
     ]
     head = ["class", "top-1", "images", "most often taken for"]
     return (
-        f"<p>Of {len(scores):,} classes, those with the lowest top-1.</p>"
+        f"<p>Of {len(scores):,} classes, those with the lowest top-1{_alike(scores, low)}.</p>"
         f'<div class="pair"><div>{table(head, rows, (1, 2))}</div>'
         f"<div>{_pairs(verdict)}</div></div>"
     )
+
+
+def _alike(scores: list[ClassScore], low: list[ClassScore]) -> str:
+    """That the list of the worst classes is cut within classes of equal top-1; else nothing."""
+    more = more_alike(scores, low)
+    return f", and {more:,} more with the same top-1 ({low[-1].top1:.4g} %)" if more else ""
 
 
 def _taken(score: ClassScore) -> str:
@@ -255,7 +269,8 @@ def _mistakes(verdict: Verdict) -> str:
 def _classes(scores: list[ClassScore]) -> str:
     shown, note = scores, ""
     if len(scores) > ROWS:
-        shown, note = worst(scores, ROWS), f"The worst {ROWS:,} of {len(scores):,} classes."
+        shown = worst(scores, ROWS)
+        note = f"The worst {ROWS:,} of {len(scores):,} classes{_alike(scores, shown)}."
     rows = [
         [escape(score.name), f"{score.images:,}", f"{score.top1:.1f}", _taken(score)]
         for score in shown

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from cspnet.display import printable
 from cspnet.report.files import replace_file
 from cspnet.schema import Recipe
 from cspnet.train.adversarial import strength
@@ -25,7 +26,8 @@ def mixtures(targets: torch.Tensor, names: list[str], smoothing: float) -> list[
     captions = []
     for image in shares:
         parts = [(float(image[k]), names[k]) for k in image.gt(5e-4).nonzero()[:, 0].tolist()]
-        captions.append([f"{share:.2f} {name}" for share, name in sorted(parts, reverse=True)])
+        shown = [(share, printable(name)) for share, name in sorted(parts, reverse=True)]
+        captions.append([f"{share:.2f} {name}" for share, name in shown])
     return captions
 
 
@@ -81,7 +83,7 @@ def _draw(rows: list[tuple[np.ndarray, list[list[str]]]], title: str) -> np.ndar
     width = COLUMNS * (side + GAP) + GAP
     page = Image.new("RGB", (width, sum(heights) + GAP * (len(rows) + 1) + LINE), "white")
     pen = ImageDraw.Draw(page)
-    pen.text((GAP, GAP), title, "black", font)
+    pen.text((GAP, GAP), printable(title), "black", font)
     top = 2 * GAP + LINE
     for (tiles, captions), height in zip(rows, heights, strict=True):
         for column, (tile, lines) in enumerate(zip(tiles, captions, strict=True)):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from cspnet import recipe as recipes
-from cspnet.data.layout import printable
+from cspnet.display import printable
 from cspnet.errors import RecipeError
 from cspnet.report.history import ENDS, Run
 from cspnet.report.outlook import seconds_left, spell, when

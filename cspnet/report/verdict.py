@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from cspnet.data.sources import display_names, open_validation
+from cspnet.display import sentence
 from cspnet.errors import CheckpointError, CspnetError, RecipeError
 from cspnet.evaluate import Scores, evaluate
 from cspnet.report.classes import labels
@@ -58,7 +59,7 @@ def judge(
     except CspnetError as error:
         if data:
             raise
-        told = f"The validation images are not to be had, so nothing was evaluated: {error}."
+        told = f"The validation images are not available, nothing was evaluated: {sentence(error)}"
         return None, [*remarks, f"{told} --data DIR says where they are."]
     surest = Surest()
     try:
@@ -115,7 +116,7 @@ def _open(run: Run, asked: str | None) -> tuple[Trained | None, Path | str, list
             try:
                 return open_trained(str(file)), file, remarks
             except (CheckpointError, RecipeError) as error:
-                remarks.append(f"{error}.")
+                remarks.append(sentence(error))
     remarks.append(
         f"Nothing was evaluated: {folder} has no checkpoint"
         + (" that can be read." if remarks else " yet. After the first save, report again.")

@@ -19,7 +19,7 @@ from cspnet.console import RunOutput
 from cspnet.data.augment import augment
 from cspnet.data.check import quick
 from cspnet.data.listing import Listing
-from cspnet.data.sources import Source, open_training, open_validation
+from cspnet.data.sources import Source, open_parts
 from cspnet.errors import CheckpointError, Crash, DataError, RecipeError
 from cspnet.recipe import from_text, to_text
 from cspnet.schema import DIGITS, TIMM, Recipe
@@ -97,8 +97,7 @@ def prepare(
             f"--passes {at_once}: a step has {len(groups)} groups{of_it}, "
             f"so give 1 to {len(groups)}"
         )
-    training = open_training(recipe.data.root)
-    validation = open_validation(recipe.data.root, training.classes)
+    training, validation = open_parts(recipe.data.root)
     asked = recipe.model.classes
     if asked not in ("auto", len(training.classes)):
         raise RecipeError(

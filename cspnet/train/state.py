@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import cspnet
-from cspnet.data.layout import printable
 from cspnet.data.listing import Listing, compare
+from cspnet.display import printable
 from cspnet.errors import CheckpointError
 from cspnet.recipe import flatten, from_text, to_text
 from cspnet.schema import Recipe

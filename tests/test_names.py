@@ -1,0 +1,184 @@
+"""Names of any bytes, of files and classes: escaped where shown, kept where they are used."""
+
+import io
+import json
+import os
+import tarfile
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from cspnet import recipe as recipes
+from cspnet.data import shards, sources
+from cspnet.data.check import check, quick
+from cspnet.display import from_line, printable, sentence, to_line
+from cspnet.errors import DataError, RecipeError
+from cspnet.report import classes, preview
+from cspnet.report.confusion import Pair, to_markdown
+from cspnet.report.history import read_run
+from cspnet.report.publish import publish
+from cspnet.report.verdict import judge
+from cspnet.train.checkpoint import load
+from cspnet.train.loop import train
+from cspnet.train.runtime import Place
+from tests.conftest import picture
+
+LATIN = os.fsdecode(b"p\xeache")
+TWO_LINES = "apple\n2"
+RED = "\x1b[31mred"
+ODD = sorted([LATIN, TWO_LINES, RED])
+
+
+@pytest.fixture
+def odd(tmp_path):
+    """A data root and classes with names that are no text."""
+    root = tmp_path / os.fsdecode(b"donn\xe9es\x1b")
+    for part, count in (("train", 8), ("val", 3)):
+        for number, name in enumerate(ODD):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                image = picture(100 * number + 50 * (part == "val") + i)[:, :, ::-1]
+                (folder / f"{i}.jpg").write_bytes(cv2.imencode(".jpg", image)[1].tobytes())
+    return root
+
+
+def test_what_is_printable_stays_and_all_else_is_escaped():
+    assert printable("bear, 猫, é, $HOME") == "bear, 猫, é, $HOME"
+    assert printable(f"{LATIN} {TWO_LINES} {RED}") == "p\\udceache apple\\n2 \\x1b[31mred"
+    assert printable("a\nb\x07", keep="\n") == "a\nb\\x07"
+    for text in (LATIN, TWO_LINES, RED, "\u202e", "\x85"):
+        assert printable(text).isprintable() and printable(printable(text)) == printable(text)
+    assert str(DataError(TWO_LINES)) == "apple\\n2" and str(RecipeError("a\n\x1b")) == "a\n\\x1b"
+
+
+def test_any_name_has_a_line_of_its_own():
+    for name in (*ODD, "a\\n", "a\\\nb", "\r\n", "\\", "\\\\r", "c:\\new"):
+        assert from_line(to_line(name)) == name
+        assert not {"\n", "\r"} & set(to_line(name))
+
+
+def test_a_sentence_ends_once():
+    ended = ("a.", "a!", "a …")
+    assert [sentence(text) for text in ended] == list(ended)
+    assert sentence(OSError("no room")) == "no room."
+
+
+def test_a_run_on_classes_and_a_root_of_any_bytes(odd, tiny, tmp_path):
+    """From the first sheet to the page about it; the names in the checkpoint are the folders'."""
+    overrides = ["model.classes=auto", "evaluate.every=2", "schedule.steps=4"]
+    recipe = tiny(f"data.root={odd}", *overrides)
+    assert recipe.data.root == str(odd)
+    run = tmp_path / "run"
+    shown = io.StringIO()
+    console = Console(file=shown, width=400, soft_wrap=True, markup=False, highlight=False)
+    train(recipe, Place(run, device="cpu", workers=0), console)
+    stored = load(run / "checkpoints" / "last.pt")
+    assert stored["classes"] == ODD
+    assert recipes.from_text(stored["recipe"]) == recipe
+    assert recipes.from_text((run / "recipe.yaml").read_text(encoding="utf-8")) == recipe
+    assert (run / "preview" / "step-0000000.png").is_file() and list((run / "tb").iterdir())
+    for name in ("history.jsonl", "env.json", "metrics.jsonl"):
+        (run / name).read_bytes().decode("ascii")
+    assert train(recipe, Place(run, device="cpu", workers=0, resume=True), console) is None
+    opened = read_run(run)
+    verdict, remarks = judge(opened, device="cpu")
+    assert not remarks and verdict.names == [printable(name) for name in ODD]
+    page = publish(opened, verdict, remarks, tmp_path / "report").read_text(encoding="utf-8")
+    assert "p\\udceache" in page and "apple\\n2" in page and "\x1b" not in page
+    names = {p.name for p in (tmp_path / "report").iterdir()}
+    assert {"confusion.png", "report.html"} <= names
+
+
+def test_a_recipe_keeps_a_root_of_any_bytes(tmp_path):
+    for root in (os.fsdecode(b"donn\xe9es/${x}"), "two\nlines", "caf\u00e9", "${x}", "~/a b"):
+        recipe = recipes.load(None, [], root)
+        text = recipes.to_text(recipe)
+        (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+        assert recipes.from_text(text) == recipe
+        assert recipes.load(tmp_path / "recipe.yaml", []) == recipe
+        assert recipe.data.root == root
+    typed = os.fsdecode(b"donn\xe9es")
+    assert recipes.load(None, [f"data.root={typed}"]).data.root == typed
+
+
+def test_sheets_and_tables_take_any_name():
+    images = torch.zeros(2, 3, 32, 32)
+    page = preview.sheet(images, torch.eye(3)[:2], None, ODD, 0.0, f"title {LATIN}\n")
+    assert page.dtype == np.uint8
+    table = to_markdown([Pair("a|b", TWO_LINES, 1, 2), Pair(LATIN, RED, 1, 2)])
+    assert len(table.splitlines()) == 4 and "a\\|b" in table
+    assert table.encode("utf-8") and "\x1b" not in table
+    assert classes.labels(ODD, sources.display_names(ODD)) == [printable(name) for name in ODD]
+
+
+def test_the_data_commands_write_no_control_character(odd, command, tmp_path):
+    (odd / "train" / RED / "0.jpg").write_bytes(b"")
+    done = command("main", "check", odd, "-j", 0, "--json", tmp_path / "all.json")
+    assert done.returncode == 1 and "\\x1b[31mred/0.jpg" in done.stdout
+    report = json.loads((tmp_path / "all.json").read_bytes().decode("utf-8"))
+    assert os.fsencode(report["data"]) == os.fsencode(odd), "byte for byte"
+    assert sorted(report["parts"][0]["classes"]) == ODD
+    outputs = [done, command("main", "index", odd)]
+    outputs.append(command("main", "pack", odd, "--to", tmp_path / "packed"))
+    assert outputs[-1].returncode == 2 and "cannot hold these names" in outputs[-1].stderr
+    for done in outputs:
+        assert "\x1b" not in done.stdout + done.stderr
+        (done.stdout + done.stderr).encode("utf-8")
+    (tmp_path / "one").mkdir()
+    os.rename(odd / "val" / RED, tmp_path / "one" / RED)
+    report = check(str(tmp_path / "one"))
+    assert all("\x1b" not in line and "\n" not in line for _, line in report.lines())
+    train_part = sources.open_training(str(odd))
+    assert all(line.isprintable() for line in quick(train_part, train_part))
+
+
+def test_labels_in_tar_files_are_kept_byte_for_byte(tmp_path):
+    """Labels in Latin-1 stay apart; they were one class, with a replacement character."""
+    (tmp_path / "train").mkdir()
+    files = {
+        "0.cls": b"p\xeache",
+        "1.cls": b"p\xe8che",
+        "2.json": json.dumps({"label": os.fsdecode(b"p\xebche")}).encode(),
+    }
+    with tarfile.open(tmp_path / "train" / "0.tar", "w") as tar:
+        for name, data in (files | {f"{key}.jpg": b"x" for key in range(3)}).items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    source = shards.Shards(shards.inside(tmp_path / "train"), save=True)
+    assert list(map(os.fsencode, source.classes)) == [b"p\xe8che", b"p\xeache", b"p\xebche"]
+    assert shards.Shards(shards.inside(tmp_path / "train")).classes == source.classes
+    (tmp_path / "train" / "classes.txt").write_bytes(b"p\xeache\n")
+    with pytest.raises(DataError, match=r"classes\.txt is not UTF-8 \(byte 1\)"):
+        sources.open_training(str(tmp_path))
+
+
+def test_pack_takes_every_name_that_is_a_line(folder, tmp_path, command):
+    for part in ("train", "val"):
+        (folder / part / "bear").rename(folder / part / "b\u00a0ä\u200dr")
+    done = command("main", "pack", folder, "--to", tmp_path / "packed", "--short", 64)
+    assert done.returncode == 0, done.stderr
+    assert sources.open_training(str(tmp_path / "packed")).classes[1] == "b\u00a0ä\u200dr"
+
+
+def test_the_list_of_unreadable_files_has_a_line_for_each(odd, tiny, tmp_path):
+    """A name with a line end is one entry, is met again as such, and is not listed twice."""
+    torn = odd / "train" / TWO_LINES / "back\\slash\r.jpg"
+    (odd / "train" / TWO_LINES / "3.jpg").rename(torn)
+    torn.write_bytes(b"")
+    limits = ["model.classes=auto", "data.max_unreadable=1", "schedule.steps=6"]
+    recipe = tiny(f"data.root={odd}", *limits)
+    listed = tmp_path / "run" / "unreadable.txt"
+    for steps, resume in ((4, False), (6, True)):
+        recipe = tiny(f"data.root={odd}", *limits[:2], f"schedule.steps={steps}")
+        train(
+            recipe,
+            Place(tmp_path / "run", device="cpu", workers=0, resume=resume),
+            Console(quiet=True),
+        )
+        (line,) = listed.read_bytes().split(b"\n")[:-1]
+        assert from_line(os.fsdecode(line)) == str(torn)
