@@ -13,6 +13,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cspnet.display import printable
+
 
 def configure_streams() -> None:
     """Makes stdout and stderr print any text: what their encoding lacks is escaped.
@@ -98,7 +100,11 @@ class RunOutput:
         return self.console.is_terminal
 
     def print(self, text: str, style: str | None = None) -> None:
-        """A line for the console and the log; with a style, a warning or an error."""
+        """Text for the console and the log; with a style, a warning or an error.
+
+        Names in it may hold any character: those that would act on a terminal are escaped.
+        """
+        text = printable(text, keep="\n")
         self.console.print(text, style=style)
         self.log(text)
         lost = getattr(self.console.file, "lost", None)
@@ -108,7 +114,7 @@ class RunOutput:
 
     def log(self, text: str) -> None:
         """A line for the log alone."""
-        line = f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n"
+        line = f"{datetime.now():%Y-%m-%d %H:%M:%S} {printable(text, keep=chr(10))}\n"
         if self._file is None:
             self._waiting.append(line)
         else:

@@ -240,7 +240,7 @@ def _begin(job: Job) -> TrainState:
         f"{len(job.training):,} training and {len(job.validation):,} validation images, "
         f"{len(classes):,} classes\n"
         f"device {job.device}, {job.precision.name} ({job.precision.reason}), "
-        f"{job.workers} workers, run folder {job.folder}\n"
+        f"{job.workers} workers, run folder {job.folder}, data root {state.dataset.root}\n"
         f"at most {job.checkpoints.most} checkpoints of {job.checkpoints.size / 1e6:,.0f} MB at "
         f"once, {job.checkpoints.free() / 1e9:,.0f} GB free"
     )
