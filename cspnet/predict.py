@@ -84,7 +84,7 @@ def _best(
     net: torch.nn.Module, images: torch.Tensor, recipe: Recipe, precision: Precision, top: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Probabilities, float32, and classes of the best [B, top], of uint8 [B, S, S, 3]."""
-    pixels = normalize(images.permute(0, 3, 1, 2).float() / 255, recipe.data.normalize)
+    pixels = normalize(images.permute(0, 3, 1, 2).float() / 255, recipe.data)
     with precision.autocast(images.device):
         logits = net(pixels)
     logits = logits.float()
