@@ -17,6 +17,7 @@ HEIGHTS = [
     ["train.checkpoint"],
     ["train.state"],
     ["train.health"],
+    ["formats"],
     ["trained"],
     ["train.job", "evaluate", "predict", "export"],
     ["train.step", "train.fast", "train.saved"],

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from cspnet.cli.options import Batch, Checkpoint, Device, Workers, facts, require_folder, write_text
+from cspnet.cli.options import (
+    Batch,
+    Checkpoint,
+    ClassOrder,
+    Device,
+    Labels,
+    Workers,
+    facts,
+    require_folder,
+    write_text,
+)
 from cspnet.errors import Incomplete, RecipeError
 from cspnet.schema import DIGITS
 
@@ -23,30 +33,35 @@ def evaluate(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the scores to this file.")
     ] = None,
+    labels: Labels = None,
+    class_order: ClassOrder = None,
 ) -> None:
     """Top-1 and top-5 of a checkpoint: cspnet-eval --checkpoint best.pt --data data/imagenet/val"""
     from rich.console import Console
     from rich.progress import Progress
 
+    from cspnet.data.layout import printable
     from cspnet.data.sources import existing, open_validation
     from cspnet.evaluate import evaluate as score
     from cspnet.train.runtime import find_device, find_workers, precision_to_look
     from cspnet.train.world import find_world, joined
-    from cspnet.trained import open_trained, require_order
+    from cspnet.trained import name_classes, open_trained
 
     world = find_world()
     where = find_device(device, world)
     require_folder("--json", json_file)
     if data != DIGITS:
         existing(data)  # before a net is loaded for nothing
-    trained = open_trained(checkpoint)
+    trained = open_trained(checkpoint, labels=labels)
     recipe = trained.recipe
-    require_order(trained, checkpoint)
-    source = open_validation(data, trained.classes, trained.net.classes)
+    # Inferred names give way to an order that the user knows.
+    known = None if class_order and trained.inferred else trained.classes
+    source = open_validation(data, known, trained.net.classes)
+    trained = name_classes(trained, source.classes, checkpoint, class_order)
     precision = precision_to_look(recipe.precision, where)
     console = Console(soft_wrap=True, markup=False, highlight=False, quiet=not world.first)
     for line in facts(trained, precision):
-        console.print(f"{checkpoint}: {line}")
+        console.print(f"{printable(checkpoint)}: {line}")
     with (
         joined(world, where),
         Progress(console=console, transient=True, disable=not console.is_terminal) as bar,
@@ -93,12 +108,14 @@ def predict(
     csv_file: Annotated[
         Path | None, typer.Option("--csv", help="Write CSV to this file; - is stdout.")
     ] = None,
+    labels: Labels = None,
 ) -> None:
     """What is in these images? cspnet predict photo.jpg --checkpoint best.pt
 
     Results go to stdout, all else to stderr. Images that cannot be read are named there, and the
     exit code is then 1; those of the others are predicted.
     """
+    from cspnet.data.layout import printable
     from cspnet.data.sources import Files, find_images
 
     require_folder("--json", json_file)
@@ -117,19 +134,25 @@ def predict(
 
     where = find_device(device)
     workers = find_workers(workers, where)
-    trained = open_trained(checkpoint)
+    trained = open_trained(checkpoint, labels=labels)
     precision = precision_to_look(trained.recipe.precision, where)
     trained.net.to(where)
     notes = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False)
+    shown = printable(checkpoint)
     for line in facts(trained, precision):
-        notes.print(f"{checkpoint}: {line}")
+        notes.print(f"{shown}: {line}")
+    if trained.classes is None:
+        notes.print(
+            f"{shown}: no class names; classes are shown by index. --labels FILE names them"
+        )
     predictions = []
     with Progress(console=notes, transient=True, disable=not notes.is_terminal) as bar:
         found = look_at(trained, files, precision, workers, top, batch)
         for prediction in bar.track(found, total=len(files)):
             predictions.append(prediction)
             if prediction.error is not None:
-                notes.print(f"{prediction.file}: {prediction.error}", style="red")
+                file = printable(prediction.file)
+                notes.print(f"{file}: {prediction.error}", style="red")
     sys.stdout.reconfigure(errors="surrogateescape")  # a file's name may be any bytes
     if json_file:
         write_text(json_file, to_json(predictions))
@@ -157,16 +180,18 @@ def export(
         int | None,
         typer.Option(help=".weights of the first N layers only: a backbone file.", metavar="N"),
     ] = None,
+    labels: Labels = None,
 ) -> None:
     """Write a net for others: cspnet export --checkpoint best.pt --to cspdarknet53.weights"""
+    from cspnet.data.layout import printable
     from cspnet.export import export as write_net
     from cspnet.export import require_target
     from cspnet.trained import open_trained
 
     require_target(to, pyramid, cut)
-    trained = open_trained(checkpoint)
+    trained = open_trained(checkpoint, labels=labels)
     which = "the averaged weights" if trained.averaged else "the weights"
     remarks = [*trained.remarks, *write_net(trained, to, pyramid, cut)]
-    print(f"{to}: {which} of {trained.net.name}, step {trained.step:,}")
+    print(f"{printable(str(to))}: {which} of {trained.net.name}, step {trained.step:,}")
     for remark in remarks:
         print(f"  {remark}")

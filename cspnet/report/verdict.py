@@ -9,14 +9,16 @@ import numpy as np
 from cspnet.data.sources import display_names, open_validation
 from cspnet.errors import CheckpointError, CspnetError, RecipeError
 from cspnet.evaluate import Scores, evaluate
+from cspnet.formats.labels import LIST
 from cspnet.report.classes import labels
 from cspnet.report.history import Run
 from cspnet.report.mistakes import Mistake, Surest, view
 from cspnet.train.health import is_out_of_memory
 from cspnet.train.runtime import find_device, find_workers, precision_to_look
-from cspnet.trained import Trained, open_trained
+from cspnet.trained import Trained, name_classes, open_trained
 
 OWN = ("best", "last")
+WAYS = f"If you know the class names, {LIST}"
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ def judge(
             raise
         told = f"The validation images are not to be had, so nothing was evaluated: {error}."
         return None, [*remarks, f"{told} --data DIR says where they are."]
+    trained = name_classes(trained, source.classes, str(file), ways=WAYS)
+    remarks += [f"{file}: {remark}." for remark in trained.remarks]
     surest = Surest()
     try:
         scores = evaluate(
@@ -76,7 +80,7 @@ def judge(
         return None, [*remarks, f"{told}, so nothing was evaluated: --device cpu does without it."]
     if scores.unreadable:
         remarks.append(f"{scores.unreadable:,} validation images are unreadable; black ones count.")
-    classes = trained.classes or source.classes
+    classes = trained.classes
     mistakes = surest.mistakes()
     verdict = Verdict(
         checkpoint=str(file),
@@ -97,8 +101,6 @@ def _open(run: Run, asked: str | None) -> tuple[Trained | None, Path | str, list
     if asked:
         file = folder / f"{asked}.pt" if asked in OWN else asked
         trained = open_trained(str(file))
-        if trained.classes is None and not trained.sorted:
-            raise CheckpointError(f"{file} has no class names: nothing to report of the classes")
         return trained, file, []
     remarks = []
     for name in OWN:
