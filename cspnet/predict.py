@@ -17,6 +17,7 @@ from rich.text import Text
 
 from cspnet.data.augment import normalize
 from cspnet.data.decode import Unreadable, decode, evaluation_view
+from cspnet.data.layout import printable
 from cspnet.data.loader import evaluation_batches
 from cspnet.data.sources import Source, display_names
 from cspnet.schema import Recipe
@@ -141,6 +142,6 @@ def to_table(predictions: list[Prediction]) -> Table:
     for prediction in predictions:
         for rank, guess in enumerate(prediction.guesses):
             # Text, for a str may be taken for markup or an emoji's name.
-            file = Text(prediction.file if rank == 0 else "")
-            table.add_row(file, Text(guess.name), f"{100 * guess.probability:.2f} %")
+            file = Text(printable(prediction.file) if rank == 0 else "")
+            table.add_row(file, Text(printable(guess.name)), f"{100 * guess.probability:.2f} %")
     return table

@@ -14,7 +14,7 @@ from cspnet.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from cspnet.data.layout import printable
 from cspnet.errors import CheckpointError, RecipeError
 from cspnet.formats import labels
-from cspnet.formats.trained import Trained
+from cspnet.formats.trained import Trained, problems
 from cspnet.recipe import load as load_recipe
 from cspnet.schema import STAGES, TIMM, Recipe
 
@@ -79,7 +79,7 @@ def beside(weights: Path) -> Config | None:
     try:
         return _parse(content, origin)
     except RecipeError as error:
-        raise CheckpointError(f"{origin} asks for what cspnet has not: {error}") from None
+        raise CheckpointError(f"{origin} asks for what cspnet has not: {problems(error)}") from None
 
 
 def with_names(trained: Trained, config: Config) -> Trained:

@@ -8,7 +8,7 @@ import torch
 from cspnet.data.layout import printable
 from cspnet.errors import CheckpointError, RecipeError
 from cspnet.formats import labels
-from cspnet.formats.trained import Trained
+from cspnet.formats.trained import Trained, problems
 from cspnet.nets.darknet import FormatError, net_from_cfg, read_weights
 from cspnet.recipe import load as load_recipe
 
@@ -53,7 +53,7 @@ def from_darknet(path: Path, origin: str) -> Trained:
         )
     except RecipeError as error:
         raise CheckpointError(
-            f"{printable(str(cfg))} asks for what cspnet has not: {error}"
+            f"{printable(str(cfg))} asks for what cspnet has not: {problems(error)}"
         ) from None
     names, remarks = _find_names(path, net.classes)
     trained = Trained(

@@ -64,6 +64,12 @@ def create_own(recipe: Recipe, classes: int) -> nn.Module:
     )
 
 
+def problems(error: RecipeError) -> str:
+    """The problems of a recipe that a file stands for, in one line."""
+    _, _, listed = str(error).partition(":\n  - ")
+    return listed.replace("\n  - ", "; ") or str(error)
+
+
 def fill(net: nn.Module, state: dict[str, torch.Tensor], origin: str) -> None:
     """Loads a state dict strictly; CheckpointError names the first tensor that does not fit."""
     for key, tensor in net.state_dict().items():

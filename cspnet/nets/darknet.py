@@ -182,7 +182,7 @@ def read_weights(net: CspNet, path: Path) -> int:
     if len(data) != header + 4 * values:
         raise FormatError(
             f"{path} has {len(data):,} bytes; a {net.name} with {net.classes} classes has "
-            f"{header + 4 * values:,}"
+            f"{header + 4 * values:,}. {_size_hint(net, len(data) - header)}"
         )
     (seen,) = struct.unpack_from("<Q" if wide else "<I", data, 12)
     offset = header
@@ -193,6 +193,23 @@ def read_weights(net: CspNet, path: Path) -> int:
             tensor.copy_(layer.swap(torch.from_numpy(value).reshape(shape)).view(tensor.shape))
             offset += 4 * count
     return seen
+
+
+def _size_hint(net: CspNet, size: int) -> str:
+    """What a file with so many bytes after its header may be."""
+    total = layers = 0
+    for number, section in enumerate(sections(net), 1):
+        if section.convolution:
+            if total == size > 0:
+                return (
+                    f"It holds the first {layers} layers only, a backbone without a classifier: "
+                    "give the whole net"
+                )
+            total += sum(4 * int(np.prod(shape)) for _, shape in section.convolution.blobs())
+            layers = number
+    if size < total:
+        return "It is cut short, or the .cfg is another net's"
+    return "It has bytes too many, or the .cfg is another net's"
 
 
 def parse_cfg(path: Path) -> list[tuple[str, dict[str, str]]]:
