@@ -215,6 +215,8 @@ def _darknet_lists(
     relative ones in its working folder. `.names` is for display, and numbers the nameless classes.
     """
     data, listed, names = (to.with_suffix(end) for end in (".data", ".labels", ".names"))
+    if {"\n", "\r"} & set(path := str(data.absolute())):
+        raise ExportError(f"{path!a} has a line break, which the paths in a .data cannot have")
     lines = [b"classes=%d" % classes]
     files = {}
     if labels:

@@ -131,5 +131,9 @@ def _open_file(name: str, wanted: Recipe | None, named: bool) -> Trained:
 
 
 def _require_file(path: Path, origin: str) -> None:
+    if path.is_dir():
+        raise CheckpointError(
+            f"{origin} is a folder without {' or '.join(config.WEIGHTS)}: name a file"
+        )
     if not path.is_file():
         raise CheckpointError(f"the file {origin} does not exist")

@@ -530,14 +530,16 @@ def test_a_checkpoint_out_of_reach_gives_one_message(tmp_path, monkeypatch):
         open_trained("x" * 300 + ".pth")
 
 
-def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
-    out = trained(classes=3, live=False)
-    for suffix in (".safetensors", ".weights"):
-        export(out, tmp_path / f"net{suffix}")
-    (tmp_path / "net.cfg").unlink()
-    (tmp_path / "net.cfg").mkdir()
-    with pytest.raises(CheckpointError, match=r"needs its \.cfg"):
-        open_trained(str(tmp_path / "net.weights"))
+def test_what_is_no_file_is_said(tmp_path):
+    for name in ("net.safetensors", "net.weights", "net.pth"):
+        with pytest.raises(CheckpointError, match="does not exist"):
+            open_trained(str(tmp_path / name))
+        (tmp_path / name).mkdir()
+        with pytest.raises(CheckpointError, match="is a folder"):
+            open_trained(str(tmp_path / name))
+    (tmp_path / "line\nbreak").mkdir()
+    with pytest.raises(ExportError, match="has a line break"):
+        export(trained(classes=3, live=False), tmp_path / "line\nbreak" / "net.weights")
 
 
 def test_numbers_of_the_normalisation_are_checked():
