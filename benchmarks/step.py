@@ -56,7 +56,7 @@ def ours(options, images, targets, precision: Precision, compiled: bool) -> Call
         for first in range(0, recipe.batch, part):
             pixels = images[first : first + part].permute(0, 3, 1, 2).float() / 255
             with precision.autocast(images.device):
-                logits = run(normalize(pixels, "imagenet"))
+                logits = run(normalize(pixels, recipe.data))
             loss = torch.nn.functional.cross_entropy(
                 logits.float(), targets[first : first + part], reduction="sum"
             )

@@ -81,7 +81,7 @@ def evaluate(
     ) as batches:
         for number, loaded in enumerate(batches):
             images, labels, mask = (part.to(device, non_blocking=True) for part in loaded[:3])
-            pixels = normalize(images.permute(0, 3, 1, 2).float() / 255, recipe.data.normalize)
+            pixels = normalize(images.permute(0, 3, 1, 2).float() / 255, recipe.data)
             with precision.autocast(device):
                 logits = torch.func.functional_call(net, weights or {}, (pixels,))
             logits = logits.float()

@@ -6,21 +6,25 @@ Every file is written beside its target and renamed: nothing half-written is lef
 import copy
 import json
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 import cspnet
-from cspnet.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from cspnet.data.augment import mean_and_std
 from cspnet.data.sources import display_names
+from cspnet.display import printable
 from cspnet.errors import CspnetError
 from cspnet.nets.darknet import FormatError, cfg_text, write_weights
 from cspnet.recipe import to_text
 from cspnet.schema import TIMM
-from cspnet.trained import VIEW, VIEW_MARK, Trained, permute_classes
+from cspnet.weights.darknet import NAMELESS_MARK, VIEW, VIEW_MARK
+from cspnet.weights.timm_code import timm_code
+from cspnet.weights.trained import Trained, permute_classes
 
 SUFFIXES = (".safetensors", ".onnx", ".weights")
 
@@ -68,7 +72,7 @@ def _replace(to: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         os.replace(temporary, to)
     except OSError as error:
-        raise ExportError(f"{to} cannot be written: {error.strerror}") from None
+        raise ExportError(f"{printable(str(to))} cannot be written: {error.strerror}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -81,6 +85,8 @@ def _facts(trained: Trained) -> dict:
         "classes": trained.classes,
         "count": trained.net.classes,
         "order": trained.order,
+        "unordered": trained.unordered,
+        "inferred": trained.inferred,
         "step": trained.step,
         "seen": trained.seen,
         "averaged": trained.averaged,
@@ -90,26 +96,13 @@ def _facts(trained: Trained) -> dict:
 def _safetensors(trained: Trained, to: Path) -> list[str]:
     state = {name: tensor.contiguous() for name, tensor in trained.net.state_dict().items()}
     metadata = {"format": "pt", "cspnet": json.dumps(_facts(trained))}
-
-    def write(path: Path) -> None:
-        # Opened here: a read-only folder then says so in the system's words, not in Rust's.
-        path.open("wb").close()
-        save_file(state, path, metadata)
-
-    _replace(to, write)
+    # Not save_file: it makes files that only their owner can read, and no name but UTF-8.
+    content = save(state, metadata)
+    _replace(to, lambda path: _write(path, content))
     model = trained.recipe.model
-    if model.name.startswith(TIMM):
-        return [
-            f"timm.create_model('{model.name.removeprefix(TIMM)}', "
-            f"num_classes={trained.net.classes}, checkpoint_path='{to}')"
-        ]
-    if model.width != 1:
+    if model.width != 1 and not model.name.startswith(TIMM):
         return [f"timm has no {model.name} of width {model.width:g}: the file is for cspnet"]
-    activation = "mish" if model.activation == "mish" else "leaky_relu"
-    return [
-        f"timm.create_model('{model.name}', act_layer='{activation}', "
-        f"num_classes={trained.net.classes}, checkpoint_path='{to}')"
-    ]
+    return ["in timm, with the same view of images:", *timm_code(trained, to)]
 
 
 class _Pyramid(nn.Module):
@@ -143,7 +136,9 @@ def _onnx(trained: Trained, to: Path, pyramid: bool) -> list[str]:
         verbose=False,
     )
     for key, value in _facts(trained).items():
-        program.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
+        text = value if isinstance(value, str) else json.dumps(value)
+        # Protobuf wants UTF-8; a data root may be any bytes.
+        program.model.metadata_props[key] = text.encode(errors="backslashreplace").decode()
     _replace(to, lambda path: onnx.save(program.model_proto, str(path)))
     return _check_onnx(net, images, to)
 
@@ -154,7 +149,8 @@ def _check_onnx(net: nn.Module, images: torch.Tensor, path: Path) -> list[str]:
         import onnxruntime
     except ImportError:
         return ["not checked: onnxruntime is not installed"]
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    content = path.read_bytes()  # onnxruntime takes no name but UTF-8
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     worst = 0.0
     for batch in (images, images[:1]):
         with torch.no_grad():
@@ -179,16 +175,17 @@ def _darknet(trained: Trained, to: Path, cut: int | None) -> list[str]:
         )
     if model.norm_eps != 1e-5:
         raise ExportError(f"the net's norm_eps is {model.norm_eps:g}; Darknet's is 1e-5")
-    net = copy.deepcopy(trained.net)
-    digits = len(str(net.classes - 1))  # zeros in front keep numbers in their order as text
-    labels = trained.classes or [f"{number:0{digits}}" for number in range(net.classes)]
+    net, labels = copy.deepcopy(trained.net), trained.classes
+    if cut is None and labels:
+        _require_lines(labels)
     if trained.order:
         there = sorted(range(net.classes), key=trained.order.__getitem__)
         permute_classes(net, there)
-        labels = [labels[ours] for ours in there]
-        remarks.append("the classes are in the order of the Darknet file that they came from")
-    if trained.recipe.data.normalize == "imagenet":
-        _fold_normalization(net)
+        labels = labels and [labels[ours] for ours in there]
+        remarks.append("the classes are in the order of the file that they came from")
+    mean, std = mean_and_std(trained.recipe.data)
+    if trained.recipe.data.normalize != "none":
+        _fold_normalization(net, torch.tensor(mean), torch.tensor(std))
         remarks.append(
             "mean and standard deviation were folded into the first convolution, which is exact "
             "but at the image's border: Darknet pads with black, the training did with grey"
@@ -199,31 +196,71 @@ def _darknet(trained: Trained, to: Path, cut: int | None) -> list[str]:
         raise ExportError(str(error)) from None
     files = {to: data}
     if cut is None:
-        names, listed = to.with_suffix(".names"), to.with_suffix(".labels")
-        files[listed] = ("\n".join(labels) + "\n").encode()
-        files[names] = ("\n".join(display_names(labels)) + "\n").encode()
-        files[to.with_suffix(".data")] = (
-            f"classes={net.classes}\nlabels={listed}\nnames={names}\ntop=5\n".encode()
-        )
+        files |= _darknet_lists(to, net.classes, labels, remarks)
         # Darknet skips comments; ours says how the images of a validation were prepared.
         view = " ".join(f"evaluate.{k}={getattr(trained.recipe.evaluate, k)}" for k in VIEW)
         cfg = f"{VIEW_MARK}{view}\n{cfg_text(net, trained.recipe.data.size)}"
         files[to.with_suffix(".cfg")] = cfg.encode()
-        remarks.append(
-            f"darknet classifier predict {to.with_suffix('.data')} {to.with_suffix('.cfg')} {to}"
-        )
+        data_and_cfg = (_quoted(to.with_suffix(suffix)) for suffix in (".data", ".cfg"))
+        remarks.append(f"darknet classifier predict {' '.join(data_and_cfg)} {_quoted(to)}")
     for path, content in reversed(files.items()):  # the weights last: they are what one looks for
         _replace(path, lambda temporary, content=content: _write(temporary, content))
     return remarks
+
+
+def _darknet_lists(
+    to: Path, classes: int, labels: list[str] | None, remarks: list[str]
+) -> dict[Path, bytes]:
+    """The contents of `.data` and of the lists that it names, by absolute paths: Darknet looks for
+    relative ones in its working folder. `.names` is for display, and numbers the nameless classes.
+    """
+    data, listed, names = (to.with_suffix(end) for end in (".data", ".labels", ".names"))
+    if {"\n", "\r"} & set(path := str(data.absolute())):
+        raise ExportError(f"{path!a} has a line break, which the paths in a .data cannot have")
+    lines = [b"classes=%d" % classes]
+    files = {}
+    if labels:
+        files[listed] = b"".join(os.fsencode(label) + b"\n" for label in labels)
+        lines.append(b"labels=" + os.fsencode(listed.absolute()))
+        shown = [printable(name) for name in display_names(labels)]
+    else:
+        lines.insert(0, NAMELESS_MARK.encode())
+        shown = [str(number) for number in range(classes)]
+        remarks.append(
+            f"no class names, so no .labels; {names.name} holds indices. --labels FILE names them"
+        )
+    files[names] = "".join(f"{name}\n" for name in shown).encode()
+    lines += [b"names=" + os.fsencode(names.absolute()), b"top=5"]
+    files[data] = b"\n".join(lines) + b"\n"
+    if any(sign.isspace() for sign in str(data.absolute())):
+        remarks.append(
+            f"Darknet drops blanks from the paths in {printable(data.name)}, and will not find the "
+            "lists: put the files into a folder without blanks, and correct the paths"
+        )
+    return files
+
+
+def _require_lines(labels: list[str]) -> None:
+    """Raises ExportError unless each class name can be a line of a list."""
+    for label in labels:
+        if not label or "\n" in label or "\r" in label:
+            raise ExportError(
+                f"the class name {label!a} cannot be a line of .labels. --cut N writes a "
+                "backbone without classes; .safetensors and .onnx take any name"
+            )
+
+
+def _quoted(path: Path) -> str:
+    """A path as an argument in a shell, for people."""
+    return shlex.quote(str(path)) if str(path).isprintable() else printable(str(path))
 
 
 def _write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-def _fold_normalization(net: nn.Module) -> None:
-    """Makes a net that took (RGB - mean) / std take RGB in [0, 1]."""
-    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+def _fold_normalization(net: nn.Module, mean: torch.Tensor, std: torch.Tensor) -> None:
+    """Makes a net that took (RGB - mean) / std take RGB in [0, 1]; mean and std are [3]."""
     first = net.stem.conv1
     with torch.no_grad():
         first.conv.weight /= std[:, None, None]

@@ -85,7 +85,7 @@ def _best(
     net: torch.nn.Module, images: torch.Tensor, recipe: Recipe, precision: Precision, top: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Probabilities, float32, and classes of the best [B, top], of uint8 [B, S, S, 3]."""
-    pixels = normalize(images.permute(0, 3, 1, 2).float() / 255, recipe.data.normalize)
+    pixels = normalize(images.permute(0, 3, 1, 2).float() / 255, recipe.data)
     with precision.autocast(images.device):
         logits = net(pixels)
     logits = logits.float()
@@ -143,5 +143,5 @@ def to_table(predictions: list[Prediction]) -> Table:
         for rank, guess in enumerate(prediction.guesses):
             # Text, for a str may be taken for markup or an emoji's name.
             file = Text(printable(prediction.file) if rank == 0 else "")
-            table.add_row(file, Text(guess.name), f"{100 * guess.probability:.2f} %")
+            table.add_row(file, Text(printable(guess.name)), f"{100 * guess.probability:.2f} %")
     return table

@@ -198,6 +198,8 @@ def _merge(
                 reason = str(error).splitlines()[0]
                 if value is None:
                     reason = "needs a value"
+                elif "TupleConfig" in reason and key in ("data.mean", "data.std"):
+                    reason = f"needs three numbers, {key}=[R,G,B]"
                 elif "TupleConfig" in reason:
                     reason = f"needs two numbers, {key}=[LOW,HIGH]"
                 elif isinstance(value, float) and value.is_integer():
@@ -242,7 +244,7 @@ def _out_of_range(recipe: Recipe) -> list[str]:
                 values = value if isinstance(value, tuple) else (value,)
                 if value is not None and not all(low <= v <= high for v in values):  # NaN too
                     problems.append(f"{key} is {value}, must be {_spell(low, high)}")
-                elif list(values) != sorted(values):
+                elif "unordered" not in entry.metadata and list(values) != sorted(values):
                     problems.append(f"{key} is {value}: the smaller bound comes first")
 
     visit(recipe, "")
@@ -270,6 +272,8 @@ def _contradictions(recipe: Recipe) -> list[str]:
     if recipe.data.size % 32:
         size = max(32, round(recipe.data.size / 32) * 32)
         problems.append(f"data.size ({recipe.data.size}) must be a multiple of 32: try {size}")
+    if recipe.data.normalize == "custom" and None in (recipe.data.mean, recipe.data.std):
+        problems.append("data.normalize=custom needs data.mean=[R,G,B] and data.std=[R,G,B]")
     first = recipe.data.start_size
     if first is not None and (first % 32 or first >= recipe.data.size):
         problems.append(

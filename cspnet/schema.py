@@ -18,6 +18,11 @@ def within(default: Any, low: float, high: float = float("inf")) -> Any:
     return field(default=default, metadata={"range": (low, high)})
 
 
+def triple(low: float, high: float) -> Any:
+    """A field with a value in [low, high] for each of R, G and B, or None, which is its default."""
+    return field(default=None, metadata={"range": (low, high), "unordered": True})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model:
     # A key of STAGES, or timm/NAME.
@@ -35,6 +40,10 @@ class Model:
     # Weights to start from: any file that `--checkpoint` takes, or timm:NAME. The classifier is
     # taken over only where its classes are those of the training set.
     weights: str | None = None
+    # The class order of weights that come without class names. "auto" takes the classifier over
+    # where the natural order of the folder names (timm's) and the sorted one are the same, and
+    # refuses where they differ; "fresh" does not take it over.
+    class_order: Literal["auto", "natural", "sorted", "fresh"] = "auto"
     # The stem and so many first stages keep their weights and running statistics; 0: none does.
     freeze: int = within(0, 0, 5)
 
@@ -49,8 +58,11 @@ class Data:
     # until it is `size` from this share of the schedule on.
     start_size: int | None = within(None, 32, 1024)
     full_size_from: float = within(0.8, 0, 1)
-    # "none" leaves RGB in [0, 1]; "imagenet" subtracts the mean, divides by the standard deviation.
-    normalize: Literal["none", "imagenet"] = "none"
+    # "none" leaves RGB in [0, 1]; "imagenet" subtracts the mean, divides by the standard deviation;
+    # "custom" does so with `mean` and `std`, of R, G and B in [0, 1].
+    normalize: Literal["none", "imagenet", "custom"] = "none"
+    mean: tuple[float, float, float] | None = triple(-10, 10)
+    std: tuple[float, float, float] | None = triple(1e-4, 1000)
     # The run stops where more than this share of the training images has turned out unreadable.
     max_unreadable: float = within(0.01, 0, 1)
     # Decode a JPEG at half or a quarter of its size where its view is so much smaller anyway: less
@@ -137,9 +149,9 @@ class Evaluate:
     every: int = within(10_000, 1)
     # The image's shorter side becomes size / crop, then the central square is taken.
     crop: float = within(1.0, 0.1, 1)
-    # "antialias" is PIL's and timm's bilinear; "corners" is Darknet's: corner-aligned, and without
-    # antialiasing.
-    resize: Literal["antialias", "corners"] = "corners"
+    # "antialias" is PIL's and timm's bilinear, "bicubic" their bicubic, which is antialiased too;
+    # "corners" is Darknet's: bilinear, corner-aligned, and without antialiasing.
+    resize: Literal["antialias", "bicubic", "corners"] = "corners"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +216,11 @@ def _foreign(recipe: Recipe) -> str:
     return "model.name is one of timm's" if recipe.model.name.startswith(TIMM) else ""
 
 
+def _fixed_mean(recipe: Recipe) -> str:
+    kind = recipe.data.normalize
+    return "" if kind == "custom" else f"data.normalize is {kind}"
+
+
 def _unmixed(recipe: Recipe) -> str:
     return "mix.probability is 0" if recipe.mix.probability == 0 else ""
 
@@ -216,6 +233,9 @@ def _unattacked(recipe: Recipe) -> str:
 IDLE = {
     "archive_keep": lambda r: "" if r.archive_every else "archive_every is 0",
     "data.full_size_from": lambda r: "data.start_size is not given" * (r.data.start_size is None),
+    "data.mean": _fixed_mean,
+    "data.std": _fixed_mean,
+    "model.class_order": lambda r: "" if r.model.weights else "model.weights is not given",
     "model.activation": _foreign,
     "model.leaky_slope": lambda r: (
         _foreign(r) or ("" if r.model.activation == "leaky" else "model.activation is mish")
@@ -237,6 +257,7 @@ OFF = {
     "data.start_size": None,
     "data.scaled_decode": False,
     "model.weights": None,
+    "model.class_order": "auto",
     "model.freeze": 0,
     "optim.backbone_lr": None,
 }

@@ -18,6 +18,7 @@ HEIGHTS = [
     ["train.checkpoint"],
     ["train.state"],
     ["train.health"],
+    ["weights"],
     ["trained"],
     ["train.job", "evaluate", "predict", "export"],
     ["train.step", "train.fast", "train.saved"],

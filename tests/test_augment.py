@@ -198,7 +198,11 @@ def test_output_is_what_the_net_wants(tiny):
     assert pixels.is_contiguous(memory_format=torch.channels_last)
     assert pixels.dtype == targets.dtype == torch.float32
     assert pixels.min() >= 0 and pixels.max() <= 1
-    assert augment.normalize(pixels, "none") is pixels
-    centred = augment.normalize(pixels, "imagenet")
-    expected = (pixels[0, 1, 2, 3] - 0.456) / 0.224
-    torch.testing.assert_close(centred[0, 1, 2, 3], expected)
+    assert augment.normalize(pixels, recipe.data) is pixels
+    values = ("data.mean=[0.5,0.25,0.5]", "data.std=[1,0.5,1]")
+    for kind, more, mean, std in (
+        ("imagenet", (), 0.456, 0.224),
+        ("custom", values, 0.25, 0.5),
+    ):
+        centred = augment.normalize(pixels, tiny(f"data.normalize={kind}", *more).data)
+        torch.testing.assert_close(centred[0, 1, 2, 3], (pixels[0, 1, 2, 3] - mean) / std)

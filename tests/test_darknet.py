@@ -584,6 +584,64 @@ def test_wrong_kind(cfg):
         cfg.layers[index] = kind, options
 
 
+def test_a_detector_is_said_to_be_one(cross):
+    """As yolov4.cfg: the backbone's first 105 layers, then a neck and heads."""
+    backbone = cross.layers[:105]
+    for neck in (
+        [("route", {"layers": "85"}), ("upsample", {"stride": "2"}), ("yolo", {"mask": "0,1,2"})],
+        [("yolo", {"mask": "0,1,2"})],
+        [("region", {"anchors": "1,1"})],
+        [("Gaussian_yolo", {})],
+    ):
+        cross.layers = [*backbone, *neck]
+        kind = next(kind for kind, _ in neck if kind != "route")
+        refuse_cfg(cross.write(), "describes a detector")
+        refuse_cfg(
+            cross.path, f"layer {[kind for kind, _ in cross.layers].index(kind)} is [{kind}]"
+        )
+
+
+def backbones() -> dict[str, list[tuple[str, int]]]:
+    """Kinds and sizes of the layers of other backbones, in Darknet's order."""
+    conv, end = "convolutional", [("avgpool", 1), ("convolutional", 1), ("softmax", 1)]
+    residual = [(conv, 1), (conv, 3), (conv, 1), ("shortcut", 1)]
+    cross = [(conv, 1), ("route", 1), (conv, 1), *residual * 3, (conv, 1), ("route", 1), (conv, 1)]
+    return {
+        "resnet50": [(conv, 7), ("maxpool", 2), *residual * 16, *end],
+        "csresnet50": [(conv, 7), ("maxpool", 2), *[*cross, (conv, 3)] * 4, *end],
+        "darknet19": [*[(conv, 3), ("maxpool", 2), (conv, 3), (conv, 1), (conv, 3)] * 5, *end],
+        "vgg16": [*[(conv, 3), (conv, 3), ("maxpool", 2)] * 5, *[("connected", 1)] * 3],
+    }
+
+
+@pytest.mark.parametrize("name", backbones())
+def test_another_backbone_is_said_to_be_one(cross, name):
+    layers = [(kind, {"size": str(size), "filters": "32"}) for kind, size in backbones()[name]]
+    cross.layers = layers
+    refuse_cfg(cross.write(), "describes another backbone than cspdarknet53 and darknet53")
+
+
+def test_short_names_a_mark_of_utf8_and_the_loss_are_darknets(cfg):
+    text = cfg.write().read_text()
+    for long, short in (("convolutional", "conv"), ("avgpool", "avg"), ("softmax", "soft")):
+        text = text.replace(f"[{long}]", f"[{short}]")
+    cfg.path.write_bytes(b"\xef\xbb\xbf" + f"{text}\n[cost]\ntype=sse\n".encode())
+    net, size = net_from_cfg(cfg.path)
+    assert plain_sections(cfg_text(net, size))[1:] == cfg.layers
+
+
+def test_a_backbone_file_is_said_to_be_one(tmp_path):
+    net = create("darknet53", classes=3, width=0.0625)
+    path = tmp_path / "a.weights"
+    for cut in (20, 74):
+        path.write_bytes(write_weights(net, 0, cut=cut))
+        refuse_weights(path, net, f"the first {cut} layers only, a backbone without a classifier")
+    whole = write_weights(net, 0)
+    for data, told in ((whole[:-4], "cut short"), (whole + bytes(4), "bytes too many")):
+        path.write_bytes(data)
+        refuse_weights(path, net, told)
+
+
 # --- nets without a Darknet file
 
 

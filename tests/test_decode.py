@@ -346,11 +346,13 @@ def test_corner_aligned_evaluation_is_torchs(shape, crop):
     assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
 
 
+@pytest.mark.parametrize("resize, mode", [("antialias", "BILINEAR"), ("bicubic", "BICUBIC")])
 @pytest.mark.parametrize("shape", [(375, 500), (500, 375), (333, 333), (90, 64), (300, 301)])
-def test_antialiased_evaluation_is_pils(shape):
+def test_antialiased_evaluation_is_pils(shape, resize, mode):
     image = picture(2, *shape)
-    view = decode.evaluation_view(image, 64, Evaluate(crop=0.875, resize="antialias"))
-    resized = tv.resize(Image.fromarray(image), math.floor(64 / 0.875))
+    view = decode.evaluation_view(image, 64, Evaluate(crop=0.875, resize=resize))
+    how = tv.InterpolationMode[mode]
+    resized = tv.resize(Image.fromarray(image), math.floor(64 / 0.875), how)
     expected = np.asarray(tv.center_crop(resized, [64, 64])).astype(int)
     assert np.abs(view - expected).max() <= 1
 

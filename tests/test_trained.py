@@ -16,8 +16,8 @@ from cspnet.nets.foreign import create_foreign
 from cspnet.train.adversarial import attack
 from cspnet.train.checkpoint import load as load_checkpoint
 from cspnet.train.optim import parameter_groups
-from cspnet.trained import build_net, open_trained, require_order, starting_net
-from tests.test_export import equal, trained, views
+from cspnet.trained import build_net, open_trained, starting_net
+from tests.test_export import equal, run_lines, trained, views
 
 SMALL = ("data.size=64", "model.width=0.25")
 
@@ -159,10 +159,8 @@ def test_one_of_timms_nets_trains_evaluates_and_goes_back(tmp_path, command, fol
     scores = json.loads((tmp_path / "s.json").read_text())
     assert (scores["top1"], scores["loss"]) == (line["top1"], line["loss"])
     out = open_trained(str(best))
-    (remark,) = export(out, tmp_path / "net.safetensors")
     path = str(tmp_path / "net.safetensors")
-    assert remark == f"timm.create_model('resnet18', num_classes=3, checkpoint_path='{path}')"
-    assert equal(timm.create_model("resnet18", num_classes=3, checkpoint_path=path), out.net)
+    assert equal(run_lines(export(out, tmp_path / "net.safetensors"))["net"], out.net)
     back = open_trained(path)
     assert equal(back.net, out.net) and back.recipe == out.recipe and back.classes == out.classes
     for name in ("net.weights", "net.onnx"):
@@ -204,8 +202,11 @@ def test_timms_pretrained_nets_come_with_timms_view(monkeypatch):
     assert found.recipe.evaluate.crop == pytest.approx(found.net.default_cfg["crop_pct"])
     ours = open_trained("timm:darknet53")
     assert ours.recipe.model.name == "darknet53" and ours.recipe.model.leaky_slope == 0.01
-    with pytest.raises(CheckpointError, match="wants mean"):
-        open_trained("timm:inception_v3.tf_in1k")
+    half = open_trained("timm:vit_base_patch16_224.augreg_in21k_ft_in1k").recipe
+    assert half.data.normalize == "custom" and half.data.mean == half.data.std == (0.5,) * 3
+    assert half.evaluate.resize == "bicubic"
+    with pytest.raises(RecipeError, match="multiple of 32"):
+        open_trained("timm:inception_v3.tf_in1k")  # 299×299
     with pytest.raises(CheckpointError, match="no net of this name"):
         open_trained("timm:resnet81")
 
@@ -232,9 +233,12 @@ def test_darknets_class_order_survives_every_way_back(tmp_path):
 
 def test_a_net_without_class_names_keeps_its_order_through_darknet(tmp_path):
     out = trained(classes=12, live=False)
-    export(replace(out, classes=None), tmp_path / "net.weights")
+    (tmp_path / "net.labels").write_text("stale\n")
+    remarks = export(replace(out, classes=None), tmp_path / "net.weights")
+    assert any("no class names" in remark for remark in remarks)
+    assert (tmp_path / "net.names").read_text().split()[10] == "10"
     back = open_trained(str(tmp_path / "net.weights"))
-    assert equal(back.net, out.net) and back.order is None and back.classes[10] == "10"
+    assert equal(back.net, out.net) and back.order is None and back.classes is None
 
 
 def test_a_darknet_file_without_labels_is_not_scored_by_guessing(tmp_path, command, folder):
@@ -243,11 +247,19 @@ def test_a_darknet_file_without_labels_is_not_scored_by_guessing(tmp_path, comma
     for suffix in (".data", ".labels", ".names"):
         (tmp_path / f"net{suffix}").unlink()
     back = open_trained(str(tmp_path / "net.weights"))
-    assert back.classes is None and not back.sorted
-    with pytest.raises(CheckpointError, match="labels=FILE"):
-        require_order(back, "net.weights")
+    assert back.classes is None and back.unordered
     done = command("main_eval", "--checkpoint", "net.weights", "--data", folder, cwd=tmp_path)
-    assert done.returncode == 2 and "that of guessing" in done.stderr
+    assert done.returncode == 2 and "no net.data with a labels list" in done.stderr
+    export(back, tmp_path / "net.safetensors")  # the way through another file does not hide it
+    for more, code in (((), 2), (("--class-order", "sorted"), 0)):
+        call = ("--checkpoint", "net.safetensors", "--data", folder, *more)
+        assert command("main_eval", *call, cwd=tmp_path).returncode == code
+    starts = wanted(tmp_path / "net.weights")
+    with pytest.raises(CheckpointError, match=r"model\.class_order"):
+        starting_net(starts, ["a", "b", "c"])
+    for order, count in (("sorted", "all"), ("fresh", "not loaded")):
+        recipe = wanted(tmp_path / "net.weights", f"model.class_order={order}")
+        assert count in starting_net(recipe, ["a", "b", "c"])[1][-1]
     shutil.copy(tmp_path / "net.weights", tmp_path / "net.wts")
     with pytest.raises(CheckpointError, match="unknown suffix"):
         open_trained(str(tmp_path / "net.wts"))

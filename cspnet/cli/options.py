@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -11,6 +11,7 @@ from cspnet.errors import RecipeError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from cspnet.schema import Data
     from cspnet.train.runtime import Precision
     from cspnet.trained import Trained
 
@@ -48,7 +49,23 @@ RecipeName = typer.Option(
 Checkpoint = Annotated[
     str,
     typer.Option(
-        help="Weights: .pt of a run, .safetensors, .pth, .weights with its .cfg, or timm:NAME.",
+        help="Weights: .pt of a run, .safetensors, .pth, .weights with its .cfg, a folder of the "
+        "Hub's layout, or timm:NAME.",
+        show_default=False,
+    ),
+]
+Labels = Annotated[
+    Path | None,
+    typer.Option(
+        help="Class names of weights that have none: a file with one a line, in class order.",
+        show_default=False,
+    ),
+]
+ClassOrder = Annotated[
+    Literal["natural", "sorted"] | None,
+    typer.Option(
+        help="Class order of weights without class names: natural (2 before 10), as timm's, or "
+        "sorted by code point.",
         show_default=False,
     ),
 ]
@@ -103,8 +120,16 @@ def facts(trained: "Trained", precision: "Precision") -> list[str]:
         f"{recipe.model.name}, step {trained.step:,}, "
         f"{'averaged' if trained.averaged else 'raw'} weights; as it was trained for: "
         f"view {recipe.data.size}x{recipe.data.size}, crop {how.crop:g}, resize {how.resize}, "
-        f"normalize {recipe.data.normalize}; {precision.name}",
+        f"normalize {normalization(recipe.data)}; {precision.name}",
     ]
+
+
+def normalization(data: "Data") -> str:
+    """How images are normalised, in a few words."""
+    if data.normalize != "custom":
+        return data.normalize
+    mean, std = (", ".join(f"{value:g}" for value in values) for values in (data.mean, data.std))
+    return f"mean ({mean}) std ({std})"
 
 
 def require_folder(option: str, file: Path | None) -> None:

@@ -7,8 +7,17 @@ from typing import Annotated
 
 import typer
 
-from cspnet.cli.options import Batch, Checkpoint, Device, Workers, facts, require_folder, write_text
-from cspnet.display import printable
+from cspnet.cli.options import (
+    Batch,
+    Checkpoint,
+    ClassOrder,
+    Device,
+    Labels,
+    Workers,
+    facts,
+    require_folder,
+    write_text,
+)
 from cspnet.errors import Incomplete, RecipeError
 from cspnet.schema import DIGITS
 
@@ -24,6 +33,8 @@ def evaluate(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the scores to this file.")
     ] = None,
+    labels: Labels = None,
+    class_order: ClassOrder = None,
 ) -> None:
     """Top-1 and top-5 of a checkpoint: cspnet-eval --checkpoint best.pt --data data/imagenet/val"""
     from rich.console import Console
@@ -33,7 +44,7 @@ def evaluate(
     from cspnet.evaluate import evaluate as score
     from cspnet.train.runtime import find_device, find_workers, precision_to_look
     from cspnet.train.world import find_world, joined
-    from cspnet.trained import open_trained, require_order
+    from cspnet.trained import name_classes, open_trained
 
     world = find_world()
     where = find_device(device, world)
@@ -41,14 +52,16 @@ def evaluate(
     if data != DIGITS:
         give = f"Give one with --data DIR; --data {DIGITS} needs none"
         existing(data, give)  # before a net is loaded for nothing
-    trained = open_trained(checkpoint)
+    trained = open_trained(checkpoint, labels=labels)
     recipe = trained.recipe
-    require_order(trained, checkpoint)
-    source = open_validation(data, trained.classes, trained.net.classes)
+    # Inferred names give way to an order that the user knows.
+    known = None if class_order and trained.inferred else trained.classes
+    source = open_validation(data, known, trained.net.classes)
+    trained = name_classes(trained, source.classes, checkpoint, class_order)
     precision = precision_to_look(recipe.precision, where)
     console = Console(soft_wrap=True, markup=False, highlight=False, quiet=not world.first)
     for line in facts(trained, precision):
-        console.print(f"{checkpoint}: {line}")
+        console.print(f"{printable(checkpoint)}: {line}")
     with (
         joined(world, where),
         Progress(console=console, transient=True, disable=not console.is_terminal) as bar,
@@ -95,6 +108,7 @@ def predict(
     csv_file: Annotated[
         Path | None, typer.Option("--csv", help="Write CSV to this file; - is stdout.")
     ] = None,
+    labels: Labels = None,
 ) -> None:
     """What is in these images? cspnet predict photo.jpg --checkpoint best.pt
 
@@ -119,12 +133,17 @@ def predict(
 
     where = find_device(device)
     workers = find_workers(workers, where)
-    trained = open_trained(checkpoint)
+    trained = open_trained(checkpoint, labels=labels)
     precision = precision_to_look(trained.recipe.precision, where)
     trained.net.to(where)
     notes = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False)
+    shown = printable(checkpoint)
     for line in facts(trained, precision):
-        notes.print(f"{checkpoint}: {line}")
+        notes.print(f"{shown}: {line}")
+    if trained.classes is None:
+        notes.print(
+            f"{shown}: no class names; classes are shown by index. --labels FILE names them"
+        )
     predictions = []
     with Progress(console=notes, transient=True, disable=not notes.is_terminal) as bar:
         found = look_at(trained, files, precision, workers, top, batch)
@@ -159,6 +178,7 @@ def export(
         int | None,
         typer.Option(help=".weights of the first N layers only: a backbone file.", metavar="N"),
     ] = None,
+    labels: Labels = None,
 ) -> None:
     """Write a net for others: cspnet export --checkpoint best.pt --to cspdarknet53.weights"""
     from cspnet.export import export as write_net
@@ -166,9 +186,9 @@ def export(
     from cspnet.trained import open_trained
 
     require_target(to, pyramid, cut)
-    trained = open_trained(checkpoint)
+    trained = open_trained(checkpoint, labels=labels)
     which = "the averaged weights" if trained.averaged else "the weights"
     remarks = [*trained.remarks, *write_net(trained, to, pyramid, cut)]
-    print(f"{to}: {which} of {trained.net.name}, step {trained.step:,}")
+    print(f"{printable(str(to))}: {which} of {trained.net.name}, step {trained.step:,}")
     for remark in remarks:
         print(f"  {remark}")

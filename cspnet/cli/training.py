@@ -7,8 +7,10 @@ from typing import Annotated
 import typer
 
 from cspnet.cli.options import (
+    ClassOrder,
     DataRoot,
     Device,
+    Labels,
     Overrides,
     RecipeName,
     Workers,
@@ -150,6 +152,8 @@ def preview(
         str | None, typer.Option(help="Weights for the attack; fresh ones otherwise.")
     ] = None,
     device: Device = "auto",
+    labels: Labels = None,
+    class_order: ClassOrder = None,
 ) -> None:
     """Draw what the net gets: cspnet preview --recipe cspdarknet53 --data DIR --out preview.png
 
@@ -165,7 +169,7 @@ def preview(
     from cspnet.train.job import prepare
     from cspnet.train.loop import look
     from cspnet.train.runtime import Place
-    from cspnet.trained import open_trained, starting_net
+    from cspnet.trained import name_classes, open_trained, starting_net
 
     path = recipes.find(recipe)
     resolved = recipes.load(path, overrides or [], data)
@@ -175,11 +179,12 @@ def preview(
     job = prepare(resolved, Place(out.parent, device=device, workers=0), Console(quiet=True))
     classes = job.training.classes
     if checkpoint:
-        trained = open_trained(checkpoint)
-        require_classes(job.training, trained.classes or classes, resolved.data.root)
+        trained = open_trained(checkpoint, labels=labels)
+        trained = name_classes(trained, classes, checkpoint, class_order)
+        require_classes(job.training, trained.classes, resolved.data.root)
         net = trained.net
     else:
-        net, _ = starting_net(resolved, classes)
+        net, told = starting_net(resolved, classes)
     page = sheet(
         *look(job, net.to(job.device), step),
         display_names(classes),
@@ -198,4 +203,6 @@ def preview(
         draw_schedule(resolved, schedule)
     except OSError as error:
         raise RecipeError(f"--out {out} cannot be written: {error.strerror}") from None
+    for remark in trained.remarks if checkpoint else told:
+        print(remark)
     print(f"{out} and {schedule} written")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from cspnet.data import stream
-from cspnet.schema import Augment, Mix, Recipe
+from cspnet.schema import Augment, Data, Mix, Recipe
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -186,16 +186,24 @@ def augment(
     return pixels.contiguous(memory_format=torch.channels_last), targets
 
 
-def normalize(images: torch.Tensor, kind: str) -> torch.Tensor:
-    """What the net expects of images in [0, 1]: "none" changes nothing, "imagenet" centres them."""
-    if kind == "none":
+def mean_and_std(data: Data) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """What is subtracted from RGB in [0, 1], and what that is divided by; 3 values each."""
+    known = {"none": ((0.0,) * 3, (1.0,) * 3), "imagenet": (IMAGENET_MEAN, IMAGENET_STD)}
+    return known.get(data.normalize) or (tuple(data.mean), tuple(data.std))
+
+
+def normalize(images: torch.Tensor, data: Data) -> torch.Tensor:
+    """What the net expects of images in [0, 1], float [B, 3, H, W]: (images - mean) / std."""
+    if data.normalize == "none":
         return images
-    mean, std = _imagenet(images.device)
+    mean, std = _on_device(*mean_and_std(data), images.device)
     return (images - mean) / std
 
 
 @lru_cache
-def _imagenet(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _on_device(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     # Kept on the device: a fresh copy at each step would make the host wait.
-    both = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device)[..., None, None]
+    both = torch.tensor([mean, std], device=device)[..., None, None]
     return both[0], both[1]

@@ -220,7 +220,8 @@ def evaluation_view(
         raise TooLarge(f"{width}×{height}, too long and narrow to resize: more than {MAX_PIXELS:,}")
     if how.resize == "corners":
         return _corner_aligned(image, new_height, new_width, size, out)
-    view = _antialiased(image, new_height, new_width)
+    mode = "bicubic" if how.resize == "bicubic" else "bilinear"
+    view = _antialiased(image, new_height, new_width, mode)
     # timm and torchvision round the offset of the crop, Darknet truncates it.
     top, left = round((new_height - size) / 2), round((new_width - size) / 2)
     view = view[top : top + size, left : left + size]
@@ -230,15 +231,15 @@ def evaluation_view(
     return out
 
 
-def _antialiased(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """PIL's bilinear: uint8 [height, width, 3]."""
+def _antialiased(image: np.ndarray, height: int, width: int, mode: str) -> np.ndarray:
+    """PIL's bilinear or bicubic: uint8 [height, width, 3]."""
     import torch  # seconds to import; checking files does without
     import torch.nn.functional as F
 
     if image.shape[:2] == (height, width):
         return image
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None]  # [1, 3, H, W], channels last
-    pixels = F.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
+    pixels = F.interpolate(pixels, (height, width), mode=mode, antialias=True)
     return pixels[0].permute(1, 2, 0).numpy()
 
 

@@ -10,6 +10,7 @@ major, minor, revision; images seen, uint64 from version 0.2 on, uint32 before; 
 convolution float32 [n] biases, with BatchNorm [n] scales, means and variances, then the weights.
 """
 
+import difflib
 import re
 import struct
 from collections.abc import Iterator
@@ -29,6 +30,10 @@ ALL = slice(None)
 # What Darknet takes where a layer says nothing (src/parser.c).
 DEFAULTS = {"batch_normalize": "0", "size": "1", "stride": "1", "pad": "0", "groups": "1"}
 SUPPORTED = ("cspdarknet53", "darknet53")
+# Darknet's short names of sections (src/parser.c, string_to_layer_type).
+ALIASES = {"conv": "convolutional", "avg": "avgpool", "soft": "softmax"}
+# Sections that only detectors have.
+DETECTORS = {"yolo", "Gaussian_yolo", "region", "detection", "upsample", "reorg", "reorg3d"}
 
 
 class FormatError(ValueError):
@@ -177,7 +182,7 @@ def read_weights(net: CspNet, path: Path) -> int:
     if len(data) != header + 4 * values:
         raise FormatError(
             f"{path} has {len(data):,} bytes; a {net.name} with {net.classes} classes has "
-            f"{header + 4 * values:,}"
+            f"{header + 4 * values:,}. {_size_hint(net, len(data) - header)}"
         )
     (seen,) = struct.unpack_from("<Q" if wide else "<I", data, 12)
     offset = header
@@ -190,15 +195,36 @@ def read_weights(net: CspNet, path: Path) -> int:
     return seen
 
 
+def _size_hint(net: CspNet, size: int) -> str:
+    """What a file with so many bytes after its header may be."""
+    total = layers = 0
+    for number, section in enumerate(sections(net), 1):
+        if section.convolution:
+            if total == size > 0:
+                return (
+                    f"It holds the first {layers} layers only, a backbone without a classifier: "
+                    "give the whole net"
+                )
+            total += sum(4 * int(np.prod(shape)) for _, shape in section.convolution.blobs())
+            layers = number
+    if size < total:
+        return "It is cut short, or the .cfg is another net's"
+    return "It has bytes too many, or the .cfg is another net's"
+
+
 def parse_cfg(path: Path) -> list[tuple[str, dict[str, str]]]:
-    """Sections of a `.cfg` in order, as Darknet reads it: blanks dropped, # and ; are comments."""
+    """Sections of a `.cfg` in order, as Darknet reads it: blanks dropped, # and ; are comments.
+
+    Each by its full name. FormatError, OSError.
+    """
     parsed: list[tuple[str, dict[str, str]]] = []
-    for number, raw in enumerate(path.read_text(errors="replace").splitlines(), 1):
+    text = path.read_text("utf-8-sig", errors="replace")
+    for number, raw in enumerate(text.splitlines(), 1):
         line = "".join(raw.split())
         if not line or line[0] in "#;":
             continue
         if line.startswith("[") and line.endswith("]"):
-            parsed.append((line[1:-1], {}))
+            parsed.append((ALIASES.get(line[1:-1], line[1:-1]), {}))
         elif "=" in line and parsed:
             key, _, value = line.partition("=")
             parsed[-1][1].setdefault(key, value)  # of two, Darknet finds the first
@@ -212,17 +238,28 @@ def parse_cfg(path: Path) -> list[tuple[str, dict[str, str]]]:
 def net_from_cfg(path: Path) -> tuple[CspNet, int]:
     """The net of ours that a `.cfg` describes, with fresh weights, and its image size.
 
-    FormatError names the first layer that is not that of cspdarknet53 or darknet53.
+    FormatError says that it is a detector's or another backbone's, or names the first layer that is
+    not that of cspdarknet53 or darknet53.
     """
     (_, options), *layers = parse_cfg(path)
+    if layers and layers[-1][0] == "cost":
+        del layers[-1]  # the loss of a training run; it passes its input on
+    for number, (kind, _) in enumerate(layers):
+        if kind in DETECTORS:
+            raise FormatError(
+                f"{path} describes a detector: layer {number} is [{kind}]. cspnet reads "
+                f"classifiers only, of {' and '.join(SUPPORTED)}: give such weights and their .cfg"
+            )
     found = [(number, o) for number, (kind, o) in enumerate(layers) if kind == "convolutional"]
     if len(found) < 2:
         raise FormatError(f"{path} has {len(found)} convolutions: it is not a net of ours")
     size = _number(f"{path}, [net]", options, "width")
-    for key, value in (("height", str(size)), ("channels", "3")):
-        if options.get(key) != value:
-            given = options.get(key, "nothing")
-            raise FormatError(f"{path}, [net]: {key}={given}, a net of ours has {key}={value}")
+    if options.get("height") != str(size):
+        given = options.get("height", "nothing")
+        raise FormatError(f"{path}, [net]: width={size} and height={given}, images must be square")
+    if options.get("channels") != "3":
+        given = options.get("channels", "nothing")
+        raise FormatError(f"{path}, [net]: channels={given}, images must have channels=3")
     stem, features, classes = (
         _number(f"{path}, layer {number}", option, "filters")
         for number, option in (found[0], *found[-2:])
@@ -242,7 +279,23 @@ def net_from_cfg(path: Path) -> tuple[CspNet, int]:
             return create(name, classes=classes, activation=activation, width=width), size
         differences.append(difference)
     number, message = max(differences)  # of the net that comes nearest
+    if _likeness(layers, net) < 0.9:
+        raise FormatError(
+            f"{path} describes another backbone than {' and '.join(SUPPORTED)}, which are those "
+            f"that cspnet reads; the first difference to {name} is at layer {number}: {message}"
+        )
     raise FormatError(f"{path}, layer {number}: {message}")
+
+
+def _likeness(layers: list[tuple[str, dict[str, str]]], net: CspNet) -> float:
+    """How much of the sequence of a `.cfg`'s layers is also that of a net, from 0 to 1."""
+
+    def shape(kind: str, options: dict[str, str]) -> tuple[str, ...]:
+        return kind, *(options.get(key, DEFAULTS[key]) for key in ("size", "stride"))
+
+    found = [shape(kind, options) for kind, options in layers]
+    wanted = [shape(section.kind, section.options) for section in sections(net)]
+    return difflib.SequenceMatcher(None, found, wanted, autojunk=False).ratio()
 
 
 def _number(where: str, options: dict[str, str], key: str) -> int:

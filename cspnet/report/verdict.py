@@ -16,9 +16,11 @@ from cspnet.report.history import Run
 from cspnet.report.mistakes import Mistake, Surest, view
 from cspnet.train.health import is_out_of_memory
 from cspnet.train.runtime import find_device, find_workers, precision_to_look
-from cspnet.trained import Trained, open_trained
+from cspnet.trained import Trained, name_classes, open_trained
+from cspnet.weights.labels import LIST
 
 OWN = ("best", "last")
+WAYS = f"If you know the class names, {LIST}"
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ def judge(
             raise
         told = f"The validation images are not available, nothing was evaluated: {sentence(error)}"
         return None, [*remarks, f"{told} --data DIR says where they are."]
+    trained = name_classes(trained, source.classes, str(file), ways=WAYS)
+    remarks += [f"{file}: {remark}." for remark in trained.remarks]
     surest = Surest()
     try:
         scores = evaluate(
@@ -79,7 +83,7 @@ def judge(
         return None, [*remarks, f"{told}, so nothing was evaluated: --device cpu does without it."]
     if scores.unreadable:
         remarks.append(f"{scores.unreadable:,} validation images are unreadable; black ones count.")
-    classes = trained.classes or source.classes
+    classes = trained.classes
     mistakes = surest.mistakes()
     verdict = Verdict(
         checkpoint=str(file),
@@ -106,8 +110,6 @@ def _open(run: Run, asked: str | None) -> tuple[Trained | None, Path | str, list
     if asked:
         file = folder / f"{asked}.pt" if asked in OWN else asked
         trained = open_trained(str(file))
-        if trained.classes is None and not trained.sorted:
-            raise CheckpointError(f"{file} has no class names: nothing to report of the classes")
         return trained, file, []
     remarks = []
     for name in OWN:

@@ -46,7 +46,7 @@ def _copies(device: torch.device) -> torch.cuda.Stream:
 def forward(job: Job, net: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Logits [B, K] of images in [0, 1], in the run's precision."""
     with job.precision.autocast(job.device):
-        return net(normalize(images, job.recipe.data.normalize))
+        return net(normalize(images, job.recipe.data))
 
 
 def attack_some(

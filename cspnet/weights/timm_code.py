@@ -1,0 +1,102 @@
+"""The Python lines that build an exported net in timm, with its view of images, for people to copy.
+
+`net` and `transform` of these lines give our logits: the activation's slope, BatchNorm's epsilon,
+size, crop, interpolation and normalisation are all in them, as timm's own values differ.
+"""
+
+import math
+from pathlib import Path
+
+from cspnet.data.augment import mean_and_std
+from cspnet.schema import TIMM, Model, Recipe
+from cspnet.weights.config import RESIZES
+from cspnet.weights.trained import Trained
+
+TIMMS_SLOPE, TIMMS_EPS = 0.01, 1e-5
+
+TIMMS_TRANSFORM = [
+    "view = timm.data.resolve_model_data_config(net)",
+    "transform = timm.data.create_transform(**view)",
+]
+
+
+def timm_code(trained: Trained, file: Path) -> list[str]:
+    """Lines that define `net`, in evaluation mode, and `transform`, which takes a PIL image."""
+    recipe = trained.recipe
+    net = [
+        repr(recipe.model.name.removeprefix(TIMM)),
+        *([] if recipe.model.name.startswith(TIMM) else _layers(recipe.model)),
+        f"num_classes={trained.net.classes}",
+        f"checkpoint_path={str(file)!r}",
+        f"pretrained_cfg_overlay={_overlay(recipe)}",
+    ]
+    corners = recipe.evaluate.resize == "corners"
+    partial = any("functools." in argument for argument in net)
+    return [
+        *["import functools"] * partial,
+        "import timm",
+        *["import torch"] * (partial or corners),
+        *["from torchvision.transforms.functional import pil_to_tensor"] * corners,
+        "net = timm.create_model(",
+        *(f"    {argument}," for argument in net),
+        ").eval()",
+        *(
+            _corner_aligned(recipe)
+            if corners
+            else [
+                "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net))"
+            ]
+        ),
+    ]
+
+
+def _layers(model: Model) -> list[str]:
+    layers = []
+    if model.activation == "mish":
+        layers.append("act_layer='mish'")
+    elif model.leaky_slope == TIMMS_SLOPE:
+        layers.append("act_layer='leaky_relu'")
+    else:
+        slope = f"negative_slope={model.leaky_slope!r}"
+        layers.append(f"act_layer=functools.partial(torch.nn.LeakyReLU, {slope})")
+    if model.norm_eps != TIMMS_EPS:
+        eps = f"eps={model.norm_eps!r}"
+        layers.append(f"norm_layer=functools.partial(torch.nn.BatchNorm2d, {eps})")
+    return layers
+
+
+def _overlay(recipe: Recipe) -> dict:
+    """timm's data configuration of the recipe's view; for "corners" the nearest that timm has."""
+    mean, std = mean_and_std(recipe.data)
+    names = {ours: timms for timms, ours in RESIZES.items()}
+    return {
+        "input_size": (3, recipe.data.size, recipe.data.size),
+        "mean": mean,
+        "std": std,
+        "crop_pct": recipe.evaluate.crop,
+        "crop_mode": "center",
+        "interpolation": names.get(recipe.evaluate.resize, "bilinear"),
+    }
+
+
+def _corner_aligned(recipe: Recipe) -> list[str]:
+    """cspnet/data/decode.py's `evaluation_view` for "corners", in torch."""
+    size, (mean, std) = recipe.data.size, mean_and_std(recipe.data)
+    short = math.floor(size / recipe.evaluate.crop)
+    square = f"top : top + {size}, left : left + {size}"
+    return [
+        "def transform(image):  # timm has no corner-aligned resize, which is Darknet's",
+        "    pixels = pil_to_tensor(image.convert('RGB'))[None].float()",
+        "    height, width = pixels.shape[2:]",
+        "    if height < width:",
+        f"        height, width = {short}, width * {short} // height",
+        "    else:",
+        f"        height, width = height * {short} // width, {short}",
+        "    pixels = torch.nn.functional.interpolate(",
+        "        pixels, (height, width), mode='bilinear', align_corners=True",
+        "    )",
+        f"    top, left = (height - {size}) // 2, (width - {size}) // 2",
+        f"    pixels = pixels[0, :, {square}].round() / 255",
+        f"    mean, std = torch.tensor({list(mean)}), torch.tensor({list(std)})",
+        "    return (pixels - mean[:, None, None]) / std[:, None, None]",
+    ]
