@@ -18,6 +18,7 @@ from cspnet.cli.options import (
     require_folder,
     write_text,
 )
+from cspnet.display import printable
 from cspnet.errors import Incomplete, RecipeError
 from cspnet.schema import DIGITS
 
