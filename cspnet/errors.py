@@ -1,6 +1,12 @@
 """What can go wrong through no fault of the code. Each kind knows the exit code of the command."""
 
 
+def sentence(text: object) -> str:
+    """A message as a sentence that others may follow: with one full stop at its end, never two."""
+    told = str(text).rstrip()
+    return told if told.endswith((".", "!", "?", "…")) else f"{told}."
+
+
 class CspnetError(Exception):
     """A mistake or mishap told in one message: what, where, what to do. No traceback is shown."""
 

@@ -20,6 +20,7 @@ from cspnet.errors import CspnetError
 from cspnet.nets.darknet import FormatError, cfg_text, write_weights
 from cspnet.recipe import to_text
 from cspnet.schema import TIMM
+from cspnet.shell import command
 from cspnet.trained import VIEW, VIEW_MARK, Trained, permute_classes
 
 SUFFIXES = (".safetensors", ".onnx", ".weights")
@@ -209,9 +210,8 @@ def _darknet(trained: Trained, to: Path, cut: int | None) -> list[str]:
         view = " ".join(f"evaluate.{k}={getattr(trained.recipe.evaluate, k)}" for k in VIEW)
         cfg = f"{VIEW_MARK}{view}\n{cfg_text(net, trained.recipe.data.size)}"
         files[to.with_suffix(".cfg")] = cfg.encode()
-        remarks.append(
-            f"darknet classifier predict {to.with_suffix('.data')} {to.with_suffix('.cfg')} {to}"
-        )
+        files_of_it = (to.with_suffix(".data"), to.with_suffix(".cfg"), to)
+        remarks.append(command("darknet", "classifier", "predict", *files_of_it))
     for path, content in reversed(files.items()):  # the weights last: they are what one looks for
         _replace(path, lambda temporary, content=content: _write(temporary, content))
     return remarks

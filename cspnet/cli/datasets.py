@@ -11,6 +11,7 @@ import typer
 
 from cspnet.cli.options import Workers, complete_data, require_folder, write_text
 from cspnet.errors import RecipeError
+from cspnet.shell import command
 
 
 def data(
@@ -41,7 +42,7 @@ def data(
     with _progress(name) as progress:
         new = fetch(name, to, archives, lambda line: print(line, flush=True), progress)
     state = "ready" if new else "there already, nothing to do"
-    print(f"{to}: train/ and val/ are {state}; look at it: cspnet check {to}")
+    print(f"{to}: train/ and val/ are {state}; look at it: {command('cspnet', 'check', to)}")
 
 
 def check(

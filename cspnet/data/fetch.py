@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cspnet.data import layout
 from cspnet.data.layout import KNOWN
-from cspnet.errors import DataError, RecipeError
+from cspnet.errors import DataError, RecipeError, sentence
 
 PARTS = ("train", "val")
 # Bytes of ImageNet's two large archives, so that a download cut short is told before its md5 is
@@ -61,7 +61,8 @@ def fetch(name: str, to: Path, archives: Path | None, tell: Tell, progress: Prog
         ) from None
     except OSError as error:
         raise DataError(
-            f"{to} could not be completed: {error}. Put it right, and the same command goes on."
+            f"{to} could not be completed: {sentence(error)} Put it right, and the same command "
+            "goes on."
         ) from None
     finally:
         for folder in made:
@@ -267,10 +268,11 @@ def _obtain(url: str, md5: str, folder: Path, tell: Tell) -> Path:
             download_url(url, scratch, archive.name, md5)
         (scratch / archive.name).replace(archive)
     except (OSError, RuntimeError) as error:
+        reason = sentence(getattr(error, "reason", error))
         raise DataError(
-            f"{url} cannot be downloaded: {getattr(error, 'reason', error)}. Download it elsewhere "
-            f"(its md5 is {md5}), put it into {folder} as {archive.name}, and run the same command "
-            "again: it goes on from there, without the network."
+            f"{url} cannot be downloaded: {reason} Download it elsewhere (its md5 is {md5}), put "
+            f"it into {folder} as {archive.name}, and run the same command again: it goes on from "
+            "there, without the network."
         ) from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

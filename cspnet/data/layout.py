@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cspnet.errors import DataError
 from cspnet.schema import DIGITS
+from cspnet.shell import command
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 VALIDATION = ("val", "valid", "validation")
@@ -74,7 +75,7 @@ def no_folder(path: Path) -> str:
     """For a path that is given as a data folder and is none."""
     advice = f"Give one with --data DIR (or data.root=DIR); --data {DIGITS} needs none."
     if path.name in KNOWN:
-        advice += f" `cspnet data {path.name} --to DIR` makes it."
+        advice += f" `{command('cspnet', 'data', path.name, '--to', 'DIR')}` makes it."
     what = "is a file"
     try:
         os.stat(path)
@@ -124,7 +125,7 @@ def _instead(folder: Path, names: tuple[str, ...], alike: tuple[str, ...]) -> st
     if packed:
         how = "."
         if any(name.startswith("ILSVRC2012") for name in packed):
-            how = f", with `cspnet data imagenet --to {folder}`."
+            how = f", with `{command('cspnet', 'data', 'imagenet', '--to', folder)}`."
         return f"It holds {some(packed, 'archive')}: unpack{how}"
     return f"{HOLDS}; found there: {listing(folder)}"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from cspnet.data import layout
-from cspnet.errors import DataError
+from cspnet.errors import DataError, sentence
 
 LIST = "classes.txt"  # beside the tar files: the names of numbered classes, one a line
 MAX_LABEL = 1_000  # bytes of a .cls
@@ -26,7 +26,7 @@ class Unfit(DataError):
         self.problems = problems
         more = len(problems) - 1
         rest = f" And {more:,} more: `cspnet index` names them." if more else ""
-        super().__init__(f"{where}: {problems[0]}.{rest}")
+        super().__init__(f"{where}: {sentence(problems[0])}{rest}")
 
 
 class Image(NamedTuple):

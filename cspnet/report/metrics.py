@@ -19,7 +19,7 @@ from cspnet.data.layout import printable
 from cspnet.data.loader import Batch
 from cspnet.data.sources import Source, display_names
 from cspnet.data.worker import cores
-from cspnet.errors import DataError, SaveError
+from cspnet.errors import DataError, SaveError, sentence
 from cspnet.evaluate import Scores
 from cspnet.report.board import Board
 from cspnet.report.confusion import to_markdown, worst_pairs
@@ -174,8 +174,8 @@ class Report:
     def unsaved(self, error: SaveError) -> None:
         """After a save that failed, and that the run goes on without."""
         self.console.print(
-            f"NOT SAVED at step {self.state.step:,}: {error}. The run goes on and tries again at "
-            "the next save: free some space.",
+            f"NOT SAVED at step {self.state.step:,}: {sentence(error)} The run goes on and tries "
+            "again at the next save: free some space.",
             style="bold red",
         )
 

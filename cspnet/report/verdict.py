@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from cspnet.data.sources import display_names, open_validation
-from cspnet.errors import CheckpointError, CspnetError, RecipeError
+from cspnet.errors import CheckpointError, CspnetError, RecipeError, sentence
 from cspnet.evaluate import Scores, evaluate
 from cspnet.report.classes import labels
 from cspnet.report.history import Run
@@ -56,8 +56,8 @@ def judge(
     except CspnetError as error:
         if data:
             raise
-        told = f"The validation images are not to be had, so nothing was evaluated: {error}."
-        return None, [*remarks, f"{told} --data DIR says where they are."]
+        told = f"The validation images cannot be opened, so nothing was evaluated: {error}"
+        return None, [*remarks, f"{sentence(told)} --data DIR says where they are."]
     surest = Surest()
     try:
         scores = evaluate(
@@ -107,7 +107,7 @@ def _open(run: Run, asked: str | None) -> tuple[Trained | None, Path | str, list
             try:
                 return open_trained(str(file)), file, remarks
             except (CheckpointError, RecipeError) as error:
-                remarks.append(f"{error}.")
+                remarks.append(sentence(error))
     remarks.append(
         f"Nothing was evaluated: {folder} has no checkpoint"
         + (" that can be read." if remarks else " yet. After the first save, report again.")
