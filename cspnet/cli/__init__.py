@@ -13,6 +13,7 @@ import typer
 
 from cspnet import __version__
 from cspnet.cli.datasets import check, data, index, pack
+from cspnet.cli.hints import RecipeCommand
 from cspnet.cli.options import is_first, restarts
 from cspnet.cli.planning import plan, status
 from cspnet.cli.reports import compare, report
@@ -20,15 +21,33 @@ from cspnet.cli.results import evaluate, export, predict
 from cspnet.cli.training import preview, train
 from cspnet.errors import CspnetError, Stopped
 
+COMMANDS = {
+    "train": train,
+    "eval": evaluate,
+    "predict": predict,
+    "data": data,
+    "check": check,
+    "index": index,
+    "pack": pack,
+    "plan": plan,
+    "status": status,
+    "preview": preview,
+    "export": export,
+    "report": report,
+    "compare": compare,
+}
+WITH_RECIPE = ("train", "plan", "preview")  # those that take overrides of a recipe
 
-def _app(*commands: tuple[str, object]) -> typer.Typer:
+
+def _app(*names: str) -> typer.Typer:
     app = typer.Typer(
         pretty_exceptions_enable=False,
         no_args_is_help=True,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    for name, command in commands:
-        app.command(name, no_args_is_help=True)(command)
+    for name in names:
+        kind = RecipeCommand if name in WITH_RECIPE else None
+        app.command(name, cls=kind, no_args_is_help=True)(COMMANDS[name])
     return app
 
 
@@ -57,6 +76,7 @@ def _run(app: typer.Typer) -> None:
     Of several processes the first one tells what all of them find; what befalls another one alone
     is told with its number.
     """
+    _configure_output()
     try:
         app()
     except Stopped as stopped:
@@ -73,32 +93,25 @@ def _run(app: typer.Typer) -> None:
         sys.exit(1)
 
 
+def _configure_output() -> None:
+    """Escapes what the encoding of stdout and stderr lacks: no output raises UnicodeEncodeError."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main() -> None:
     """The command `cspnet`."""
-    app = _app(
-        ("train", train),
-        ("eval", evaluate),
-        ("predict", predict),
-        ("data", data),
-        ("check", check),
-        ("index", index),
-        ("pack", pack),
-        ("plan", plan),
-        ("status", status),
-        ("preview", preview),
-        ("export", export),
-        ("report", report),
-        ("compare", compare),
-    )
+    app = _app(*COMMANDS)
     app.callback()(_options)
     _run(app)
 
 
 def main_train() -> None:
     """The command `cspnet-train`."""
-    _run(_app(("train", train)))
+    _run(_app("train"))
 
 
 def main_eval() -> None:
     """The command `cspnet-eval`."""
-    _run(_app(("eval", evaluate)))
+    _run(_app("eval"))

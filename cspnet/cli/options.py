@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
@@ -72,7 +72,38 @@ Batch = Annotated[
 ]
 
 
-def remarks_only() -> "Console":
+class Held:
+    """A text stream that keeps what is written to it until `release`.
+
+    So an error that is found while a command is set up comes before any other output, and alone.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self._kept: list[str] | None = []
+
+    def write(self, text: str) -> int:
+        """Keeps the text, or hands it on once the stream is released."""
+        if self._kept is None:
+            return self._stream.write(text)
+        self._kept.append(text)
+        return len(text)
+
+    def flush(self) -> None:
+        if self._kept is None:
+            self._stream.flush()
+
+    def release(self) -> None:
+        """Writes what was kept; from now on nothing is."""
+        kept, self._kept = self._kept, None
+        self._stream.write("".join(kept or []))
+        self._stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)  # encoding, isatty, fileno
+
+
+def remarks_only(file: TextIO) -> "Console":
     """A console for --quiet: it prints what has a colour, which is what may be wrong."""
     from rich.console import Console
 
@@ -82,7 +113,7 @@ def remarks_only() -> "Console":
                 super().print(*objects, style=style, **options)
 
     # No terminal, so that no progress bar is drawn.
-    return Remarks(soft_wrap=True, markup=False, highlight=False, force_terminal=False)
+    return Remarks(file=file, soft_wrap=True, markup=False, highlight=False, force_terminal=False)
 
 
 def is_first() -> bool:

@@ -32,7 +32,7 @@ def report(
         bool, typer.Option("--record-only", help="Evaluate nothing: the curves and the history.")
     ] = False,
 ) -> None:
-    """All about a run on one page: cspnet report runs/cspdarknet53
+    """All about a run on one page: cspnet report runs/cspdarknet53-omega
 
     The page, report.html, needs no network and no other file; PNGs of its pictures lie beside it. A
     run may be going on. It is evaluated once on its validation images; without these, or without a
@@ -76,7 +76,7 @@ def compare(
     ],
     out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("compare.png"),
 ) -> None:
-    """Runs beside each other: cspnet compare runs/cspdarknet53 runs/cspdarknet53-sat
+    """Runs beside each other: cspnet compare runs/cspdarknet53-omega runs/cspdarknet53-sat
 
     How far and how good each is, the fields in which their recipes differ, and their curves in one
     picture.

@@ -36,6 +36,7 @@ def evaluate(
 
     world = find_world()
     where = find_device(device, world)
+    workers = find_workers(workers, where, world)
     require_folder("--json", json_file)
     if data != DIGITS:
         existing(data)  # before a net is loaded for nothing
@@ -57,7 +58,7 @@ def evaluate(
             source,
             recipe,
             precision,
-            find_workers(workers, where, world),
+            workers,
             batch,
             progress=lambda images: bar.update(task, completed=images),
             world=world,

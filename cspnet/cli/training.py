@@ -1,5 +1,6 @@
 """The commands of training: `train` and, before it, `preview`."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,7 @@ import typer
 from cspnet.cli.options import (
     DataRoot,
     Device,
+    Held,
     Overrides,
     RecipeName,
     Workers,
@@ -17,6 +19,7 @@ from cspnet.cli.options import (
     restarts,
 )
 from cspnet.errors import RecipeError
+from cspnet.shell import command
 
 Output = Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/RECIPE")]
 Passes = Annotated[
@@ -69,7 +72,7 @@ def train(
         bool, typer.Option("--check", help="Print the resolved recipe and touch nothing.")
     ] = False,
 ) -> None:
-    """Train by a recipe: cspnet-train --recipe cspdarknet53 --data DIR [schedule.steps=1000 …]"""
+    """Train by a recipe: cspnet-train --recipe cspdarknet53-omega --data DIR [KEY=VALUE ...]"""
     from cspnet import recipe as recipes
 
     if restarts() and not resume:
@@ -83,9 +86,10 @@ def train(
             "no recipe: give --recipe NAME (or --resume with the --output of an earlier run)"
         )
     resolved = recipes.load(path, overrides or [], data)
-    if is_first() and (check or not quiet):
-        print(f"# resolved recipe, from {path}\n{recipes.to_text(resolved)}", flush=True)
+    text = f"# resolved recipe, from {path}\n{recipes.to_text(resolved)}"
     if check:
+        if is_first():
+            print(text)
         return
 
     from rich.console import Console
@@ -105,12 +109,23 @@ def train(
         force=force,
         stop_when_full=stop_when_full,
     )
-    console = Console(soft_wrap=True, markup=False, highlight=False)
-    run(resolved, place, remarks_only() if quiet else console)
-    best = place.output / "checkpoints" / "best.pt"
+    held = Held(sys.stdout)
+    console = Console(file=held, soft_wrap=True, markup=False, highlight=False)
+    if is_first() and not quiet:
+        console.print(text)
+    run(resolved, place, remarks_only(held) if quiet else console, held.release)
     if is_first():
-        print(f"done; evaluate: cspnet-eval --checkpoint {best} --data {resolved.data.root}")
-        print(f"a page about it: cspnet report {place.output}")
+        for line in _done(place.output, resolved.data.root):
+            print(line)
+
+
+def _done(output: Path, root: str) -> list[str]:
+    """What to do with a run that is complete."""
+    best = output / "checkpoints" / "best.pt"
+    return [
+        f"done; evaluate: {command('cspnet-eval', '--checkpoint', best, '--data', root)}",
+        f"a page about it: {command('cspnet', 'report', output)}",
+    ]
 
 
 def passes_of(text: str | None) -> int | str | None:
@@ -133,7 +148,7 @@ def preview(
     ] = None,
     device: Device = "auto",
 ) -> None:
-    """Draw what the net gets: cspnet preview --recipe cspdarknet53 --data DIR --out preview.png
+    """Draw what the net gets: cspnet preview --recipe cspdarknet53-omega --data DIR
 
     The very images of the step's first group, each with its label mixture; rows before and after
     the attack, where the recipe has one; and the schedules, in a second picture beside it.

@@ -1,5 +1,6 @@
 """The training loop, in the order of time."""
 
+from collections.abc import Callable
 from contextlib import closing, suppress
 
 import torch
@@ -25,11 +26,13 @@ from cspnet.train.step import at_most, attack_some, cross_entropy, forward, one_
 from cspnet.train.world import Statistics, alone_until, find_world, joined
 
 
-def train(recipe: Recipe, place: Place, console: Console) -> Scores | None:
+def train(
+    recipe: Recipe, place: Place, console: Console, ready: Callable[[], None] = lambda: None
+) -> Scores | None:
     """Trains to the end of the schedule; returns the last validation's scores.
 
     None where the run was complete before. Raises Stopped after a signal or at the time limit, with
-    the state saved.
+    the state saved. `ready` is called once, when all that the user may have got wrong was checked.
     """
     stop = Stop(place.max_hours)
     world = find_world()
@@ -37,6 +40,7 @@ def train(recipe: Recipe, place: Place, console: Console) -> Scores | None:
         world.by_first(lambda: (check_folder(place), claim.take(place.output)))
         job = prepare(recipe, place, console if world.first else Console(quiet=True), world)
         state = start(job)
+        ready()
         world.by_first(lambda: claim.take(place.output))  # now that it is there
         try:
             scores = run(job, state, stop)
