@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +20,10 @@ from cspnet.cli.options import (
 )
 from cspnet.errors import RecipeError
 from cspnet.shell import command
+
+if TYPE_CHECKING:
+    from cspnet.evaluate import Scores
+    from cspnet.schema import Recipe
 
 Output = Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/RECIPE")]
 Passes = Annotated[
@@ -113,17 +117,21 @@ def train(
     console = Console(file=held, soft_wrap=True, markup=False, highlight=False)
     if is_first() and not quiet:
         console.print(text)
-    run(resolved, place, remarks_only(held) if quiet else console, held.release)
+    scores = run(resolved, place, remarks_only(held) if quiet else console, held.release)
     if is_first():
-        for line in _done(place.output, resolved.data.root):
+        for line in _done(resolved, place.output, scores):
             print(line)
 
 
-def _done(output: Path, root: str) -> list[str]:
-    """What to do with a run that is complete."""
+def _done(recipe: "Recipe", output: Path, scores: "Scores | None") -> list[str]:
+    """The result of a run that is complete, and what to do with it."""
     best = output / "checkpoints" / "best.pt"
+    evaluate = command("cspnet-eval", "--checkpoint", best, "--data", recipe.data.root)
     return [
-        f"done; evaluate: {command('cspnet-eval', '--checkpoint', best, '--data', root)}",
+        f"done; last validation: top-1 {scores.top1:.2f} %" if scores else "done",
+        *["best.pt is the best of several validations, selected on the same images"]
+        * (recipe.schedule.steps > recipe.evaluate.every),
+        f"evaluate: {evaluate}",
         f"a page about it: {command('cspnet', 'report', output)}",
     ]
 

@@ -46,9 +46,10 @@ def describe(run: Run, now: datetime | None = None) -> list[str]:
     top1 = run.validation["top1"]
     if run.best is not None:
         at = run.validation["step"]
+        best = f"{top1[run.best]:.2f} % at step {at[run.best]:,.0f}, selected on the same images"
         lines.append(
-            f"top-1       best {top1[run.best]:.2f} % at step {at[run.best]:,.0f}, "
-            f"last {top1[-1]:.2f} % at step {at[-1]:,.0f}"
+            f"top-1       last validation {top1[-1]:.2f} % at step {at[-1]:,.0f}"
+            + f"; best {best}" * run.selected
         )
     lines.append(f"last save   {_last_save(run.folder / 'checkpoints' / 'last.pt', now)}")
     return lines
