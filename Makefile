@@ -13,7 +13,7 @@ help:  ## show this list
 
 demo: .venv/ready  ## train on the embedded digits (minutes on two cores), then evaluate
 	$(BIN)/cspnet-train --recipe digits --output runs/demo --resume
-	$(BIN)/cspnet-eval --checkpoint runs/demo/checkpoints/best.pt --data digits
+	$(BIN)/cspnet-eval --checkpoint runs/demo/checkpoints/last.pt --data digits
 	$(BIN)/cspnet report runs/demo
 	@echo "next: open that page; $(BIN)/cspnet status runs/demo; $(BIN)/cspnet --help"
 

@@ -94,6 +94,17 @@ class RunOutput:
         self._file: io.TextIOBase | None = None
         self._waiting: list[str] = []  # lines from before there is a file
         self._reported_loss = False
+        self._held: list[tuple[str, str | None]] | None = None
+
+    def hold(self) -> None:
+        """Keeps what is printed from the console until `release`."""
+        self._held = []
+
+    def release(self) -> None:
+        """Prints what was kept; from now on nothing is."""
+        held, self._held = self._held or [], None
+        for text, style in held:
+            self._show(text, style)
 
     @property
     def is_terminal(self) -> bool:
@@ -105,8 +116,14 @@ class RunOutput:
         Names in it may hold any character: those that would act on a terminal are escaped.
         """
         text = printable(text, keep="\n")
-        self.console.print(text, style=style)
         self.log(text)
+        if self._held is None:
+            self._show(text, style)
+        else:
+            self._held.append((text, style))
+
+    def _show(self, text: str, style: str | None) -> None:
+        self.console.print(text, style=style)
         lost = getattr(self.console.file, "lost", None)
         if lost and not self._reported_loss:
             self._reported_loss = True

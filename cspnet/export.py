@@ -6,7 +6,6 @@ Every file is written beside its target and renamed: nothing half-written is lef
 import copy
 import json
 import os
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from cspnet.errors import CspnetError
 from cspnet.nets.darknet import FormatError, cfg_text, write_weights
 from cspnet.recipe import to_text
 from cspnet.schema import TIMM
+from cspnet.shell import command
 from cspnet.weights.darknet import NAMELESS_MARK, VIEW, VIEW_MARK
 from cspnet.weights.timm_code import timm_code
 from cspnet.weights.trained import Trained, permute_classes
@@ -201,8 +201,8 @@ def _darknet(trained: Trained, to: Path, cut: int | None) -> list[str]:
         view = " ".join(f"evaluate.{k}={getattr(trained.recipe.evaluate, k)}" for k in VIEW)
         cfg = f"{VIEW_MARK}{view}\n{cfg_text(net, trained.recipe.data.size)}"
         files[to.with_suffix(".cfg")] = cfg.encode()
-        data_and_cfg = (_quoted(to.with_suffix(suffix)) for suffix in (".data", ".cfg"))
-        remarks.append(f"darknet classifier predict {' '.join(data_and_cfg)} {_quoted(to)}")
+        files_of_it = (to.with_suffix(".data"), to.with_suffix(".cfg"), to)
+        remarks.append(command("darknet", "classifier", "predict", *files_of_it))
     for path, content in reversed(files.items()):  # the weights last: they are what one looks for
         _replace(path, lambda temporary, content=content: _write(temporary, content))
     return remarks
@@ -248,11 +248,6 @@ def _require_lines(labels: list[str]) -> None:
                 f"the class name {label!a} cannot be a line of .labels. --cut N writes a "
                 "backbone without classes; .safetensors and .onnx take any name"
             )
-
-
-def _quoted(path: Path) -> str:
-    """A path as an argument in a shell, for people."""
-    return shlex.quote(str(path)) if str(path).isprintable() else printable(str(path))
 
 
 def _write(path: Path, content: bytes) -> None:

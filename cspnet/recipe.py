@@ -15,23 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from cspnet.aliases import hint, last_part, spell
 from cspnet.errors import RecipeError
 from cspnet.schema import IDLE, OFF, STAGES, TIMM, Recipe
 
-# What other trainers call some of the fields.
-ELSEWHERE = {
-    "lr": "optim.learning_rate",
-    "wd": "optim.weight_decay",
-    "epochs": "schedule.steps",
-    "iterations": "schedule.steps",
-    "max_batches": "schedule.steps",
-    "burn_in": "schedule.warmup_steps",
-    "batch_size": "batch",
-    "image_size": "data.size",
-    "img_size": "data.size",
-    "imgsz": "data.size",
-    "label_smoothing": "loss.smoothing",
-}
+OVERRIDE = "override: "  # begins the problems of the command line; those of a file, its path
 
 
 def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -94,7 +82,7 @@ def load(path: Path | None, overrides: list[str], root: str | None = None) -> Re
         OmegaConf.set_readonly(config[section] if section else config, False)
     _merge(config, in_file, f"{path}: ", problems)
     file_recipe = _build(config, []) if not problems else None
-    _merge(config, on_line, "override: ", problems)
+    _merge(config, on_line, OVERRIDE, problems)
     recipe = _build(config, problems)
     if recipe is not None:
         problems += _out_of_range(recipe)
@@ -102,7 +90,7 @@ def load(path: Path | None, overrides: list[str], root: str | None = None) -> Re
     if recipe is not None and file_recipe is not None:
         # An override may idle what the file says, but nothing may be idle in its own company.
         problems += _idle(file_recipe, [key for key, _ in in_file], f"{path}: ")
-        problems += _idle(recipe, [key for key, _ in on_line], "override: ")
+        problems += _idle(recipe, [key for key, _ in on_line], OVERRIDE)
     if problems:
         text = "".join(f"\n  - {problem}" for problem in dict.fromkeys(problems))
         raise RecipeError(f"the recipe cannot be used:{text}")
@@ -188,9 +176,14 @@ def _merge(
     sections = {key.rpartition(".")[0] for key in known}
     for key, value in pairs:
         if key in sections - {""}:
-            problems.append(f"{origin}{key} is a section: give {key}.KEY, not a value of its own")
+            text = hint(key, spell(value)) if origin == OVERRIDE else ""
+            problems.append(
+                f"{origin}{key} is a section: give {key}.KEY, not a value of its own"
+                + (f"; {text}" if text else "")
+            )
         elif key not in known:
-            problems.append(f"{origin}unknown key {key!r}.{_nearest(key, known)}")
+            given = spell(value) if origin == OVERRIDE else None
+            problems.append(f"{origin}unknown key {key!r}{_instead(key, given, known)}")
         else:
             try:
                 OmegaConf.update(config, key, value)
@@ -207,19 +200,28 @@ def _merge(
                 problems.append(f"{origin}{key}: {reason}")
 
 
-def _nearest(key: str, known: list[str]) -> str:
-    section, _, leaf = key.rpartition(".")
-    if leaf in ELSEWHERE:
-        return f" Did you mean {ELSEWHERE[leaf]!r}?"
-    same_leaf = [k for k in known if k.rpartition(".")[2] == leaf]
+def _instead(key: str, given: str | None, known: list[str]) -> str:
+    """What an unknown key most likely stands for; `given` is its value in an override."""
+    if text := hint(key, given):
+        return f"; {text}"
+    near = nearest(key, known)
+    if near:
+        meant = " or ".join(f"'{k}'" if given is None else f"'{k}={given}'" for k in near)
+        return f". Did you mean {meant}?"
+    section = key.rpartition(".")[0]
+    here = [k for k in known if section and k.startswith(f"{section}.")]
+    return f". Known there: {', '.join(here)}." if here else ""
+
+
+def nearest(key: str, known: list[str]) -> list[str]:
+    """The known keys that a misspelt one may stand for: of the same last part, or spelt alike."""
+    same_leaf = [k for k in known if last_part(k) == last_part(key)]
     near = same_leaf or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not near:
-        by_leaf = {k.rpartition(".")[2]: k for k in known}
-        near = [by_leaf[m] for m in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)]
-    if near:
-        return f" Did you mean {near[0]!r}?"
-    here = [k for k in known if section and k.startswith(f"{section}.")]
-    return f" Known there: {', '.join(here)}." if here else ""
+        by_leaf = {last_part(k): k for k in known}
+        close = difflib.get_close_matches(last_part(key), by_leaf, n=1, cutoff=0.7)
+        near = [by_leaf[name] for name in close]
+    return near
 
 
 def _build(config: DictConfig, problems: list[str]) -> Recipe | None:

@@ -160,7 +160,8 @@ class Recipe:
     # Images of an optimizer step, and of a group: BatchNorm and mixing never look past a group.
     batch: int = within(128, 2)
     group: int = within(32, 2)
-    # "auto": fp16 on compute capability 7.x, bf16 from 8.0 on, fp32 on a CPU.
+    # "auto": bf16 from compute capability 8.0 on, fp16 on 7.x, fp32 below, on Turing cards without
+    # tensor cores (GTX 16) and on a CPU.
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     # Steps between two lines of metrics, and between two saves.
     log_every: int = within(50, 1)

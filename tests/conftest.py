@@ -70,7 +70,9 @@ def process():
             timeout=timeout,
             capture_output=True,
             text=True,
-            env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "COLUMNS": "200"} | HIDDEN,
+            env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+            | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+            | HIDDEN,
             **options,
         )
 

@@ -8,7 +8,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "cspnet"
 # Rooms by height; a module may import what stands lower, and its neighbours of the same room.
 HEIGHTS = [
-    ["display"],
+    ["display", "shell"],
+    ["aliases"],
     ["errors", "console"],
     ["schema"],
     ["recipe"],
@@ -79,6 +80,7 @@ def test_data_and_nets_know_nothing_of_each_other():
                 here,
                 "display",
                 "errors",
+                "shell",
                 "schema",
                 "recipe",
             }

@@ -93,7 +93,7 @@ def test_train_py_hands_over(tmp_path):
     [
         (["--recipe", "digitz"], "Did you mean 'digits'"),
         (["--recipe", "no/such.yaml"], "there is no recipe 'no/such.yaml'"),
-        (["-r", "digits", "optim.learning_rte=1"], "Did you mean 'optim.learning_rate'"),
+        (["-r", "digits", "optim.learning_rte=1"], "Did you mean 'optim.learning_rate=1'"),
         (["-r", "cifar10", "--data", "nowhere"], "data folder nowhere does not exist"),
         (["-r", "digits", "--device", "gpu"], "must be auto, cpu, cuda or cuda:N"),
         (["-r", "digits", "--device", "cuda:99"], "CUDA devices to torch"),
@@ -105,7 +105,7 @@ def test_train_py_hands_over(tmp_path):
         (["-r", "digits", "precision=fp16", "--device", "cpu"], "precision is fp16"),
         (["-r", "digits", "--output", "file"], "is a file: name a folder"),
         (["--resume"], "no recipe: give --recipe NAME"),
-        (["-r", "digits", "--learning-rate", "1"], "No such option"),
+        (["-r", "digits", "--learning-rate", "1"], "recipe field: optim.learning_rate=1"),
     ],
 )
 def test_wrong_use_of_train(command, tmp_path, arguments, told):
@@ -114,6 +114,7 @@ def test_wrong_use_of_train(command, tmp_path, arguments, told):
     assert done.returncode == 2
     message = re.sub(r"[\s│]+", " ", done.stderr)
     assert told in message and "Traceback" not in done.stderr
+    assert done.stdout == ""
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "precious"
 

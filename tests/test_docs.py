@@ -40,3 +40,58 @@ def test_a_quoted_message_is_in_the_source(cell):
 
 def test_the_table_is_not_empty():
     assert len(ROWS) > 60
+
+
+def paragraphs():
+    """Texts for users by paragraph: documents, headers of recipes, docstrings, the Makefile."""
+    files = [ROOT / "README.md", ROOT / "Makefile", ROOT / "data" / "README.md"]
+    files += [path for path in (ROOT / "docs").glob("*.md") if path.name != "results.md"]
+    files += [*(ROOT / "recipes").glob("*.yaml"), *(ROOT / "cspnet").rglob("*.py")]
+    for path in files:
+        for paragraph in re.split(r"\n(?:#?\s*\n)+", path.read_text()):
+            yield path, paragraph
+
+
+def test_examples_use_the_recipe_whose_accuracy_is_published():
+    """cspdarknet53 has 8,000,000 steps: where it is named, its predicted duration is beside it."""
+    card = re.compile(
+        r"(?:--recipe|-r|-c)[ =]cspdarknet53(?:\.yaml)?(?![-\w.])|runs/cspdarknet53(?![-\w])"
+    )
+    listed = {"README.md", "recipes.md", "cspdarknet53.yaml"}
+    for path, paragraph in paragraphs():
+        if card.search(paragraph):
+            assert path.name in listed, f"{path.name}: {paragraph}"
+            header = path.suffix == ".yaml" or "predict" in paragraph
+            assert header and "32 to 42 days" in path.read_text(), paragraph
+    assert "cspnet-train --recipe cspdarknet53.yaml" in (ROOT / "README.md").read_text()
+
+
+def test_the_predicted_duration_is_the_forecast():
+    from cspnet import recipe as recipes
+    from cspnet.train.forecast import find_card, forecast
+
+    def days(name):
+        recipe = recipes.load(recipes.find(name), [])
+        return [round(s / 86400) for s in forecast(recipe, find_card("rtx2070"), 1000).seconds]
+
+    assert days("cspdarknet53") == [32, 42] and days("cspdarknet53-omega") == [5, 6]
+
+
+def test_the_systemd_unit_knows_our_exit_codes():
+    import configparser
+    import shlex
+
+    from cspnet import recipe as recipes
+    from cspnet.errors import CspnetError, RecipeError, Stopped
+
+    text = (ROOT / "docs" / "resuming.md").read_text()
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.optionxform = str
+    unit.read_string(re.search(r"^```ini\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[1])
+    service = unit["Service"]
+    assert service["RestartForceExitStatus"] == str(Stopped.exit_code)
+    assert service["SuccessExitStatus"] == str(Stopped.exit_code)
+    never = {CspnetError.exit_code, RecipeError.exit_code}
+    assert {int(code) for code in service["RestartPreventExitStatus"].split()} == never
+    words = shlex.split(service["ExecStart"])
+    assert "--resume" in words and recipes.find(words[words.index("--recipe") + 1])

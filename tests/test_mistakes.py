@@ -25,10 +25,27 @@ MISTAKES = [
     ("cspnet --recipe digits", "No such option: --recipe"),
     ("cspnet train --recpe digits", "No such option: --recpe (Possible options: --force, --recipe"),
     ("cspnet-train --recipes digits", "No such option: --recipes"),
-    (f"{TRAIN} --epochs 3", "No such option: --epochs"),
-    (f"{TRAIN} --lr 0.1", "No such option: --lr"),
-    (f"{TRAIN} --batch-size 64", "No such option: --batch-size"),
-    (f"{TRAIN} --resume-from run", "No such option: --resume-from"),
+    (
+        f"{TRAIN} --epochs 3",
+        "no such option: --epochs; the length of a run is counted in optimizer",
+    ),
+    (f"{TRAIN} --epochs 3", "schedule.steps=N with N = 3 × training images / batch"),
+    (
+        f"{TRAIN} --lr 0.1",
+        "no such option: --lr; the learning rate is a recipe field: optim.learnin",
+    ),
+    (
+        f"{TRAIN} --batch-size 64",
+        "no such option: --batch-size; the batch size is a recipe field: b",
+    ),
+    (f"{TRAIN} --resume-from run", "no such option: --resume-from; here it is --resume with"),
+    (f"{TRAIN} --data-dir data", "no such option: --data-dir; here it is --data data"),
+    (f"{TRAIN} --no-such-thing", "No such option: --no-such-thing"),
+    ("cspnet plan --recipe digits --lr=1", "no such option: --lr; the learning rate"),
+    (
+        f"{PREVIEW} --imgsz 64",
+        "no such option: --imgsz; the image size is a recipe field: data.size=64",
+    ),
     ("cspnet-train --recipe", "Option '--recipe' requires an argument"),
     ("cspnet-train digits", "no recipe: give --recipe NAME"),
     ("cspnet-train --data data", "no recipe: give --recipe NAME"),
@@ -50,12 +67,17 @@ MISTAKES = [
     ("cspnet-train --recipe empty.yaml", "empty.yaml is empty"),
     ("cspnet-train --recipe wrong.yaml", "unknown key 'learning_rate'. Did you mean 'optim.lear"),
     # Overrides
-    (f"{TRAIN} schedule.step=100", "unknown key 'schedule.step'. Did you mean 'schedule.steps'?"),
-    (f"{TRAIN} steps=100", "unknown key 'steps'. Did you mean 'schedule.steps'?"),
-    (f"{TRAIN} learning_rate=0.1", "Did you mean 'optim.learning_rate'?"),
-    (f"{TRAIN} epochs=90", "unknown key 'epochs'. Did you mean 'schedule.steps'?"),
-    (f"{TRAIN} batch_size=64", "unknown key 'batch_size'. Did you mean 'batch'?"),
-    (f"{TRAIN} optim.lr=0.1", "unknown key 'optim.lr'. Did you mean 'optim.learning_rate'?"),
+    (f"{TRAIN} schedule.step=100", "'schedule.step'. Did you mean 'schedule.steps=100'?"),
+    (f"{TRAIN} steps=100", "unknown key 'steps'. Did you mean 'schedule.steps=100'?"),
+    (f"{TRAIN} learning_rate=0.1", "Did you mean 'optim.learning_rate=0.1'?"),
+    (f"{TRAIN} epochs=90", "unknown key 'epochs'; the length of a run is counted in optimizer st"),
+    (f"{TRAIN} schedule.epochs=90", "schedule.steps=N with N = 90 × training images / batch"),
+    (
+        f"{TRAIN} batch_size=64",
+        "unknown key 'batch_size'; the batch size is a recipe field: batch=64",
+    ),
+    (f"{TRAIN} optim.lr=0.1", "the learning rate is a recipe field: optim.learning_rate=0.1"),
+    (f"{TRAIN} model=darknet53", "the network is a recipe field: model.name=darknet53"),
     (f"{TRAIN} batch", "'batch' is not of the form section.key=value"),
     (f"{TRAIN} batch = 64", "'batch' is not of the form section.key=value"),
     (f"{TRAIN} model=darknet53", "model is a section: give model.KEY"),
@@ -132,6 +154,7 @@ MISTAKES = [
     (f"{TRAIN} --device mps", "must be auto, cpu, cuda or cuda:N"),
     (f"{EVAL} --data digits --device gpu", "--device gpu: must be"),
     (f"{TRAIN} --workers -1", "--workers -1: must be 0"),
+    (f"{EVAL} --data digits --workers -1", "--workers -1: must be 0"),
     (f"{TRAIN} --workers many", "Invalid value for '--workers'"),
     (f"{TRAIN} --passes 0", "--passes 0: a step has 2 groups"),
     (f"{TRAIN} --passes 99", "--passes 99: a step has 2 groups"),
@@ -241,10 +264,12 @@ def test_a_mistake_is_told(home, line, told, capsys, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     before = listing(home)
     assert call(line) == 2
-    errors = capsys.readouterr().err
+    output, errors = capsys.readouterr()
+    assert output == "", "the error comes before any other output"
     assert "Traceback" not in errors
     message = re.sub(r"[\s│]+", " ", errors)
     assert told in message, message
+    assert not re.search(r"(?<!\.)\.\.(?![./])", message), "two full stops"
     # One box of the command line's parser, or one message of ours.
     assert len(re.findall(r"^(?:error: |╭─ Error)", errors, re.MULTILINE)) == 1
     assert listing(home) == before, "something was written"

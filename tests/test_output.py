@@ -1,6 +1,8 @@
 """Output that nobody reads, that cannot be encoded, or that was never open."""
 
+import io
 import os
+import re
 import subprocess
 import sys
 
@@ -39,9 +41,8 @@ def test_a_run_survives_the_reader_of_its_output(tmp_path):
     assert numbers(metrics(tmp_path / "cut")) == numbers(metrics(tmp_path / "whole"))
     log = (tmp_path / "cut" / "train.log").read_text()
     assert "standard output cannot be written any more (Broken pipe)" in log
-    assert [line.split()[3] for line in log.splitlines() if line.split()[2] == "step"] == [
-        str(step) for step in range(1, 13)
-    ]
+    logged = re.findall(r"^\S+ \S+ step (\d+) ", log, re.MULTILINE)
+    assert list(map(int, logged)) == list(range(1, 13))
     assert "validation at step 12" in log and "validation at step 12" in output
 
 
@@ -97,6 +98,19 @@ def test_the_stream_of_a_lost_pipe_drops_its_text():
         for _ in range(3):
             print("text", file=stream, flush=True)
         assert stream.lost == "Broken pipe"
+
+
+def test_held_output_comes_in_order_once_it_is_released():
+    from rich.console import Console
+
+    stream = io.StringIO()
+    output = RunOutput(Console(file=stream))
+    output.hold()
+    output.print("one")
+    assert stream.getvalue() == ""
+    output.release()
+    output.print("two")
+    assert stream.getvalue() == "one\ntwo\n"
 
 
 def test_a_log_that_cannot_be_written_is_no_error(tmp_path):

@@ -31,7 +31,7 @@ EXCEPT = {
 ELSEWHERE = {
     *("--install-completion", "--local-dir", "--repo-type", "--index-url"),
     *("--nproc-per-node", "--max-restarts", "--no-python", "--dereference", "--hard-dereference"),
-    "--shm-size",
+    *("--shm-size", "--now", "--lr"),
 }
 
 

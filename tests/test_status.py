@@ -59,7 +59,8 @@ def test_a_run_that_goes_on(tmp_path):
     assert "running since" in text and "last written to 0:01:00 ago" in text
     assert "step        500 of 1,000 (50.0%), loss 2.5000" in text
     assert "67 images/s, 25% of the time waiting for images; 0:01:15 left" in text  # 5,000 images
-    assert "best 61.50 % at step 200, last 55.25 % at step 500" in text
+    last = "last validation 55.25 % at step 500"
+    assert f"{last}; best 61.50 % at step 200, selected on the same images" in text
     assert "last save   none yet" in text
 
 
@@ -135,8 +136,11 @@ def test_a_real_run_is_read_by_the_command(tmp_path, process, command):
     small = ("schedule.steps=3", "model.width=0.125", "log_every=1")
     done = process("main_train", "--quiet", "--recipe", "digits", "--output", run, *small)
     assert done.returncode == 0 and done.stderr == ""
-    assert done.stdout.splitlines() == [
-        f"done; evaluate: cspnet-eval --checkpoint {run}/checkpoints/best.pt --data digits",
+    score, *rest = done.stdout.splitlines()
+    top1 = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["top1"]
+    assert score == f"done; last validation: top-1 {top1:.2f} %"
+    assert rest == [
+        f"evaluate: cspnet-eval --checkpoint {run}/checkpoints/best.pt --data digits",
         f"a page about it: cspnet report {run}",
     ]
     done = command("main", "status", run)

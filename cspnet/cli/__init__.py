@@ -14,6 +14,7 @@ import typer
 
 from cspnet import __version__
 from cspnet.cli.datasets import check, data, index, pack
+from cspnet.cli.hints import RecipeCommand
 from cspnet.cli.options import is_first, restarts
 from cspnet.cli.planning import plan, status
 from cspnet.cli.reports import compare, report
@@ -22,15 +23,33 @@ from cspnet.cli.training import preview, train
 from cspnet.console import configure_streams
 from cspnet.errors import CspnetError, Stopped
 
+COMMANDS = {
+    "train": train,
+    "eval": evaluate,
+    "predict": predict,
+    "data": data,
+    "check": check,
+    "index": index,
+    "pack": pack,
+    "plan": plan,
+    "status": status,
+    "preview": preview,
+    "export": export,
+    "report": report,
+    "compare": compare,
+}
+WITH_RECIPE = ("train", "plan", "preview")  # those that take overrides of a recipe
 
-def _app(*commands: tuple[str, object]) -> typer.Typer:
+
+def _app(*names: str) -> typer.Typer:
     app = typer.Typer(
         pretty_exceptions_enable=False,
         no_args_is_help=True,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    for name, command in commands:
-        app.command(name, no_args_is_help=True)(command)
+    for name in names:
+        kind = RecipeCommand if name in WITH_RECIPE else None
+        app.command(name, cls=kind, no_args_is_help=True)(COMMANDS[name])
     return app
 
 
@@ -102,30 +121,16 @@ def _discard_output() -> None:
 
 def main() -> None:
     """The command `cspnet`."""
-    app = _app(
-        ("train", train),
-        ("eval", evaluate),
-        ("predict", predict),
-        ("data", data),
-        ("check", check),
-        ("index", index),
-        ("pack", pack),
-        ("plan", plan),
-        ("status", status),
-        ("preview", preview),
-        ("export", export),
-        ("report", report),
-        ("compare", compare),
-    )
+    app = _app(*COMMANDS)
     app.callback()(_options)
     _run(app)
 
 
 def main_train() -> None:
     """The command `cspnet-train`."""
-    _run(_app(("train", train)))
+    _run(_app("train"))
 
 
 def main_eval() -> None:
     """The command `cspnet-eval`."""
-    _run(_app(("eval", evaluate)))
+    _run(_app("eval"))

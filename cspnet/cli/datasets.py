@@ -12,6 +12,7 @@ import typer
 from cspnet.cli.options import Workers, complete_data, require_folder, write_text
 from cspnet.display import printable
 from cspnet.errors import RecipeError
+from cspnet.shell import command
 
 
 def data(
@@ -42,7 +43,8 @@ def data(
     with _progress(name) as progress:
         new = fetch(name, to, archives, lambda line: print(line, flush=True), progress)
     state = "ready" if new else "there already, nothing to do"
-    print(printable(f"{to}: train/ and val/ are {state}; look at it: cspnet check {to}"))
+    look = command("cspnet", "check", to)
+    print(f"{printable(str(to))}: train/ and val/ are {state}; look at it: {look}")
 
 
 def check(

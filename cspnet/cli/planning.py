@@ -30,7 +30,7 @@ def plan(
     data: DataRoot = None,
     gpu: Annotated[
         str | None,
-        typer.Option(help="Predict for a card that is not here: rtx2070, rtx3090, h100 …"),
+        typer.Option(help="Predict for a card that is not here: rtx2070, rtx3090, h100 ..."),
     ] = None,
     output: Output = None,
     device: Device = "auto",
@@ -45,7 +45,7 @@ def plan(
         Path | None, typer.Option("--json", help="Write all figures to this file; - is stdout.")
     ] = None,
 ) -> None:
-    """Will it fit, when is it done, what holds it up? cspnet plan --recipe cspdarknet53 --data DIR
+    """Will it fit, when is it done, what holds it up? cspnet plan --recipe cspdarknet53-omega
 
     From some real steps on this machine, in a folder that is removed again. With --gpu, a
     prediction from counted bytes and the card's data sheet; no step is run and no data needed.
@@ -90,7 +90,7 @@ def plan(
 def status(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)],
 ) -> None:
-    """How far is it? cspnet status runs/cspdarknet53
+    """How far is it? cspnet status runs/cspdarknet53-omega
 
     Step, speed, time left, best top-1, last save; it reads the run folder only, from any terminal.
     The exit code is 0 where the run is running or complete, 75 where it was stopped after a save, 1

@@ -32,7 +32,7 @@ def report(
         bool, typer.Option("--record-only", help="Evaluate nothing: the curves and the history.")
     ] = False,
 ) -> None:
-    """All about a run on one page: cspnet report runs/cspdarknet53
+    """All about a run on one page: cspnet report runs/cspdarknet53-omega
 
     The page, report.html, needs no network and no other file; PNGs of its pictures lie beside it. A
     run may be going on. It is evaluated once on its validation images; without these, or without a
@@ -46,7 +46,7 @@ def report(
     found = read_run(run)
 
     from cspnet.report.publish import publish, require_place
-    from cspnet.report.verdict import judge
+    from cspnet.report.verdict import judge, selection
 
     folder = out or run / "report"
     require_place(folder)
@@ -67,6 +67,8 @@ def report(
             f"{verdict.checkpoint}, step {verdict.step:,}: top-1 {scores.top1:.2f} %  "
             f"top-5 {scores.top5:.2f} %  loss {scores.loss:.4f}  {scores.images:,} images"
         )
+        if told := selection(found, verdict):
+            console.print(told)
     print(publish(found, verdict, remarks, folder))
 
 
@@ -76,7 +78,7 @@ def compare(
     ],
     out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("compare.png"),
 ) -> None:
-    """Runs beside each other: cspnet compare runs/cspdarknet53 runs/cspdarknet53-sat
+    """Runs beside each other: cspnet compare runs/cspdarknet53-omega runs/cspdarknet53-sat
 
     How far and how good each is, the fields in which their recipes differ, and their curves in one
     picture.
@@ -91,6 +93,11 @@ def compare(
     # As wide as it comes: nothing is cut off, in a narrow terminal nor in a pipe.
     console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False, width=100_000)
     console.print(overview(found))
+    if any(run.selected for run in found):
+        console.print(
+            "best top-1: the best of a run's validations, selected on the images that it is "
+            "reported on; the last one was not selected"
+        )
     console.print()
     different = differing(found)
     console.print(different if different else "The recipes are the same.")

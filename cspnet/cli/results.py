@@ -49,6 +49,7 @@ def evaluate(
 
     world = find_world()
     where = find_device(device, world)
+    workers = find_workers(workers, where, world)
     require_folder("--json", json_file)
     if data != DIGITS:
         give = f"Give one with --data DIR; --data {DIGITS} needs none"
@@ -73,7 +74,7 @@ def evaluate(
             source,
             recipe,
             precision,
-            find_workers(workers, where, world),
+            workers,
             batch,
             progress=lambda images: bar.update(task, completed=images),
             world=world,

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +20,11 @@ from cspnet.cli.options import (
     restarts,
 )
 from cspnet.errors import RecipeError
+from cspnet.shell import command
+
+if TYPE_CHECKING:
+    from cspnet.evaluate import Scores
+    from cspnet.schema import Recipe
 
 Output = Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/RECIPE")]
 Passes = Annotated[
@@ -72,7 +77,7 @@ def train(
         bool, typer.Option("--check", help="Print the resolved recipe and touch nothing.")
     ] = False,
 ) -> None:
-    """Train by a recipe: cspnet-train --recipe cspdarknet53 --data DIR [schedule.steps=1000 …]"""
+    """Train by a recipe: cspnet-train --recipe cspdarknet53-omega --data DIR [KEY=VALUE ...]"""
     from cspnet import recipe as recipes
     from cspnet.console import survive_lost_output
 
@@ -92,13 +97,15 @@ def train(
             "no recipe: give --recipe NAME (or --resume with the --output of an earlier run)"
         )
     resolved = recipes.load(path, overrides or [], data)
-    if is_first() and (check or not quiet):
-        print(f"# resolved recipe, from {path}\n{recipes.to_text(resolved)}", flush=True)
+    text = f"# resolved recipe, from {path}\n{recipes.to_text(resolved)}"
     if check:
+        if is_first():
+            print(text)
         return
 
     from rich.console import Console
 
+    from cspnet.console import RunOutput
     from cspnet.train.loop import train as run
     from cspnet.train.runtime import Place
 
@@ -115,11 +122,26 @@ def train(
         stop_when_full=stop_when_full,
     )
     console = Console(soft_wrap=True, markup=False, highlight=False)
-    run(resolved, place, remarks_only() if quiet else console)
-    best = place.output / "checkpoints" / "best.pt"
+    run_output = RunOutput(remarks_only() if quiet else console)
+    run_output.hold()  # an error that is found while the run is set up is printed alone
+    run_output.print(text)
+    scores = run(resolved, place, run_output)
     if is_first():
-        print(f"done; evaluate: cspnet-eval --checkpoint {best} --data {resolved.data.root}")
-        print(f"a page about it: cspnet report {place.output}")
+        for line in _done(resolved, place.output, scores):
+            print(line)
+
+
+def _done(recipe: "Recipe", output: Path, scores: "Scores | None") -> list[str]:
+    """The result of a run that is complete, and what to do with it."""
+    best = output / "checkpoints" / "best.pt"
+    evaluate = command("cspnet-eval", "--checkpoint", best, "--data", recipe.data.root)
+    return [
+        f"done; last validation: top-1 {scores.top1:.2f} %" if scores else "done",
+        *["best.pt is the best of several validations, selected on the same images"]
+        * (recipe.schedule.steps > recipe.evaluate.every),
+        f"evaluate: {evaluate}",
+        f"a page about it: {command('cspnet', 'report', output)}",
+    ]
 
 
 def recorded_root(run: Path) -> str | None:
@@ -155,7 +177,7 @@ def preview(
     labels: Labels = None,
     class_order: ClassOrder = None,
 ) -> None:
-    """Draw what the net gets: cspnet preview --recipe cspdarknet53 --data DIR --out preview.png
+    """Draw what the net gets: cspnet preview --recipe cspdarknet53-omega --data DIR
 
     The very images of the step's first group, each with its label mixture; rows before and after
     the attack, where the recipe has one; and the schedules, in a second picture beside it.

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from cspnet.data import layout
 from cspnet.data.layout import KNOWN
+from cspnet.display import sentence
 from cspnet.errors import DataError, RecipeError
 
 PARTS = ("train", "val")
@@ -61,7 +62,8 @@ def fetch(name: str, to: Path, archives: Path | None, tell: Tell, progress: Prog
         ) from None
     except OSError as error:
         raise DataError(
-            f"{to} could not be completed: {error}. Put it right, and the same command goes on."
+            f"{to} could not be completed: {sentence(error)} Put it right, and the same command "
+            "goes on."
         ) from None
     finally:
         for folder in made:
@@ -268,10 +270,11 @@ def _obtain(url: str, md5: str, folder: Path, tell: Tell) -> Path:
             download_url(url, scratch, archive.name, md5)
         (scratch / archive.name).replace(archive)
     except (OSError, RuntimeError) as error:
+        reason = sentence(getattr(error, "reason", error))
         raise DataError(
-            f"{url} cannot be downloaded: {getattr(error, 'reason', error)}. Download it elsewhere "
-            f"(its md5 is {md5}), put it into {folder} as {archive.name}, and run the same command "
-            "again: it goes on from there, without the network."
+            f"{url} cannot be downloaded: {reason} Download it elsewhere (its md5 is {md5}), put "
+            f"it into {folder} as {archive.name}, and run the same command again: it goes on from "
+            "there, without the network."
         ) from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

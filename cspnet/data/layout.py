@@ -15,6 +15,7 @@ from cspnet.data.roots import PARTS, VALIDATION
 from cspnet.data.tree import SUFFIXES, class_folders, entries, folders, has_own_images, is_image
 from cspnet.display import printable
 from cspnet.schema import DIGITS
+from cspnet.shell import command
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar")
 # Data sets that `cspnet data` makes, and how many classes they have.
@@ -44,7 +45,7 @@ def no_folder(path: Path, give: str = GIVE) -> str:
     """For a path that is given as a data folder and is none; `give` says what to give instead."""
     advice = f"{give}."
     if path.name in KNOWN:
-        advice += f" `cspnet data {path.name} --to DIR` makes it."
+        advice += f" `{command('cspnet', 'data', path.name, '--to', 'DIR')}` makes it."
     what = "is a file"
     try:
         os.stat(path)
@@ -101,7 +102,7 @@ def _instead(folder: Path, names: tuple[str, ...], alike: tuple[str, ...]) -> st
     if packed:
         how = "."
         if any(name.startswith("ILSVRC2012") for name in packed):
-            how = f", with `cspnet data imagenet --to {folder}`."
+            how = f", with `{command('cspnet', 'data', 'imagenet', '--to', folder)}`."
         return f"It holds {some(packed, 'archive')}: unpack{how}"
     return f"{HOLDS}; found there: {listing(folder)}"
 

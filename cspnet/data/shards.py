@@ -25,6 +25,7 @@ from cspnet.data.members import Image, Unfit
 from cspnet.data.roots import PARTS
 from cspnet.display import printable
 from cspnet.errors import DataError
+from cspnet.shell import command
 
 VERSION = 1
 MAX_BYTES = 2**30  # of an image: more is none, and would only fill the memory
@@ -231,7 +232,7 @@ def _open_index(tars: Tars, save: bool, again: bool, progress: Callable[[int, in
             _say(f"{tars.index} is not of these tar files as they are now: made anew")
         _say(
             f"{tars.where}: reading the headers of its tar files ({len(tars.files):,}); "
-            f"`cspnet index {tars.index.parent}` does it once for all starts"
+            f"`{command('cspnet', 'index', tars.index.parent)}` does it once for all starts"
         )
     index = _make(tars, stamp, progress)
     if save:

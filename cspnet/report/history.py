@@ -88,6 +88,11 @@ class Run:
         return int(np.nanargmax(top1)) if np.isfinite(top1).any() else None
 
     @property
+    def selected(self) -> bool:
+        """Whether the best validation was selected from several: its top-1 is then optimistic."""
+        return int(np.isfinite(self.validation["top1"]).sum()) > 1
+
+    @property
     def device(self) -> str:
         return str(self.environment.get("gpu") or self.environment.get("device") or "unknown")
 

@@ -19,7 +19,7 @@ from cspnet.data.loader import Batch
 from cspnet.data.sources import Source, display_names
 from cspnet.data.supervision import WorkerMonitor
 from cspnet.data.worker import cores
-from cspnet.display import from_line, printable, to_line
+from cspnet.display import from_line, printable, sentence, to_line
 from cspnet.errors import DataError, SaveError
 from cspnet.evaluate import Scores
 from cspnet.report.board import Board
@@ -188,8 +188,8 @@ class Report:
     def unsaved(self, error: SaveError) -> None:
         """After a save that failed, and that the run goes on without."""
         self.console.print(
-            f"NOT SAVED at step {self.state.step:,}: {error}. The run goes on and tries again at "
-            "the next save: free some space.",
+            f"NOT SAVED at step {self.state.step:,}: {sentence(error)} The run goes on and tries "
+            "again at the next save: free some space.",
             style="bold red",
         )
 

@@ -23,7 +23,7 @@ from cspnet.report.history import STOPS, Run, periods
 from cspnet.report.mistakes import percent, to_jpeg
 from cspnet.report.origins import notes, sources
 from cspnet.report.style import STYLE
-from cspnet.report.verdict import Verdict
+from cspnet.report.verdict import Verdict, selection
 
 ROWS = 2000  # of the table of classes, at most: the worst
 # Whatever a name might smuggle in: nothing is fetched, nothing is run.
@@ -98,10 +98,11 @@ def _summary(run: Run, verdict: Verdict | None) -> str:
     training, validation = run.training, run.validation
     cards = [("state", state(run)), ("steps done", f"{run.step:,} of {run.steps:,}")]
     if run.best is not None:
-        step = int(validation["step"][run.best])
-        cards.append(("best top-1", f"{validation['top1'][run.best]:.2f} % at step {step:,}"))
         last = int(validation["step"][-1])
         cards.append(("last top-1", f"{validation['top1'][-1]:.2f} % at step {last:,}"))
+        step = int(validation["step"][run.best])
+        best = f"{validation['top1'][run.best]:.2f} % at step {step:,}"
+        cards.append(("best top-1", best + ", selected on the same images" * run.selected))
     for title, name, form in (
         ("last training loss", "loss", "{:.4f}"),
         ("median speed", "images_per_second", "{:,.0f} images/s"),
@@ -123,7 +124,7 @@ def _summary(run: Run, verdict: Verdict | None) -> str:
             f"<p>Evaluated for this report: {escape(verdict.checkpoint)}, step {verdict.step:,}, "
             f"{'averaged' if verdict.averaged else 'raw'} weights, on {escape(verdict.data)}: "
             f"<b>top-1 {scores.top1:.2f} %</b>, top-5 {scores.top5:.2f} %, loss "
-            f"{scores.loss:.4f}, {scores.images:,} images.</p>"
+            f"{scores.loss:.4f}, {scores.images:,} images. {escape(selection(run, verdict))}</p>"
         )
     return text
 

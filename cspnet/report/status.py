@@ -1,7 +1,6 @@
 """Where a run stands, from its folder alone: another terminal may ask while it goes on."""
 
 import platform
-import shlex
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from cspnet.errors import RecipeError
 from cspnet.report.history import ENDS, Run
 from cspnet.report.outlook import seconds_left, spell, when
 from cspnet.schema import Recipe
+from cspnet.shell import command
 from cspnet.train.lock import is_locked
 
 LINES = 10  # of the record, from which its present speed is told
@@ -49,9 +49,10 @@ def describe(run: Run, now: datetime | None = None) -> list[str]:
     top1 = run.validation["top1"]
     if run.best is not None:
         at = run.validation["step"]
+        best = f"{top1[run.best]:.2f} % at step {at[run.best]:,.0f}, selected on the same images"
         lines.append(
-            f"top-1       best {top1[run.best]:.2f} % at step {at[run.best]:,.0f}, "
-            f"last {top1[-1]:.2f} % at step {at[-1]:,.0f}"
+            f"top-1       last validation {top1[-1]:.2f} % at step {at[-1]:,.0f}"
+            + f"; best {best}" * run.selected
         )
     lines.append(f"last save   {_last_save(run.folder / 'checkpoints' / 'last.pt', now)}")
     return lines
@@ -113,7 +114,7 @@ def _doing(run: Run, state: str, now: datetime) -> str:
         return f"running since {_local(last.time)} on {run.device}, {ago}"
     if state == "done":
         return f"complete since {_local(last.time)}"
-    resume = f"Continue: cspnet-train --resume --output {shlex.quote(str(run.folder))}"
+    resume = f"Continue: {command('cspnet-train', '--resume', '--output', run.folder)}"
     if state == "dead":
         return f"DEAD: its process was killed, or the machine went down; {ago}. {resume}"
     what = {"stop": "stopped", "fail": "FAILED", "crash": "CRASHED"}[state]

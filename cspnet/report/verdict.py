@@ -37,6 +37,19 @@ class Verdict:
     pictures: list[np.ndarray]  # of them: what the net saw, uint8 RGB [S, S, 3]
 
 
+def selection(run: Run, verdict: Verdict) -> str:
+    """Says that the checkpoint was selected on the images that it is evaluated on; else empty."""
+    best = run.folder / "checkpoints" / "best.pt"
+    if not run.selected or verdict.checkpoint != str(best):
+        return ""
+    if verdict.data != run.fields.get("data.root"):
+        return ""
+    return (
+        "best.pt is the best of several validations, selected on these images, so its top-1 is "
+        "optimistic; the last validation was not selected."
+    )
+
+
 def judge(
     run: Run,
     data: str | None = None,

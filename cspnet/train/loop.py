@@ -29,15 +29,18 @@ from cspnet.train.step import at_most, attack_some, cross_entropy, forward, one_
 from cspnet.train.world import Statistics, alone_until, find_world, is_of_the_group, joined
 
 
-def train(recipe: Recipe, place: Place, console: Console) -> Scores | None:
+def train(recipe: Recipe, place: Place, console: Console | RunOutput) -> Scores | None:
     """Trains to the end of the schedule; returns the last validation's scores.
 
     None where the run was complete before. Raises Stopped after a signal or at the time limit, with
-    the state saved.
+    the state saved. An output that holds its lines is released when all that the user may have got
+    wrong was checked.
     """
     stop = Stop(place.max_hours)
     world = find_world()
-    output = RunOutput(console if world.first else Console(quiet=True))
+    output = console if isinstance(console, RunOutput) else RunOutput(console)
+    if not world.first:
+        output = RunOutput(Console(quiet=True))
     with joined(world, find_device(place.device, world)), RunLock() as lock:
         world.by_first(lambda: (check_folder(place), lock.take(place.output)))
         job = prepare(recipe, place, output, world)
@@ -45,6 +48,7 @@ def train(recipe: Recipe, place: Place, console: Console) -> Scores | None:
         world.by_first(lambda: lock.take(place.output))  # now that it is there
         if world.first:
             output.open_log(place.output / "train.log")
+        output.release()
         try:
             scores = run(job, state, stop)
         except Stopped as error:

@@ -5,6 +5,7 @@ None of this is in the recipe and, precision apart, none of it changes the numbe
 
 import contextlib
 import math
+import re
 import signal
 import time
 from dataclasses import dataclass
@@ -21,6 +22,11 @@ from cspnet.train.world import ALONE, World
 # again, but for `tiny` no convolution is (benchmarks/memory.py).
 BUDGETS = {"fast": 1.0, "fit": 0.6, "tiny": 0.3}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+# Turing cards without tensor cores (chips TU116 and TU117), whose compute capability is 7.5 all the
+# same: GTX 16, MX450, MX550, the small T and Quadro T cards, CMP 30HX. The T4 has tensor cores.
+NO_TENSOR_CORES = re.compile(
+    r"\b(GTX 16\d\d|MX[45]50|T(400|500|550|600|1000|1200|2000)|CMP 30HX)(?![0-9])", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,8 @@ def find_precision(asked: str, device: torch.device) -> Precision:
     """The precision of a recipe on a device, with its reason.
 
     By compute capability and not by torch.cuda.is_bf16_supported(), which says yes on Turing, where
-    bf16 is emulated.
+    bf16 is emulated. Turing cards without tensor cores are known by their names only: fp16 gives
+    NaN on them in cuDNN's convolutions (pytorch#58123, pytorch#77955), so `auto` is fp32 there.
     """
     if device.type == "cpu":
         if asked == "fp16":
@@ -126,24 +133,46 @@ def find_precision(asked: str, device: torch.device) -> Precision:
         return Precision(asked, "asked for by the recipe")
     major, minor = torch.cuda.get_device_capability(device)
     named = f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}"
+    unsafe = _lacks_tensor_cores(device)
     if asked == "auto":
         if major >= 8:
             return Precision("bf16", f"{named}: native bf16, no loss scaling needed")
+        if unsafe:
+            return Precision("fp32", f"{named}, but no tensor cores: fp16 is known to give NaN")
         if major == 7:
             return Precision("fp16", f"{named}: fp16 tensor cores, no native bf16; loss scaling on")
         return Precision("fp32", f"{named}: no tensor cores")
     if asked == "bf16" and major < 8:
-        raise RecipeError(f"precision is bf16, but {named}: bf16 needs 8.0. Use precision=fp16.")
+        other = "fp16" if major == 7 and not unsafe else "fp32"
+        raise RecipeError(f"precision is bf16, but {named}: bf16 needs 8.0. Use precision={other}.")
+    if asked == "fp16" and unsafe:
+        return Precision(
+            asked,
+            f"asked for by the recipe. WARNING: {named}, but no tensor cores, and fp16 is known to "
+            "give NaN there: precision=fp32 is safe",
+        )
     return Precision(asked, "asked for by the recipe")
 
 
+def _lacks_tensor_cores(device: torch.device) -> bool:
+    """Whether a GPU is a Turing one without tensor cores."""
+    if torch.cuda.get_device_capability(device) != (7, 5):
+        return False
+    return NO_TENSOR_CORES.search(torch.cuda.get_device_name(device)) is not None
+
+
 def precision_to_look(asked: str, device: torch.device) -> Precision:
-    """For a trained net: the one of its recipe, or what `auto` is where the device lacks that."""
+    """For a trained net: the one of its recipe, or what `auto` is where the device lacks that.
+
+    So too for fp16 on a Turing card without tensor cores: a score of NaN would tell nothing.
+    """
     try:
-        return find_precision(asked, device)
+        if asked != "fp16" or device.type == "cpu" or not _lacks_tensor_cores(device):
+            return find_precision(asked, device)
     except RecipeError:
-        found = find_precision("auto", device)
-        return Precision(found.name, f"{found.reason}; trained in {asked}")
+        pass
+    found = find_precision("auto", device)
+    return Precision(found.name, f"{found.reason}; trained in {asked}")
 
 
 class Stop(contextlib.AbstractContextManager):
