@@ -22,7 +22,11 @@ from pathlib import Path
 from torture import PATIENCE, ROOT, Life, differences, processes, recipe, saved_step
 
 KINDS = ("hangup", "pipe", "worker")
-TRAIN = "import sys; from cspnet.cli import main_train; sys.argv[0] = 'cspnet-train'; main_train()"
+# nohup, and a shell for its background jobs, start processes with signals ignored.
+TRAIN = (
+    "import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); "
+    "from cspnet.cli import main_train; sys.argv[0] = 'cspnet-train'; main_train()"
+)
 
 
 class Training:
