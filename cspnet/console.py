@@ -7,6 +7,7 @@ terminal and a full disk behind a redirection only end the output.
 import io
 import os
 import sys
+from collections import deque
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -92,7 +93,8 @@ class RunOutput:
     def __init__(self, console: Console):
         self.console = console
         self._file: io.TextIOBase | None = None
-        self._waiting: list[str] = []  # lines from before there is a file
+        # Lines from before there is a file; if there never is one, the last of them.
+        self._waiting: deque[str] = deque(maxlen=1000)
         self._reported_loss = False
         self._held: list[tuple[str, str | None]] | None = None
 
@@ -100,11 +102,12 @@ class RunOutput:
         """Keeps what is printed from the console until `release`."""
         self._held = []
 
-    def release(self) -> None:
-        """Prints what was kept; from now on nothing is."""
+    def release(self, only: str | None = None) -> None:
+        """Prints what was kept, or `only` the lines of a style; from now on nothing is kept."""
         held, self._held = self._held or [], None
         for text, style in held:
-            self._show(text, style)
+            if only in (None, style):
+                self._show(text, style)
 
     @property
     def is_terminal(self) -> bool:

@@ -1,13 +1,17 @@
 """A run after something went wrong: exceptions, other data, other directories, dead workers."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
-from cspnet.errors import CheckpointError, Crash, DataError
-from cspnet.train.checkpoint import load
+from cspnet.errors import CheckpointError, Crash, DataError, SaveError, Stopped
+from cspnet.train import checkpoint, loop
+from cspnet.train.checkpoint import Checkpoints, load
+from cspnet.train.lock import RunLock
 from tests.conftest import TINY
-from tests.test_loop import die_at, history, last, metrics, numbers, run, same
+from tests.test_loop import die_at, history, in_process, last, metrics, numbers, run, same
 
 
 @pytest.mark.parametrize(
@@ -122,3 +126,96 @@ def test_a_run_folder_is_enough_from_any_directory(folder, tmp_path, command):
         file.unlink()
     done = command("main_train", "--resume", "--output", run, *more, cwd=other)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_stop_in_a_validation_saves_what_a_full_disk_has_refused(tiny, tmp_path, monkeypatch):
+    """The save before the validation failed, and the run continued."""
+    recipe = tiny("save_every=1000", "evaluate.every=4", "schedule.steps=8")
+    run(recipe, tmp_path / "whole")
+    original, calls = Checkpoints.save, []
+
+    def save(checkpoints, content, best=False):
+        calls.append(content["step"])
+        if len(calls) == 1:
+            raise SaveError("no space left")
+        original(checkpoints, content, best)
+
+    def signalled(*arguments, progress, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        progress(1)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="SIGTERM: saved at step 4"):
+        patch.setattr(Checkpoints, "save", save)
+        patch.setattr(loop, "evaluate", signalled)
+        run(recipe, tmp_path / "cut")
+    assert calls == [4, 4] and last(tmp_path / "cut")["step"] == 4
+    run(recipe, tmp_path / "cut", resume=True)
+    assert numbers(metrics(tmp_path / "cut")) == numbers(metrics(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("place", ["report", "write"])
+def test_a_crash_after_a_validation_validates_again(tiny, tmp_path, monkeypatch, place):
+    """Neither the line of the validation nor best.pt may be lost."""
+    recipe = tiny("save_every=1000", "evaluate.every=4", "schedule.steps=8")
+    run(recipe, tmp_path / "whole")
+    original = checkpoint.write
+
+    def write(content, path):
+        if content["validated"] == 4 and content["best_top1"] >= 0:
+            raise MemoryError("on purpose")
+        original(content, path)
+
+    def validation(*_):
+        raise MemoryError("on purpose")
+
+    with monkeypatch.context() as patch, pytest.raises(Crash, match="saved at step 4"):
+        if place == "report":
+            patch.setattr(loop.Report, "validation", validation)
+        else:
+            patch.setattr(checkpoint, "write", write)
+        run(recipe, tmp_path / "cut")
+    saved = last(tmp_path / "cut")
+    assert saved["validated"] == 0 and saved["best_top1"] == -1
+    run(recipe, tmp_path / "cut", resume=True)
+    assert numbers(metrics(tmp_path / "cut")) == numbers(metrics(tmp_path / "whole"))
+    ours, theirs = (load(tmp_path / n / "checkpoints/best.pt") for n in ("cut", "whole"))
+    assert ours["step"] == theirs["step"] and same(ours["state_dict"], theirs["state_dict"])
+
+
+def test_a_traceback_that_cannot_be_written_goes_to_stderr(tiny, tmp_path, monkeypatch, capsys):
+    original = Path.write_text
+
+    def full(path, *arguments, **options):
+        if path.name.startswith("crash-"):
+            raise OSError(28, "No space left on device")
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    die_at(monkeypatch, "to_device", 4, MemoryError)
+    with pytest.raises(Crash, match="The traceback is on stderr"):
+        run(tiny(), tmp_path / "run")
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+    assert "Traceback (most recent call last)" in (tmp_path / "run/train.log").read_text()
+
+
+def test_other_validation_images_select_best_anew(tiny, folder, tmp_path):
+    run(tiny(*data_of(folder)), tmp_path / "run")
+    assert last(tmp_path / "run")["best_top1"] >= 0
+    with open(folder / "val/cat/0.jpg", "ab") as file:
+        file.write(b"more")
+    run(tiny(*data_of(folder), "schedule.steps=8"), tmp_path / "run", resume=True)
+    remarks = history(tmp_path / "run")[-2]["remarks"]
+    assert "the validation images changed: best.pt is selected anew" in remarks
+    assert load(tmp_path / "run/checkpoints/best.pt")["step"] == 8
+
+
+def test_the_lock_comes_before_anything_is_written(tiny, tmp_path):
+    """Two starts of the same new run: the second one finds the lock, and touches nothing."""
+    first = RunLock()
+    (tmp_path / "run").mkdir()
+    with first:
+        first.take(tmp_path / "run")
+        child = in_process(tiny(), tmp_path / "run")
+    assert child != 0
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    run(tiny(), tmp_path / "run")

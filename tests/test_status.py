@@ -67,7 +67,7 @@ def test_a_run_that_goes_on(tmp_path):
 @pytest.mark.parametrize(
     "history, minutes, expected, code",
     [
-        ([event("start", 0, 0)], 60, "DEAD: its process was killed", 1),
+        ([event("start", 0, 0)], 60, "NO SIGN OF LIFE: last written", 1),
         ([event("start", 0, 0), event("stop", 30, 12, "SIGTERM")], 13, ": SIGTERM. Continue:", 75),
         ([event("start", 0, 0), event("fail", 30, 12, "disk full.")], 13, "FAILED at", 1),
         ([event("start", 0, 0), event("crash", 30, 12, "TypeError")], 13, "CRASHED at", 1),
@@ -111,7 +111,7 @@ def test_a_slow_run_is_not_silent_between_two_lines(tmp_path):
     """100 images a window at 0.1 images/s: a line every 17 minutes."""
     record = [line(30, images_per_second=0.1)]
     run = a_run(tmp_path / "run", record, [event("start", 0, 0)])
-    assert "running since" in told(run, 10 + 49) and "DEAD" in told(run, 10 + 51)
+    assert "running since" in told(run, 10 + 49) and "NO SIGN" in told(run, 10 + 51)
 
 
 def test_what_is_left_counts_the_growth_of_the_images(tmp_path):

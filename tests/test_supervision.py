@@ -5,11 +5,13 @@ import gc
 import multiprocessing
 import os
 import signal
+import threading
 import time
 
 import pytest
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from cspnet.data import examine
+from cspnet.data import examine, supervision
 from cspnet.data.loader import evaluation_batches, training_groups
 from cspnet.data.sources import open_training
 from cspnet.data.supervision import WorkerMonitor
@@ -175,3 +177,40 @@ def test_workers_that_keep_dying_end_the_run_after_a_save(tiny, tmp_path, monkey
     assert last(tmp_path / "cut")["step"] >= 4 and history(tmp_path / "cut")[-1]["event"] == "stop"
     run(recipe, tmp_path / "cut", resume=True)
     assert same(last(tmp_path / "cut")["state_dict"], last(tmp_path / "whole")["state_dict"])
+
+
+def test_workers_that_die_at_once_do_not_ask_for_another_start(tiny, tmp_path, monkeypatch):
+    """An image that kills its decoder would else be tried by `until` loops for ever."""
+    original = training_groups
+
+    def killing(*arguments):
+        for batch in original(*arguments):
+            for worker in multiprocessing.active_children():
+                kill(worker)
+            yield batch
+
+    monkeypatch.setattr(loop, "training_groups", killing)
+    recipe = tiny("schedule.steps=30", "log_every=100", "save_every=2", "group=4")
+    with pytest.raises(WorkersLost, match=r"3 times .* images of step 1 or one of the next"):
+        run(recipe, tmp_path / "other", workers=2)
+    assert history(tmp_path / "other")[-1]["event"] == "fail"
+
+
+def test_a_torn_message_does_not_block_the_restart(source, monkeypatch):
+    """torch's pin-memory thread waits for the rest of it, and its shutdown for that thread."""
+    monkeypatch.setattr(supervision, "SHUTDOWN_SECONDS", 0.2)
+    release = threading.Event()
+    monkeypatch.setattr(
+        _MultiProcessingDataLoaderIter, "_shutdown_workers", lambda _: release.wait()
+    )
+    monitor = WorkerMonitor(lambda line: None)
+    found = 0
+    with groups_of(source, monitor) as groups:
+        for number, _ in enumerate(groups):
+            found += 1
+            if number == 2:
+                kill(multiprocessing.active_children()[0])
+            if number == 5:
+                break
+        assert monitor.deaths == 1 and found == 6
+        release.set()

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from cspnet.errors import WorkersLost
 
 MOST_DEATHS = 3  # of workers, before `reset` is called
+SHUTDOWN_SECONDS = 12  # longer than twice the interval at which torch's threads look around
 TORCHS_WORDS = "DataLoader worker (pid"  # how its own message of a dead worker begins
 
 
@@ -99,11 +100,15 @@ def supervised(
             monitor.unavailable(error.strerror or str(error))
             workers = 0
         except RuntimeError as error:
+            if iterator is None and "can't start new thread" in str(error):
+                monitor.unavailable(str(error))
+                workers = 0
+                continue
             if not isinstance(error, _WorkerDied) and not str(error).startswith(TORCHS_WORDS):
                 raise
             death = str(error).partition("\n")[0].rstrip(". ")
         finally:
-            _end(iterator)
+            _end(iterator, death is not None)
             del iterator
         if death:  # outside of the handler: its traceback would keep the iterator's memory
             monitor.died(death)
@@ -114,7 +119,7 @@ def _start(loader: DataLoader) -> Iterator:
     before = set(multiprocessing.active_children())
     try:
         iterator = iter(loader)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         for process in set(multiprocessing.active_children()) - before:
             process.kill()
             process.join()
@@ -128,17 +133,32 @@ def _start(loader: DataLoader) -> Iterator:
     return iterator
 
 
-def _end(iterator: Iterator | None) -> None:
-    """Ends the workers of an iterator."""
+def _end(iterator: Iterator | None, after_death: bool = False) -> None:
+    """Ends the workers of an iterator.
+
+    A worker that died may have left half a message in the queue, for whose rest torch's pin-memory
+    thread waits for ever, and torch for that thread: after a death this is not waited for.
+    """
     # Left to the interpreter's exit, they would be sent SIGTERM, which they ignore.
     _open[:] = [other for other in _open if other is not iterator]
     processes = getattr(iterator, "_workers", [])
-    if processes:
-        with contextlib.suppress(RuntimeError):  # a further death
-            iterator._shutdown_workers()
+    if not processes:
+        return
+    if after_death:
         for process in processes:
-            if process.is_alive():  # it hangs: perhaps at a lock that a dead one holds
-                process.kill()
+            process.kill()
+            process.join()
+        shutdown = threading.Thread(target=iterator._shutdown_workers, daemon=True)
+        shutdown.start()
+        shutdown.join(SHUTDOWN_SECONDS)
+        if shutdown.is_alive():
+            iterator._worker_result_queue.cancel_join_thread()  # nor does the process's exit wait
+        return
+    with contextlib.suppress(RuntimeError):  # a death meanwhile
+        iterator._shutdown_workers()
+    for process in processes:
+        if process.is_alive():  # it hangs: perhaps at a lock that a dead one holds
+            process.kill()
 
 
 _open: list[Iterator] = []

@@ -57,6 +57,7 @@ class Report:
         self.unreadable = _names(self._list)  # of all starts
         self._met: set[str] = set()  # those of this start: what was repaired is no longer met
         self._news: list[str] = []  # unreadable images that only this process knows of
+        self.first_step = state.step  # from which this process started
         self._bad_windows = 0
         self._windows = 0  # of this start
         path = folder / "metrics.jsonl"
@@ -127,6 +128,7 @@ class Report:
         self._bar.update(self._task, completed=state.step)
         if state.step % state.recipe.log_every and state.step != state.recipe.schedule.steps:
             return True
+        self._hear_of_unreadable()  # it may end the run: the window of the loss is kept until then
         loss = self._read_loss()
         if math.isfinite(loss):
             self._bad_windows = 0
@@ -137,7 +139,6 @@ class Report:
             state.bad_step.fill_(-1)
         state.loss_sum.zero_()
         state.loss_steps = 0
-        self._hear_of_unreadable()
         seconds = time.perf_counter() - self._since
         speed = self._steps * state.recipe.batch / seconds
         left = seconds_left(state.recipe, state.step, speed)
@@ -249,7 +250,7 @@ class Report:
             raise DataError(
                 f"{group.replaced} unreadable images in one group of {len(group.labels)}, "
                 f"such as {printable(self.source.name(group.unreadable[0]))}. They are listed in "
-                f"{self._list}; repair the data set, then --resume."
+                f"{self._list}; repair the files under their names, then --resume."
             )
         self._require_readable()
 
@@ -283,7 +284,7 @@ class Report:
             raise DataError(
                 f"{len(self._met):,} of {len(self.source):,} training images are unreadable "
                 f"so far, more than data.max_unreadable={most:g} of them. They are listed in "
-                f"{self._list}; repair the data set or allow more, then --resume."
+                f"{self._list}; repair the files under their names, or allow more, then --resume."
             )
 
 

@@ -79,7 +79,7 @@ def _state(run: Run, recipe: Recipe | None, now: datetime) -> str:
     here = run.events[-1].host in ("", platform.node())
     if locked is False and here:
         return "dead"
-    return "running" if _writes(run, recipe, now) else "dead"
+    return "running" if _writes(run, recipe, now) else "silent"
 
 
 def _writes(run: Run, recipe: Recipe | None, now: datetime) -> bool:
@@ -106,15 +106,22 @@ def _recipe(run: Run) -> Recipe | None:
 def _doing(run: Run, state: str, now: datetime) -> str:
     if state == "none":
         return "not started: there is no history.jsonl"
-    if not run.events:
-        return "running"
+    if not run.events or (state == "running" and run.events[-1].kind in ENDS):
+        return "starting"
     last = run.events[-1]
-    ago = f"last written to {spell((now - _last_sign(run)).total_seconds())} ago"
+    silence = max(0.0, (now - _last_sign(run)).total_seconds())
+    ago = f"last written to {spell(silence)} ago"
     if state == "running":
         return f"running since {_local(last.time)} on {run.device}, {ago}"
     if state == "done":
         return f"complete since {_local(last.time)}"
     resume = f"Continue: {command('cspnet-train', '--resume', '--output', run.folder)}"
+    if state == "silent":
+        host = f" on {last.host}" * bool(last.host)
+        return (
+            f"NO SIGN OF LIFE: {ago}, and the lock of the folder cannot be seen from here. If no "
+            f"process{host} trains in it: {resume.removeprefix('Continue: ')}"
+        )
     if state == "dead":
         return f"DEAD: its process was killed, or the machine went down; {ago}. {resume}"
     what = {"stop": "stopped", "fail": "FAILED", "crash": "CRASHED"}[state]

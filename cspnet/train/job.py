@@ -25,6 +25,8 @@ from cspnet.recipe import from_text, to_text
 from cspnet.schema import DIGITS, TIMM, Recipe
 from cspnet.train.checkpoint import Checkpoints
 from cspnet.train.health import is_finite
+from cspnet.train.lock import NAME as LOCK
+from cspnet.train.lock import RunLock
 from cspnet.train.optim import Average, build_optimizer
 from cspnet.train.runtime import (
     BUDGETS,
@@ -143,42 +145,50 @@ def check_folder(place: Place) -> None:
         raise RecipeError(f"--output {folder} is a file: name a folder")
     if folder.is_dir() and not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
         raise RecipeError(f"--output {folder} cannot be read and written: name another folder")
-    if not place.resume and folder.is_dir() and any(folder.iterdir()):
+    if not place.resume and folder.is_dir() and _holds_files(folder):
         raise RecipeError(
             f"the run folder {folder} is not empty: --resume continues the run in it, "
             "--output names another folder"
         )
 
 
-def start(job: Job) -> TrainState:
+def _holds_files(folder: Path) -> bool:
+    """Whether there is more in it than what a start leaves that was broken off."""
+    return any(path.suffix != ".tmp" and path.name != LOCK for path in folder.iterdir())
+
+
+def start(job: Job, lock: RunLock | None = None) -> TrainState:
     """A fresh state, or the one in the run folder; the first files of the run are written.
 
-    By the first process of the world, whose state is then that of all. Raises RecipeError where the
-    processes do not see the same data.
+    By the first process of the world, whose state is then that of all. It takes the `lock` before
+    it writes anything. Raises RecipeError where the processes do not see the same data.
     """
-    _require_same(job)
+    dataset = _dataset(job)  # by all of them: a slow disk must not make the others wait
+    _require_same(job, dataset)
     state: TrainState | None = None
 
     def begin() -> None:
         nonlocal state
-        state = _begin(job)
+        state = _begin(job, dataset, lock)
 
     job.world.by_first(begin)
     if job.world.size > 1:
         if state is None:
-            state = _blank(job, build_net(job.recipe, len(job.training.classes)))
+            state = _blank(job, build_net(job.recipe, len(job.training.classes)), dataset)
             state.take(job.world.share(None))
         else:
             job.world.share(state.to_dict())
     return state
 
 
-def _require_same(job: Job) -> None:
+def _require_same(job: Job, dataset: Dataset) -> None:
     seen = {
         "classes": len(job.training.classes),
         "names of classes": job.training.classes,
         "training images": len(job.training),
         "validation images": len(job.validation),
+        "names and sizes of training images": dataset.train.contents,
+        "names and sizes of validation images": dataset.val.contents,
         "precision": job.precision.name,
     }
     told = job.world.gather((platform.node(), seen))
@@ -194,7 +204,7 @@ def _require_same(job: Job) -> None:
                 )
 
 
-def _begin(job: Job) -> TrainState:
+def _begin(job: Job, dataset: Dataset, lock: RunLock | None) -> TrainState:
     recipe, console = job.recipe, job.console
     saved, remarks = job.checkpoints.newest()
     for remark in remarks:
@@ -206,7 +216,7 @@ def _begin(job: Job) -> TrainState:
         net, told = starting_net(recipe, classes)
         for remark in told:
             console.print(remark)
-    state = _blank(job, net)
+    state = _blank(job, net, dataset)
     if saved:
         told = state.restore(saved, job.place.force)
         for remark in told:
@@ -221,10 +231,12 @@ def _begin(job: Job) -> TrainState:
             f"{job.folder} is at step {state.step:,}, past schedule.steps={recipe.schedule.steps:,}"
         )
     job.checkpoints.size = state.size
-    job.checkpoints.clean()
     _require_room(job)
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
+        if lock:
+            lock.take(job.folder)
+        job.checkpoints.clean()
         replace_text(job.folder / "recipe.yaml", to_text(recipe))
         replace_text(job.folder / "env.json", json.dumps(environment(job), indent=2) + "\n")
         record(job, state, "resume" if saved else "start", remarks)
@@ -252,7 +264,7 @@ def _begin(job: Job) -> TrainState:
     return state
 
 
-def _blank(job: Job, net: torch.nn.Module) -> TrainState:
+def _blank(job: Job, net: torch.nn.Module, dataset: Dataset) -> TrainState:
     """The state of a run before its first step, on the device."""
     recipe = job.recipe
     if recipe.model.freeze:
@@ -266,7 +278,7 @@ def _blank(job: Job, net: torch.nn.Module) -> TrainState:
         recipe=recipe,
         classes=job.training.classes,
         images=len(job.training),
-        dataset=_dataset(job),
+        dataset=dataset,
         precision=job.precision.name,
         precision_reason=job.precision.reason,
         loss_sum=torch.zeros((), device=job.device),
@@ -278,10 +290,8 @@ def _blank(job: Job, net: torch.nn.Module) -> TrainState:
 
 
 def _dataset(job: Job) -> Dataset:
-    """What a resumed run compares. Only the first process saves and needs it."""
+    """What a resumed run compares, and several processes."""
     root = absolute_root(job.recipe.data.root)
-    if not job.world.first:
-        return Dataset(root, Listing(0, "", []), Listing(0, "", []))
     try:
         return Dataset(root, Listing.of(job.training), Listing.of(job.validation))
     except OSError as error:
@@ -332,27 +342,36 @@ def crashed(job: Job, state: TrainState, error: Exception) -> Crash:
 
     The state is saved where it is that of a whole step and has no NaN or Inf.
     """
-    name = f"crash-{state.step:07}" + f"-rank{job.world.rank}" * (not job.world.first)
-    file = job.folder / f"{name}.txt"
-    with suppress(OSError):
-        report = [
-            f"{datetime.now(UTC).isoformat(timespec='seconds')} step {state.step}",
-            json.dumps(environment(job)),
-            "".join(traceback.format_exception(error)),
-        ]
-        file.write_text("\n".join(report), encoding="utf-8", errors="backslashreplace")
     saved = "the last checkpoint is as it was"
     if save_consistent(job, state):
         saved = f"saved at step {state.step:,}"
+    report = "".join(traceback.format_exception(error))
+    name = f"crash-{state.step:07}" + f"-rank{job.world.rank}" * (not job.world.first)
+    file = job.folder / f"{name}.txt"
+    where = f"The traceback is in {file}"
+    try:
+        file.write_text(_crash_report(job, state, report), "utf-8", "backslashreplace")
+    except OSError:  # a full disk may be the reason of all
+        job.console.log(report)
+        print(report, file=sys.stderr)
+        where = "The traceback is on stderr"
     # The last line of an exception that was raised in a dataloader worker is the exception itself.
     lines = str(error).strip().splitlines() or [""]
     line = lines[-1] if lines[0].startswith("Caught ") else lines[0]
     what = type(error).__name__ + f": {line[:200]}" * bool(line)
     record(job, state, "crash", [what, str(file)])
     return Crash(
-        f"unexpected {what} (step {state.step + 1:,}); {saved}. The traceback is in {file}. "
+        f"unexpected {what} (step {state.step + 1:,}); {saved}. {where}. "
         "The same command with --resume continues the run; please report the traceback"
     )
+
+
+def _crash_report(job: Job, state: TrainState, report: str) -> str:
+    """The traceback with what is known of the run; a broken driver may tell nothing."""
+    lines = [f"{datetime.now(UTC).isoformat(timespec='seconds')} step {state.step}"]
+    with suppress(Exception):
+        lines.append(json.dumps(environment(job)))
+    return "\n".join([*lines, report])
 
 
 def save_consistent(job: Job, state: TrainState) -> bool:
@@ -397,7 +416,7 @@ def _require_own(job: Job) -> None:
                 "name another folder"
             )
         job.console.print(f"{job.folder} has no checkpoint yet: the run starts anew")
-    elif job.folder.is_dir() and any(path.suffix != ".tmp" for path in job.folder.iterdir()):
+    elif job.folder.is_dir() and _holds_files(job.folder):
         raise CheckpointError(f"{job.folder} is not a run folder: it has no recipe.yaml")
 
 

@@ -25,11 +25,11 @@ class RunLock(contextlib.AbstractContextManager):
         self._file: IO | None = None
 
     def take(self, folder: Path) -> None:
-        """Takes a folder that holds a run; one without is nobody's yet. RecipeError: it is taken.
+        """Takes a folder, unless this lock has it already. RecipeError: another process has it.
 
-        Where the disk knows no locks, nothing is taken.
+        Where there is no folder yet, or the disk knows no locks, nothing is taken.
         """
-        if self._file or not (folder / "recipe.yaml").is_file():
+        if self._file:
             return
         with contextlib.suppress(OSError):
             self._file = open(folder / NAME, "a")  # noqa: SIM115

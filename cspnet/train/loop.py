@@ -42,10 +42,13 @@ def train(recipe: Recipe, place: Place, console: Console | RunOutput) -> Scores 
     if not world.first:
         output = RunOutput(Console(quiet=True))
     with joined(world, find_device(place.device, world)), RunLock() as lock:
-        world.by_first(lambda: (check_folder(place), lock.take(place.output)))
-        job = prepare(recipe, place, output, world)
-        state = start(job)
-        world.by_first(lambda: lock.take(place.output))  # now that it is there
+        world.by_first(lambda: (check_folder(place), lock_run(lock, place)))
+        try:
+            job = prepare(recipe, place, output, world)
+            state = start(job, lock)
+        except CspnetError:
+            output.release(only="red")  # a damaged checkpoint may be the reason
+            raise
         if world.first:
             output.open_log(place.output / "train.log")
         output.release()
@@ -63,6 +66,9 @@ def train(recipe: Recipe, place: Place, console: Console | RunOutput) -> Scores 
             raise
         except Exception as error:
             if world.size > 1 and is_of_the_group(error):
+                lost = "another process of the run has ended, or hangs"
+                record(job, state, "fail", [lost])
+                output.log(f"error: {lost}")
                 raise  # `joined` says what happened
             crash = crashed(job, state, error)
             output.log(f"error: {crash}")
@@ -71,6 +77,12 @@ def train(recipe: Recipe, place: Place, console: Console | RunOutput) -> Scores 
             output.close_log()
         record(job, state, "done")
         return scores
+
+
+def lock_run(lock: RunLock, place: Place) -> None:
+    """Takes the lock of a folder that holds a run: before anything is loaded for nothing."""
+    if (place.output / "recipe.yaml").is_file():
+        lock.take(place.output)
 
 
 def first_line(error: Exception) -> str:
@@ -112,12 +124,11 @@ def run(job: Job, state: TrainState, stop: Stop) -> Scores | None:
             show_samples(job, state.net, report)
         while True:
             if is_validation_due(state) and state.validated < state.step:
-                scores = validate(job, state, stop, monitor)
-                state.validated = state.step
+                scores = validate(job, state, stop, report, monitor)
                 best = scores.top1 > state.best_top1
                 report.validation(scores, best)
                 asked = world.agree(stop.requested)
-                save(job, state, report, asked, scores.top1 if best else None)
+                save(job, state, report, asked, scores.top1 if best else None, validated=True)
             if state.step == last:
                 return scores
 
@@ -129,8 +140,7 @@ def run(job: Job, state: TrainState, stop: Stop) -> Scores | None:
                 try:
                     loaded = [report.fetch(groups) for _ in part]
                 except WorkersLost as error:
-                    save(job, state, report, str(error))
-                    raise stopped(str(error), state) from None
+                    raise workers_lost(error, job, state, report) from None
                 images, targets = to_device(job, loaded, state.step, part)
                 # All attacks come first: the passes move the running statistics that these use.
                 images = attack_some(job, state, net, images, targets, part)
@@ -159,19 +169,41 @@ def run(job: Job, state: TrainState, stop: Stop) -> Scores | None:
                 raise stopped(asked, state)
 
 
-def save(
-    job: Job, state: TrainState, report: Report, asked: str | None, best_top1: float | None = None
-) -> None:
-    """Saves the state, as the best one too where it is; never one with a number that is none.
+def workers_lost(error: WorkersLost, job: Job, state: TrainState, report: Report) -> CspnetError:
+    """The error to raise when dataloader workers keep dying: Stopped, with the state saved.
 
-    A disk that is full pauses the saving, unless the run ends here, was `asked` to, or was told to
-    end then.
+    The error itself where no step was done since the start: starting again would lead to the same,
+    over and over. And in one of several processes, which cannot save alone.
+    """
+    if job.world.size > 1 or state.step == report.first_step:
+        step = f"step {state.step + 1:,} or one of the next"
+        return WorkersLost(f"{error}. It happens with the images of {step}")
+    if state.saved < state.step:
+        save(job, state, report, str(error))
+    return stopped(str(error), state)
+
+
+def save(
+    job: Job,
+    state: TrainState,
+    report: Report,
+    asked: str | None,
+    best_top1: float | None = None,
+    validated: bool = False,
+) -> None:
+    """Saves the state, as the best one too where it is; never one with NaN or Inf.
+
+    `validated`: the validation of this step is done. It counts from the save on: a run that ends
+    before it validates again. A disk that is full pauses the saving, unless the run ends here, was
+    `asked` to, or was told to end then.
     """
     if not is_finite(state) or (int(state.bad_step) >= 0 and not state.scaler.is_enabled()):
         raise broken(job, state)
-    before = state.best_top1
+    before = state.best_top1, state.validated
     if best_top1 is not None:
         state.best_top1 = best_top1
+    if validated:
+        state.validated = state.step
 
     def write() -> None:
         report.flush()
@@ -179,17 +211,22 @@ def save(
 
     try:
         job.world.by_first(write)
+        state.saved = state.step
     except SaveError as error:
-        state.best_top1 = before  # that of the file
+        state.best_top1 = before[0]  # that of the file
         if asked or state.step == job.recipe.schedule.steps:
             raise
         if job.place.stop_when_full:
             raise Stopped(f"{error}\n--stop-when-full: free some space, then --resume") from None
         report.unsaved(error)
+    except BaseException:
+        state.best_top1, state.validated = before
+        raise
 
 
 def broken(job: Job, state: TrainState) -> NotFinite:
     """What is not finite; the first process looks at the images of that step once more."""
+    state.consistent = False  # the weights of the last save are loaded, to compare
 
     def again(step: int) -> torch.Tensor:
         groups = Groups(job.training, job.recipe)
@@ -220,15 +257,21 @@ def stopped(asked: str, state: TrainState) -> Stopped:
     )
 
 
-def validate(job: Job, state: TrainState, stop: Stop, monitor: WorkerMonitor) -> Scores:
+def validate(
+    job: Job, state: TrainState, stop: Stop, report: Report, monitor: WorkerMonitor
+) -> Scores:
     """Scores of the weights that a user would take: the averaged ones where the run has them.
 
-    A signal breaks it off: the state was saved before, and a resumed run validates first. A time
-    limit does not: one that is shorter than a validation would let no run end.
+    A signal breaks it off: the state was saved before (if the disk had room; else it is now), and a
+    resumed run validates first. A time limit does not: one that is shorter than a validation would
+    let no run end.
     """
 
     def heed(_: int) -> None:
         if asked := job.world.agree(stop.signal):
+            if state.saved < state.step:
+                state.net.train()
+                save(job, state, report, asked)
             raise stopped(asked, state)
 
     weights = state.average.tensors if state.average else None
@@ -245,7 +288,7 @@ def validate(job: Job, state: TrainState, stop: Stop, monitor: WorkerMonitor) ->
             monitor=monitor,
         )
     except WorkersLost as error:
-        raise stopped(str(error), state) from None
+        raise workers_lost(error, job, state, report) from None
 
 
 def look(

@@ -71,6 +71,7 @@ class TrainState:
     # Whether all of it is of the same step. From a step's first forward pass, which moves the
     # running statistics, to its update it is not; nor while compiled kernels are tested.
     consistent: bool = True
+    saved: int = -1  # step of the last save, or of the checkpoint that the run started from
 
     @property
     def size(self) -> int:
@@ -121,6 +122,10 @@ class TrainState:
         """
         remarks = self._compare(saved, force)
         self.take(saved)
+        self.saved = self.step
+        if Dataset.from_text(saved["dataset"]).val != self.dataset.val and self.best_top1 >= 0:
+            self.best_top1 = -1.0
+            remarks.append("the validation images changed: best.pt is selected anew")
         return remarks
 
     def take(self, saved: dict) -> None:

@@ -223,7 +223,9 @@ def _meet(world: World) -> dist.Store:
 def is_of_the_group(error: Exception) -> bool:
     """Whether an exception says that another process of the run is gone, or hangs."""
     words = ("gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe")
-    return isinstance(error, dist.DistError) or any(w in str(error).lower() for w in words)
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words)
 
 
 class Statistics:
