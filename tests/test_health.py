@@ -59,10 +59,10 @@ def test_a_skipped_step_advances_neither_schedule_nor_average(tiny, tmp_path, mo
     states = []
     save = loop.save
 
-    def watch(job, state, *rest):
+    def watch(job, state, *rest, **options):
         states.append({**state.to_dict(), "state_dict_ema": {**clones(state.average.tensors)}})
         states[-1]["state_dict"] = clones(state.net.state_dict())
-        save(job, state, *rest)
+        save(job, state, *rest, **options)
 
     monkeypatch.setattr(loop, "save", watch)
     run(recipe, tmp_path / "run")

@@ -128,7 +128,7 @@ class Report:
         self._bar.update(self._task, completed=state.step)
         if state.step % state.recipe.log_every and state.step != state.recipe.schedule.steps:
             return True
-        self._hear_of_unreadable()  # it may end the run: the window of the loss is kept until then
+        self._hear_of_unreadable()
         loss = self._read_loss()
         if math.isfinite(loss):
             self._bad_windows = 0
@@ -154,6 +154,7 @@ class Report:
         }
         self._write("train", metrics)
         self._board.train({"step": state.step, **metrics})
+        self._require_readable()  # after the line: the run may end here, and resume with the next
         numbers = (
             f"step {state.step:,}  epoch {state.epoch:.2f}  loss {loss:.4f}  lr {float(rate):.2e}  "
             f"{speed:,.0f} images/s  {spell(left)} left"
@@ -260,7 +261,6 @@ class Report:
             for name in names:
                 self._note_unreadable(name)
         self._news.clear()
-        self._require_readable()
 
     def _note_unreadable(self, name: str) -> None:
         if name in self._met:
