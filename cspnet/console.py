@@ -4,6 +4,7 @@ A training run must not end because nobody reads its output any more: a closed p
 terminal and a full disk behind a redirection only end the output.
 """
 
+import codecs
 import io
 import os
 import sys
@@ -15,6 +16,42 @@ from pathlib import Path
 from rich.console import Console
 
 from cspnet.display import printable
+
+
+def require_utf8() -> None:
+    """Starts the program again in Python's UTF-8 mode if the locale has another encoding.
+
+    Names of files and classes are stored in checkpoints: the same bytes must be the same name
+    whatever the locale of a start. Output stays in the encoding of the terminal.
+    """
+    if sys.getfilesystemencoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
+        return
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    os.environ.setdefault("PYTHONIOENCODING", encoding)
+    os.environ["PYTHONUTF8"] = "1"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _bytes_or_escape(error: UnicodeError) -> tuple[bytes | str, int]:
+    """Writes the bytes of a name as they are, and escapes what the encoding lacks."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    code = ord(error.object[error.start])
+    if 0xDC80 <= code <= 0xDCFF:
+        return bytes([code - 0xDC00]), error.start + 1
+    text, _ = codecs.backslashreplace_errors(
+        UnicodeEncodeError(error.encoding, error.object, error.start, error.start + 1, error.reason)
+    )
+    return text, error.start + 1
+
+
+codecs.register_error("cspnet.bytes_or_escape", _bytes_or_escape)
+
+
+def write_raw_names() -> None:
+    """Lets stdout write names of files byte for byte, for another program to read."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="cspnet.bytes_or_escape")
 
 
 def configure_streams() -> None:

@@ -264,7 +264,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
     problems = []
     problems += _model_problems(recipe)
     batch, group, mix = recipe.batch, recipe.group, recipe.mix
-    if batch % group:
+    if min(batch, group) > 1 and batch % group:  # below, they are out of range
         fits = [n for n in range(2, batch + 1) if batch % n == 0]
         nearest = min(fits, key=lambda n: abs(n - group))
         problems.append(

@@ -171,8 +171,8 @@ MISTAKES = [
     (f"{TRAIN} --output file/run", "cannot be written: Not a directory"),
     (f"{TRAIN} --output data", "the run folder data is not empty"),
     (f"{TRAIN} --output run", "the run folder run is not empty: --resume continues the run in it"),
-    ("cspnet-train --resume --output void", "no recipe: give --recipe NAME"),
-    ("cspnet-train --resume --output nowhere", "no recipe: give --recipe NAME"),
+    ("cspnet-train --resume --output void", "--output void is not a run folder"),
+    ("cspnet-train --resume --output nowhere", "--output nowhere is no folder"),
     (f"{TRAIN} --resume --output data", "data is not a run folder"),
     (f"{TRAIN} --resume --output run seed=7", "this run cannot be resumed with other settings"),
     # Checkpoints

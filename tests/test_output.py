@@ -121,3 +121,30 @@ def test_a_log_that_cannot_be_written_is_no_error(tmp_path):
     output.open_log(tmp_path / "train.log")
     output.close_log()
     assert "before" in (tmp_path / "train.log").read_text()
+
+
+def test_names_are_the_same_in_every_locale(tmp_path, folder):
+    """A class bär is the same bytes, and so the same name, in a locale without UTF-8."""
+    for split in ("train", "val"):
+        (folder / split / "bear").rename(folder / split / "bär")
+    run = tmp_path / "run"
+    words = [*TINY, "model.classes=auto", "schedule.steps=2", f"data.root={folder}"]
+    done = shell(f'"$@" --recipe digits {" ".join(words)} --output {run} --device cpu')
+    assert done.returncode == 0, done.stderr
+    words = f"--checkpoint {run}/checkpoints/last.pt --device cpu"
+    ascii_ = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = shell(f'"$@" {words} --data {folder}/val', name="main_eval", **ascii_)
+    assert done.returncode == 0 and b"9 images" in done.stdout, done.stderr
+    done = shell(f'"$@" predict {folder}/val/bär {words} --top 1', name="main", **ascii_)
+    assert done.returncode == 0 and rb"b\xe4r/" in done.stdout, done.stderr
+
+
+def test_an_evaluation_for_a_file_needs_no_reader(tmp_path, command, tiny):
+    from tests.test_loop import run
+
+    run(tiny(), tmp_path / "run")
+    words = (
+        f"--checkpoint {tmp_path}/run/checkpoints/last.pt --data digits --json {tmp_path}/x.json"
+    )
+    done = shell(f'"$@" {words} --device cpu | true', name="main_eval")
+    assert done.returncode == 0 and (tmp_path / "x.json").exists(), done.stderr

@@ -204,3 +204,9 @@ def test_the_published_recipes_differ_only_where_the_cfgs_do():
     assert different(plain, gamma) == {"mix.probability", "loss.smoothing", "schedule.steps"}
     assert different(gamma, omega) == {"model.activation"}
     assert different(omega, sat) == {"adversarial.strength"}
+
+
+@pytest.mark.parametrize("override", ["group=0", "batch=-1", "batch=0", "mix.share=0"])
+def test_numbers_that_others_are_divided_by(override):
+    with pytest.raises(RecipeError, match=f"{override.partition('=')[0]} is .*, must be"):
+        recipes.load(recipes.find("digits"), [override])

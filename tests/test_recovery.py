@@ -219,3 +219,41 @@ def test_the_lock_comes_before_anything_is_written(tiny, tmp_path):
     assert child != 0
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
     run(tiny(), tmp_path / "run")
+
+
+def test_before_the_first_save_the_schedule_may_change_and_other_fields_may_not(tiny, tmp_path):
+    run(tiny(), tmp_path / "run")
+    for file in (tmp_path / "run" / "checkpoints").iterdir():
+        file.unlink()
+    with pytest.raises(CheckpointError, match=r"another run's recipe \(seed differ\)"):
+        run(tiny("seed=7"), tmp_path / "run", resume=True)
+    run(tiny("schedule.steps=5"), tmp_path / "run", resume=True)
+    assert last(tmp_path / "run")["step"] == 5
+
+
+def test_a_second_interrupt_is_noted(tiny, tmp_path, monkeypatch):
+    die_at(monkeypatch, "to_device", 4, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny(), tmp_path / "run")
+    event = history(tmp_path / "run")[-1]
+    assert event["event"] == "fail" and "second Ctrl-C" in event["remarks"][0]
+
+
+def test_an_unreadable_image_is_counted_once_from_any_directory(folder, tmp_path, command):
+    (folder / "train/cat/0.jpg").write_bytes(b"")
+    small = [*TINY, "model.classes=auto", "data.max_unreadable=1", "--output", "run"]
+    for steps, words in (
+        (12, ["-r", "digits", "--data", "data", *small]),
+        (24, ["--output", "run"]),
+    ):
+        words = ["--resume", *words, f"schedule.steps={steps}", "--device", "cpu"]
+        done = command("main_train", *words, cwd=folder.parent)
+        assert done.returncode == 0, done.stderr
+    listed = (folder.parent / "run/unreadable.txt").read_text().splitlines()
+    assert listed == [str(folder / "train/cat/0.jpg")]
+
+
+def test_resume_names_the_folder_that_is_no_run(tmp_path, command):
+    for folder, what in ((tmp_path, "is not a run folder"), (tmp_path / "none", "is no folder")):
+        done = command("main_train", "--resume", "--output", folder)
+        assert done.returncode == 2 and f"--output {folder} {what}" in done.stderr

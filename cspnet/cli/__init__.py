@@ -20,7 +20,8 @@ from cspnet.cli.planning import plan, status
 from cspnet.cli.reports import compare, report
 from cspnet.cli.results import evaluate, export, predict
 from cspnet.cli.training import preview, train
-from cspnet.console import configure_streams
+from cspnet.console import configure_streams, require_utf8
+from cspnet.display import printable
 from cspnet.errors import CspnetError, Stopped
 
 COMMANDS = {
@@ -78,6 +79,7 @@ def _run(app: typer.Typer) -> None:
     Of several processes the first one tells what all of them find; what befalls another one alone
     is told with its number.
     """
+    require_utf8()
     configure_streams()
     streams = sys.stdout, sys.stderr
     try:
@@ -94,6 +96,12 @@ def _run(app: typer.Typer) -> None:
     except BrokenPipeError:  # `cspnet … | head`
         _discard_output()
         sys.exit(1)
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        what = printable(str(error.filename))
+        print(f"error: {what}: {error.strerror}. Check its owner and mode", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:
         if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
             raise

@@ -136,6 +136,10 @@ def require_folder(option: str, file: Path | None) -> None:
     """Raises RecipeError unless the file of an option can be in its folder."""
     if file and (file.is_dir() or not file.absolute().parent.is_dir()):
         raise RecipeError(f"{option} {file}: must be a file in a folder that exists")
+    if file and str(file) != "-":
+        place = file if file.exists() else file.absolute().parent
+        if not os.access(place, os.W_OK):
+            raise RecipeError(f"{option} {file} cannot be written: no permission for {place}")
 
 
 def write_text(file: Path, text: str) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from cspnet.cli.options import Device, Workers
+from cspnet.display import printable
 
 
 def report(
@@ -64,12 +65,12 @@ def report(
     if verdict:
         scores = verdict.scores
         console.print(
-            f"{verdict.checkpoint}, step {verdict.step:,}: top-1 {scores.top1:.2f} %  "
+            f"{printable(verdict.checkpoint)}, step {verdict.step:,}: top-1 {scores.top1:.2f} %  "
             f"top-5 {scores.top5:.2f} %  loss {scores.loss:.4f}  {scores.images:,} images"
         )
         if told := selection(found, verdict):
             console.print(told)
-    print(publish(found, verdict, remarks, folder))
+    print(printable(str(publish(found, verdict, remarks, folder))))
 
 
 def compare(

@@ -1,7 +1,6 @@
 """The commands of a trained net: `eval`, `predict`, `export`."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +17,7 @@ from cspnet.cli.options import (
     require_folder,
     write_text,
 )
+from cspnet.console import survive_lost_output, write_raw_names
 from cspnet.display import printable
 from cspnet.errors import Incomplete, RecipeError
 from cspnet.schema import DIGITS
@@ -47,6 +47,8 @@ def evaluate(
     from cspnet.train.world import find_world, joined
     from cspnet.trained import name_classes, open_trained
 
+    if json_file:
+        survive_lost_output()  # the file is what was asked for
     world = find_world()
     where = find_device(device, world)
     workers = find_workers(workers, where, world)
@@ -153,7 +155,7 @@ def predict(
             predictions.append(prediction)
             if prediction.error is not None:
                 notes.print(printable(f"{prediction.file}: {prediction.error}"), style="red")
-    sys.stdout.reconfigure(errors="surrogateescape")  # a file's name may be any bytes
+    write_raw_names()
     if json_file:
         write_text(json_file, to_json(predictions))
     if csv_file:

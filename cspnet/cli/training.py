@@ -92,6 +92,12 @@ def train(
         given = any(override.startswith("data.root=") for override in overrides or [])
         if data is None and not given:
             data = recorded_root(output)
+    elif resume and output:
+        what = "is not a run folder: it has no recipe.yaml" if output.is_dir() else "is no folder"
+        raise RecipeError(
+            f"--output {output} {what}. Give the folder of an earlier run, or --recipe NAME to "
+            "start one"
+        )
     else:
         raise RecipeError(
             "no recipe: give --recipe NAME (or --resume with the --output of an earlier run)"

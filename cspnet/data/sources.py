@@ -4,6 +4,7 @@
 them. A training and a validation set are matched by these names, never by index.
 """
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from cspnet.data.names import NETWORK, TRAINING, differing
 from cspnet.data.parquet import Parquets, Rows
 from cspnet.data.roots import PARTS, VALIDATION
 from cspnet.data.shards import Shards, Tars
-from cspnet.data.tree import SUFFIXES, folders, is_image, walk
+from cspnet.data.tree import SUFFIXES, folders, is_image, unreadable_folder, walk
 from cspnet.display import printable
 from cspnet.errors import DataError
 from cspnet.schema import DIGITS
@@ -283,6 +284,8 @@ def existing(root: str, give: str = layout.GIVE) -> Path:
     if "://" in root:
         raise DataError(layout.address(root))
     folder = Path(_spelled(root)).expanduser()
+    if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
+        raise unreadable_folder(OSError(errno.EACCES, os.strerror(errno.EACCES), str(folder)))
     if not os.path.isdir(folder):
         raise DataError(layout.no_folder(folder, give))
     return folder

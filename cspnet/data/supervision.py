@@ -106,7 +106,7 @@ def supervised(
                 continue
             if not isinstance(error, _WorkerDied) and not str(error).startswith(TORCHS_WORDS):
                 raise
-            death = str(error).partition("\n")[0].rstrip(". ")
+            death = _death(iterator) or str(error).partition("\n")[0].rstrip(". ")
         finally:
             _end(iterator, death is not None)
             del iterator
@@ -191,13 +191,20 @@ def _next(iterator: Iterator) -> Any:
 
 
 def _require_alive(iterator: Iterator) -> None:
+    if death := _death(iterator):
+        raise _WorkerDied(death)
+
+
+def _death(iterator: Iterator) -> str | None:
+    """How a worker of the iterator has died; None where none has."""
     for process in getattr(iterator, "_workers", []):
         code = process.exitcode  # None: it is alive; 0: it ended after its last batch
         if code:
             how = (
                 f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
             )
-            raise _WorkerDied(f"dataloader worker (pid {process.pid}) {how}")
+            return f"dataloader worker (pid {process.pid}) {how}"
+    return None
 
 
 def _hold_back_sigchld() -> None:

@@ -4,6 +4,7 @@ The device is asked for numbers here only, every `log_every` steps.
 """
 
 import math
+import os
 import resource
 import sys
 import time
@@ -54,6 +55,7 @@ class Report:
         self._world, self._workers = world, workers
         self._monitor = monitor or WorkerMonitor()
         self._list = folder / "unreadable.txt"
+        self._shown_list = printable(str(self._list))
         self.unreadable = _names(self._list)  # of all starts
         self._met: set[str] = set()  # those of this start: what was repaired is no longer met
         self._news: list[str] = []  # unreadable images that only this process knows of
@@ -96,12 +98,12 @@ class Report:
         self._record.close()
         if self._monitor.deaths:
             self.console.print(
-                f"dataloader workers died and were started again {self._monitor.deaths} times",
+                f"dataloader workers died {self._monitor.deaths} times",
                 style="yellow",
             )
         if self.unreadable:
             self.console.print(
-                f"{len(self.unreadable):,} unreadable images so far, listed in {self._list}",
+                f"unreadable images so far: {len(self.unreadable):,}, listed in {self._shown_list}",
                 style="yellow",
             )
 
@@ -251,7 +253,7 @@ class Report:
             raise DataError(
                 f"{group.replaced} unreadable images in one group of {len(group.labels)}, "
                 f"such as {printable(self.source.name(group.unreadable[0]))}. They are listed in "
-                f"{self._list}; repair the files under their names, then --resume."
+                f"{self._shown_list}; repair the files under their names, then --resume."
             )
         self._require_readable()
 
@@ -263,6 +265,8 @@ class Report:
         self._news.clear()
 
     def _note_unreadable(self, name: str) -> None:
+        # The data root may be relative now, and absolute after a resume from another directory.
+        name = os.path.abspath(name)
         if name in self._met:
             return
         self._met.add(name)
@@ -284,7 +288,8 @@ class Report:
             raise DataError(
                 f"{len(self._met):,} of {len(self.source):,} training images are unreadable "
                 f"so far, more than data.max_unreadable={most:g} of them. They are listed in "
-                f"{self._list}; repair the files under their names, or allow more, then --resume."
+                f"{self._shown_list}; repair the files under their names, or allow more, then "
+                "--resume."
             )
 
 

@@ -135,7 +135,7 @@ def _last_save(file: Path, now: datetime) -> str:
     except OSError:
         return "none yet"
     ago = (now - datetime.fromtimestamp(status.st_mtime, UTC)).total_seconds()
-    return f"{spell(max(0.0, ago))} ago, {status.st_size / 1e6:,.0f} MB, {file}"
+    return f"{spell(max(0.0, ago))} ago, {status.st_size / 1e6:,.0f} MB, {printable(str(file))}"
 
 
 def _local(time: datetime) -> str:

@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from cspnet.data.check import quick
 from cspnet.data.listing import Listing
 from cspnet.data.sources import Source, open_parts
 from cspnet.errors import CheckpointError, Crash, DataError, RecipeError
-from cspnet.recipe import from_text, to_text
+from cspnet.recipe import to_text
 from cspnet.schema import DIGITS, TIMM, Recipe
 from cspnet.train.checkpoint import Checkpoints
 from cspnet.train.health import is_finite
@@ -36,7 +36,7 @@ from cspnet.train.runtime import (
     find_precision,
     find_workers,
 )
-from cspnet.train.state import Dataset, TrainState
+from cspnet.train.state import Dataset, TrainState, changed_fields
 from cspnet.train.world import ALONE, World
 from cspnet.trained import build_net, starting_net
 
@@ -406,14 +406,10 @@ def _require_own(job: Job) -> None:
     """Raises CheckpointError unless the folder is empty, or this run's before its first save."""
     stored = job.folder / "recipe.yaml"
     if stored.exists():
-        recipe = job.recipe
-        with suppress(RecipeError):  # another path to the data does not make it another run
-            then = from_text(stored.read_text())
-            recipe = replace(recipe, data=replace(recipe.data, root=then.data.root))
-        if stored.read_text() != to_text(recipe):
+        if changed := changed_fields(stored.read_text(), job.recipe):
             raise CheckpointError(
-                f"{stored} is another run's recipe, and there is no checkpoint to resume from: "
-                "name another folder"
+                f"{stored} is another run's recipe ({', '.join(changed[:3])} differ), and there "
+                "is no checkpoint to resume from: name another folder"
             )
         job.console.print(f"{job.folder} has no checkpoint yet: the run starts anew")
     elif job.folder.is_dir() and _holds_files(job.folder):

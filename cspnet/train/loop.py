@@ -73,6 +73,11 @@ def train(recipe: Recipe, place: Place, console: Console | RunOutput) -> Scores 
             crash = crashed(job, state, error)
             output.log(f"error: {crash}")
             raise crash from None
+        except KeyboardInterrupt:
+            left = "left at once, without a save, by a second Ctrl-C"
+            record(job, state, "fail", [left])
+            output.print(left, style="red")
+            raise
         finally:
             output.close_log()
         record(job, state, "done")

@@ -44,6 +44,15 @@ class Dataset:
         return cls(content["root"], Listing(**content["train"]), Listing(**content["val"]))
 
 
+def changed_fields(text: str, recipe: Recipe) -> list[str]:
+    """Keys of a stored recipe whose values are others now, but for those that may change.
+
+    RecipeError where the text is no recipe of this version.
+    """
+    then, now = (dict(flatten(from_text(t))) for t in (text, to_text(recipe)))
+    return [key for key in now if now[key] != then[key] and key not in (*FREE, *HORIZON)]
+
+
 @dataclass
 class TrainState:
     """Everything that changes from step to step."""
@@ -171,6 +180,13 @@ class TrainState:
             )
         else:
             labels, remarks = self._compare_dataset(Dataset.from_text(saved["dataset"]))
+            if labels and not differences and not force:
+                raise CheckpointError(
+                    f"the images in {printable(self.dataset.root)} are not those of the run:"
+                    + "".join(f"\n  - {difference}" for difference in labels)
+                    + "\nRestore them, or give the right folder with --data. --force continues "
+                    "with these."
+                )
             differences += labels
         if differences and not force:
             raise CheckpointError(

@@ -34,8 +34,13 @@ def read_labels(path: Path, classes: int) -> tuple[list[str], list[str]]:
         raise CheckpointError(f"{shown} cannot be read: {error.strerror}") from None
     lines = [line.removesuffix(b"\r") for line in content.removesuffix(b"\n").split(b"\n")]
     names = [os.fsdecode(line) for line in lines[:classes]]
+    if not content.strip():
+        raise CheckpointError(f"{shown} is empty: each line must name a class, {classes} in all")
     if len(names) < classes:
-        raise CheckpointError(f"{shown} has {len(names)} lines, the net {classes} classes")
+        raise CheckpointError(
+            f"{shown} has {len(names)} lines, the net {classes} classes: it is the list of another "
+            "net, or cut short"
+        )
     first: dict[str, int] = {}
     for number, name in enumerate(names, 1):
         if not name:
