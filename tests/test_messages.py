@@ -169,7 +169,7 @@ def test_no_full_stop_is_put_after_an_error():
                     named = isinstance(part, ast.FormattedValue) and ast.unparse(part.value)
                     stop = isinstance(following, ast.Constant) and following.value.startswith(".")
                     line = f"{path.name}:{node.lineno}"
-                    assert not (named == "error" and stop), f"{line}: use cspnet.errors.sentence"
+                    assert not (named == "error" and stop), f"{line}: use cspnet.display.sentence"
 
 
 @pytest.mark.parametrize("ending", ["", "."])
@@ -184,4 +184,4 @@ def test_a_save_that_failed_is_told_with_one_full_stop(ending, tmp_path):
         console=SimpleNamespace(print=lambda text, style: told.append(text)),
     )
     Report.unsaved(report, f"the disk is full{ending}")
-    assert "the disk is full. The run goes on" in told[0]
+    assert "the disk is full. The run continues" in told[0]

@@ -192,8 +192,8 @@ class Report:
     def unsaved(self, error: SaveError) -> None:
         """After a save that failed, and that the run goes on without."""
         self.console.print(
-            f"NOT SAVED at step {self.state.step:,}: {sentence(error)} The run goes on and tries "
-            "again at the next save: free some space.",
+            f"NOT SAVED at step {self.state.step:,}: {sentence(error)} The run continues and "
+            "tries again at the next save: check the disk, free some space.",
             style="bold red",
         )
 

@@ -11,6 +11,7 @@ from cspnet.console import RunOutput
 from cspnet.data.loader import Groups, training_groups
 from cspnet.data.sources import display_names
 from cspnet.data.supervision import WorkerMonitor
+from cspnet.display import sentence
 from cspnet.errors import CspnetError, DataError, NotFinite, SaveError, Stopped, WorkersLost
 from cspnet.evaluate import Scores, evaluate
 from cspnet.report.metrics import Report
@@ -182,7 +183,7 @@ def workers_lost(error: WorkersLost, job: Job, state: TrainState, report: Report
     """
     if job.world.size > 1 or state.step == report.first_step:
         step = f"step {state.step + 1:,} or one of the next"
-        return WorkersLost(f"{error}. It happens with the images of {step}")
+        return WorkersLost(f"{sentence(error)} It happens with the images of {step}")
     if state.saved < state.step:
         save(job, state, report, str(error))
     return stopped(str(error), state)
@@ -200,7 +201,7 @@ def save(
 
     `validated`: the validation of this step is done. It counts from the save on: a run that ends
     before it validates again. A disk that is full pauses the saving, unless the run ends here, was
-    `asked` to, or was told to end then.
+    `asked` to, or has --stop-when-full.
     """
     if not is_finite(state) or (int(state.bad_step) >= 0 and not state.scaler.is_enabled()):
         raise broken(job, state)
