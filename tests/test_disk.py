@@ -143,9 +143,9 @@ def test_a_best_that_found_the_disk_full_is_not_the_best(tiny, disk, whole, monk
     kept = max((step for step in top1 if step != lost), key=top1.get)
     validate = loop.validate
 
-    def full(job, state, stop):
+    def full(job, state, *rest):
         set_free(disk, 0 if state.step == lost else None)
-        return validate(job, state, stop)
+        return validate(job, state, *rest)
 
     monkeypatch.setattr(loop, "validate", full)
     run(recipe, disk / "run")

@@ -231,12 +231,14 @@ def _begin(job: Job, dataset: Dataset, lock: RunLock | None) -> TrainState:
             f"{job.folder} is at step {state.step:,}, past schedule.steps={recipe.schedule.steps:,}"
         )
     job.checkpoints.size = state.size
+    if lock and job.folder.is_dir():
+        lock.take(job.folder)
+    job.checkpoints.clean()  # what a killed save has left does not count as used
     _require_room(job)
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
         if lock:
             lock.take(job.folder)
-        job.checkpoints.clean()
         replace_text(job.folder / "recipe.yaml", to_text(recipe))
         replace_text(job.folder / "env.json", json.dumps(environment(job), indent=2) + "\n")
         record(job, state, "resume" if saved else "start", remarks)
