@@ -157,13 +157,15 @@ def _holds_files(folder: Path) -> bool:
     return any(path.suffix != ".tmp" and path.name != LOCK for path in folder.iterdir())
 
 
-def start(job: Job, lock: RunLock | None = None) -> TrainState:
+def start(job: Job, lock: RunLock | None = None, listed: bool = True) -> TrainState:
     """A fresh state, or the one in the run folder; the first files of the run are written.
 
     By the first process of the world, whose state is then that of all. It takes the `lock` before
-    it writes anything. Raises RecipeError where the processes do not see the same data.
+    it writes anything. Raises RecipeError where the processes do not see the same data. A trial,
+    which nobody resumes, needs no `listed` data set: that asks for the size of every file.
     """
-    dataset = _dataset(job)  # by all of them: a slow disk must not make the others wait
+    # By all processes: a slow disk must not make the others wait for the first one.
+    dataset = _dataset(job) if listed else Dataset(absolute_root(job.recipe.data.root))
     _require_same(job, dataset)
     state: TrainState | None = None
 

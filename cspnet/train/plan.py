@@ -7,14 +7,13 @@ schedule are changed, none of which costs time.
 
 import contextlib
 import io
-import itertools
 import json
 import os
 import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -97,13 +96,9 @@ class First:
         self._source, self._count = source, min(count, len(source))
         self.classes, self.labels = source.classes, source.labels[: self._count]
         self.read, self.name = source.read, source.name
-        self._listing = source.listing
 
     def __len__(self) -> int:
         return self._count
-
-    def listing(self) -> Iterator[tuple[str, int]]:
-        return itertools.islice(self._listing(), self._count)
 
 
 class _Timed(Checkpoints):
@@ -196,7 +191,7 @@ def _run(recipe: Recipe, place: Place, stop: Stop, images: int) -> Trial:
         job = prepare(recipe, place, _plain(told))
         saves = _Timed(output / "checkpoints")
         job = replace(job, checkpoints=saves, validation=First(job.validation, images))
-        scores = run(job, start(job), stop)
+        scores = run(job, start(job, listed=False), stop)
         kernels = [line for line in told.getvalue().splitlines() if ACCELERATED.match(line)]
         whole = time.perf_counter() - begun
         peak_gb = memory_gb()  # with the last save

@@ -26,13 +26,16 @@ FREE = (
 HORIZON = ("schedule.steps",)
 
 
+NOTHING_LISTED = Listing(0, "", [])
+
+
 @dataclass(frozen=True)
 class Dataset:
     """Which images a run trains and validates on."""
 
     root: str  # data.root as an absolute path
-    train: Listing
-    val: Listing
+    train: Listing = NOTHING_LISTED
+    val: Listing = NOTHING_LISTED
 
     def to_text(self) -> str:
         """JSON in ASCII: a path may hold bytes that no encoding of text has."""
