@@ -21,22 +21,22 @@ from unittest import mock
 from common import about, write
 from rich.console import Console
 
-from cspnet import recipe as recipes
-from cspnet.data.loader import Batch, Groups, ahead_each, training_groups
+from cspnet.data.loader import Batch, TrainGroups, prefetch_factor, training_groups
+from cspnet.recipe import load as recipes
+from cspnet.runtime.device import RunOptions, choose_workers, setup_device
 from cspnet.train import loop
-from cspnet.train.runtime import Place, find_device, find_workers
 
 
 def alternating(window: int, real_ones: int) -> object:
     """`training_groups` with, after some windows of steps, one of one group again and again."""
 
     def groups(source, recipe, start: int, workers: int, pin: bool, *how) -> Iterator[Batch]:
-        ahead = workers * ahead_each(recipe.groups, workers)
+        ahead = workers * prefetch_factor(recipe.groups, workers)
         if ahead > window * recipe.groups:
             raise ValueError(
                 f"--window {window}: {workers} workers make more groups ahead, {ahead}"
             )
-        kept = Groups(source, recipe)[0, 0]
+        kept = TrainGroups(source, recipe)[0, 0]
         if pin:
             kept = kept._replace(images=kept.images.pin_memory(), labels=kept.labels.pin_memory())
         with closing(training_groups(source, recipe, start, workers, pin, *how)) as real:
@@ -60,19 +60,19 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*", help="of the recipe")
     options = parser.parse_args()
-    device = find_device(options.device)
+    device = setup_device(options.device)
     small = device.type == "cpu"
-    real_ones = 2 if find_workers(options.workers, device) else 1
+    real_ones = 2 if choose_workers(options.workers, device) else 1
     window = options.window or (2 if small else 50)
     size = ["batch=16", "group=8"] if small else []
     steps = (real_ones + 1) * window * (options.windows + 1)
     given = [f"log_every={window}", f"schedule.steps={steps}", "save_every=1000000"]
-    recipe = recipes.load(
-        recipes.find(options.recipe), [*size, *given, *options.overrides], options.data
+    recipe = recipes.load_recipe(
+        recipes.find_recipe(options.recipe), [*size, *given, *options.overrides], options.data
     )
     record = about(options)
     with tempfile.TemporaryDirectory() as folder:
-        place = Place(Path(folder) / "run", device=options.device, workers=options.workers)
+        place = RunOptions(Path(folder) / "run", device=options.device, workers=options.workers)
         with (
             mock.patch.object(loop, "training_groups", alternating(window, real_ones)),
             mock.patch.object(loop, "is_validation_due", lambda state: False),

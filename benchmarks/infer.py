@@ -19,7 +19,7 @@ from torch import nn
 
 from cspnet.nets import create
 from cspnet.nets.layers import fold
-from cspnet.train.runtime import DTYPES, find_device, find_precision
+from cspnet.runtime.device import DTYPES, choose_precision, setup_device
 
 CASES = {"cuda": ["512x1", "256x128"], "cpu": ["256x1", "128x8"]}
 
@@ -77,9 +77,9 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="every net by torch.compile")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    device = find_device(options.device)
+    device = setup_device(options.device)
     torch.backends.cudnn.benchmark = True
-    precision = find_precision(options.precision, device).name
+    precision = choose_precision(options.precision, device).name
     record = about(options) | {"precision": precision, "results": {}}
     print(f"{record['machine']}, torch {torch.__version__}, timm {timm.__version__}, {precision}")
     nets = build(options.net, DTYPES[precision], device)

@@ -23,7 +23,7 @@ RUNGS = ("plain", "gamma", "omega", "sat")
 def overrides(arguments: argparse.Namespace, seed: int) -> list[str]:
     """What makes the published recipes small; the same for every rung."""
     return [
-        f"data.size={arguments.size}",
+        f"data.image_size={arguments.size}",
         f"model.width={arguments.width}",
         f"schedule.steps={arguments.steps}",
         f"schedule.warmup_steps={arguments.steps // 10}",

@@ -29,11 +29,11 @@ import torchvision.io
 from common import about, write
 from torchvision.transforms import v2
 
-from cspnet import recipe as recipes
-from cspnet.data import decode
 from cspnet.data.loader import evaluation_batches, training_groups
-from cspnet.data.sources import Folder, training_folder, validation_folder
-from cspnet.schema import Evaluate
+from cspnet.images import decode
+from cspnet.recipe import load as recipes
+from cspnet.recipe.schema import Evaluate
+from cspnet.sources.data_root import Folder, training_folder, validation_folder
 
 ENDLESS = 100_000  # images, by repetition: no pipeline comes to the end of an epoch in a window
 CROP = 0.887  # timm's for cspdarknet53
@@ -85,8 +85,8 @@ class Tensors(torch.utils.data.Dataset):
 
 
 def ours(source: Folder, batch: int, size: int, *overrides: str) -> Callable[[int], Iterator]:
-    small = [f"batch={4 * batch}", f"group={batch}", f"data.size={size}", *overrides]
-    recipe = recipes.load(recipes.find("cspdarknet53-omega"), small)
+    small = [f"batch={4 * batch}", f"group={batch}", f"data.image_size={size}", *overrides]
+    recipe = recipes.load_recipe(recipes.find_recipe("cspdarknet53-omega"), small)
     return lambda workers: training_groups(source, recipe, 0, workers, pin=False)
 
 
@@ -140,9 +140,9 @@ def of_training(root: str, batch: int, size: int) -> list[Pipeline]:
             ours(source, batch, size),
         ),
         Pipeline(
-            "ours, scaled_decode",
+            "ours, reduced_decode",
             "the same, JPEGs reduced by libjpeg where the view shrinks them by 2 or more → uint8",
-            ours(source, batch, size, "data.scaled_decode=true"),
+            ours(source, batch, size, "data.reduced_decode=true"),
         ),
         Pipeline(
             "timm",
@@ -172,7 +172,7 @@ def of_validation(root: str, batch: int, size: int) -> list[Pipeline]:
     source = Folder(folder)
     view = f"shorter side to {int(size / CROP)}, antialiased, central {size}²"
     tensors = v2.Compose([v2.Resize(int(size / CROP), antialias=True), v2.CenterCrop(size)])
-    antialias = Evaluate(crop=CROP, resize="antialias")
+    antialias = Evaluate(crop_pct=CROP, interpolation="antialias")
     return [
         Pipeline(
             OURS,

@@ -28,8 +28,8 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 
 from cspnet.nets import create
-from cspnet.train.runtime import BUDGETS
-from cspnet.train.saved import eager, fake, prepared
+from cspnet.plan.activations import eager_activation_bytes, fake_tensors, network_and_input
+from cspnet.runtime.device import ACTIVATION_BUDGETS
 
 
 def compiled(
@@ -58,8 +58,8 @@ def compiled(
         decompositions=select_decomp_table(),
     )
     torch._dynamo.reset()
-    with fake(device):
-        net, x = prepared(build, images, size)
+    with fake_tensors(device):
+        net, x = network_and_input(build, images, size)
         torch.compile(net, backend=backend, fullgraph=True)(x)
     return found
 
@@ -99,8 +99,8 @@ def main() -> None:
     def timms() -> nn.Module:
         return timm.create_model(options.net, act_layer="mish")
 
-    names = {budget: name for name, budget in BUDGETS.items()}
-    budgets = sorted({*options.budgets, *BUDGETS.values()}, reverse=True)
+    names = {budget: name for name, budget in ACTIVATION_BUDGETS.items()}
+    budgets = sorted({*options.budgets, *ACTIVATION_BUDGETS.values()}, reverse=True)
     rows = []
 
     def add(who: str, how: str, groups: int, bytes_kept: float, again: int | None = None) -> None:
@@ -111,10 +111,10 @@ def main() -> None:
 
     print(f"{options.net}, {options.size}×{options.size}, MB (10^6 bytes) an image")
     one, several = options.group, options.group * options.groups
-    add("timm", "eager", 1, eager(timms, one, options.size))
+    add("timm", "eager", 1, eager_activation_bytes(timms, one, options.size))
     # of one group: its net has no other size of group than the pass
-    add("ours", "eager", 1, eager(lambda: create(options.net), one, options.size))
-    add("ours", "eager", options.groups, eager(ours, several, options.size))
+    add("ours", "eager", 1, eager_activation_bytes(lambda: create(options.net), one, options.size))
+    add("ours", "eager", options.groups, eager_activation_bytes(ours, several, options.size))
     for who, build, images, wanted in (
         ("timm", timms, one, [1.0]),
         ("ours", ours, one, budgets),

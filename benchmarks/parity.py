@@ -27,18 +27,18 @@ import torch
 from common import about, write
 from rich.console import Console
 
-from cspnet import recipe as recipes
 from cspnet.nets import csp, layers, mish
-from cspnet.train import job, loop
-from cspnet.train.checkpoint import load
-from cspnet.train.runtime import DTYPES, Place, Precision, find_device
+from cspnet.recipe import load as recipes
+from cspnet.run.checkpoint import load_checkpoint
+from cspnet.runtime.device import DTYPES, Precision, RunOptions, setup_device
+from cspnet.train import loop, setup
 
 STEPS = 20
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3}
 OVERRIDES = [
     *(f"schedule.steps={STEPS}", f"save_every={STEPS}", "log_every=1", "evaluate.every=1000"),
 ]
-ATTACK = ["adversarial.strength=1", "adversarial.probability=0.5"]
+ATTACK = ["adversarial.step_size=1", "adversarial.probability=0.5"]
 FLAT = ["schedule.warmup_steps=0", "schedule.power=1"]
 PATHS = ("eager", "compiled", "control")
 RATES = {rate: [*FLAT, f"optim.learning_rate={rate}"] for rate in ("1.6e-8", "0.005")}
@@ -48,21 +48,23 @@ def run(options, precision: str, path: str, rates: list[str]) -> tuple[list[floa
     """Losses of the steps; the momentum of all weights at the end as one vector."""
     attack = [] if options.no_attack else ATTACK
     given = [*OVERRIDES, *attack, f"precision={precision}", *rates, *options.overrides]
-    recipe = recipes.load(recipes.find(options.recipe), given, options.data)
+    recipe = recipes.load_recipe(recipes.find_recipe(options.recipe), given, options.data)
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as patched:
         patched.enter_context(mock.patch.object(loop, "is_validation_due", lambda state: False))
-        on_cpu = find_device(options.device).type == "cpu"
+        on_cpu = setup_device(options.device).type == "cpu"
         if on_cpu and not tensor_cores.native(DTYPES[precision]):
             patched.enter_context(tensor_cores.emulated())
             emulated = Precision(precision, "emulated")  # a run of its own refuses fp16 on a CPU
-            patched.enter_context(mock.patch.object(job, "find_precision", lambda *of: emulated))
+            patched.enter_context(
+                mock.patch.object(setup, "choose_precision", lambda *of: emulated)
+            )
         if path in ("plain", "control"):  # nothing is fused, Mish is torch's
             for module in (mish, layers, csp):
                 patched.enter_context(mock.patch.object(module, "is_eager", lambda x: False))
         if path == "control":
             torch.set_num_threads(1 if threads > 1 else 2)
-        place = Place(
+        place = RunOptions(
             Path(folder) / "run",
             device=options.device,
             workers=0,
@@ -78,7 +80,7 @@ def run(options, precision: str, path: str, rates: list[str]) -> tuple[list[floa
         if path == "compiled" and "compiled, tested" not in told:
             raise RuntimeError(f"this was no compiled run: {told}")
         text = (place.output / "metrics.jsonl").read_text()
-        saved = load(place.output / "checkpoints" / "last.pt")
+        saved = load_checkpoint(place.output / "checkpoints" / "last.pt")
     momentum = [entry["momentum_buffer"] for entry in saved["optimizer"]["state"].values()]
     losses = [json.loads(line)["loss"] for line in text.splitlines()]
     return losses, torch.cat([tensor.double().flatten() for tensor in momentum])
@@ -102,9 +104,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*", help="of the recipe")
     options = parser.parse_args()
-    small = find_device(options.device).type == "cpu"
+    small = setup_device(options.device).type == "cpu"
     if small:
-        options.overrides = ["batch=16", "group=8", "data.size=128", *options.overrides]
+        options.overrides = ["batch=16", "group=8", "data.image_size=128", *options.overrides]
     record = about(options) | {"steps": STEPS, "results": {}}
     exacts = {}
     for precision in options.precision or TOLERANCE:

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 import cspnet
-from cspnet.train.checkpoint import load, write
+from cspnet.run.checkpoint import load_checkpoint, write_checkpoint
 
 ROOT = Path(__file__).parent.parent
 BATCH, GROUP = 16, 8
@@ -97,10 +97,10 @@ def prepare(folder: Path, images: int) -> dict[str, Path]:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
         if kind == "far":
-            content = load(run / "checkpoints" / "last.pt")
+            content = load_checkpoint(run / "checkpoints" / "last.pt")
             step = images // BATCH
             content |= {"step": step, "updates": step, "validated": step}
-            write(content, run / "checkpoints" / "last.pt")
+            write_checkpoint(content, run / "checkpoints" / "last.pt")
     return folders
 
 

@@ -23,12 +23,12 @@ from common import about, write
 from timm.optim import create_optimizer_v2
 from timm.utils import NativeScaler
 
-from cspnet import recipe as recipes
 from cspnet.data.augment import IMAGENET_MEAN, IMAGENET_STD, normalize
+from cspnet.recipe import load as recipes
+from cspnet.runtime.device import ACTIVATION_BUDGETS, Precision, choose_precision, setup_device
+from cspnet.train.optim import apply_update as update
 from cspnet.train.optim import build_optimizer, learning_rate
-from cspnet.train.optim import step as update
-from cspnet.train.runtime import BUDGETS, Precision, find_device, find_precision
-from cspnet.trained import build_net
+from cspnet.weights.load import build_net
 
 VARIANTS = ("ours", "timm", "ours-compiled", "timm-compiled")
 
@@ -48,7 +48,7 @@ def ours(options, images, targets, precision: Precision, compiled: bool) -> Call
 
     def step() -> None:
         nonlocal updates
-        torch._functorch.config.activation_memory_budget = BUDGETS[options.memory]
+        torch._functorch.config.activation_memory_budget = ACTIVATION_BUDGETS[options.memory]
         torch.backends.cudnn.benchmark = options.autotune
         rate = learning_rate(updates + 1, recipe)
         for parameters in optimizer.param_groups:
@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--group", type=int, default=32)
     parser.add_argument("--passes", type=int, help="groups at once; all of them if not given")
-    parser.add_argument("--memory", default="fast", choices=tuple(BUDGETS))
+    parser.add_argument("--memory", default="fast", choices=tuple(ACTIVATION_BUDGETS))
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS[:2]), choices=VARIANTS)
     parser.add_argument("--windows", type=int, default=3)
     parser.add_argument("--steps", type=int, help="a window")
@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--autotune", action="store_true", help="cuDNN's, for ours, as timm has it")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    device = find_device(options.device)
+    device = setup_device(options.device)
     small = device.type == "cpu"
     if options.cap_gb and not small:
         total = torch.cuda.get_device_properties(device).total_memory
@@ -182,9 +182,9 @@ def main() -> None:
         if getattr(options, name) is None:
             setattr(options, name, on_cpu if small else on_gpu)
     asked = "bf16" if small and options.precision == "auto" else options.precision
-    precision = find_precision(asked, device)
-    given = (f"batch={options.batch}", f"group={options.group}", f"data.size={options.size}")
-    options.recipe = recipes.load(None, [*given, "data.normalize=imagenet"])
+    precision = choose_precision(asked, device)
+    given = (f"batch={options.batch}", f"group={options.group}", f"data.image_size={options.size}")
+    options.recipe = recipes.load_recipe(None, [*given, "data.normalize=imagenet"])
     options.passes = options.passes or options.recipe.groups
     record = about(options) | {"precision": precision.name, "groups at once": options.passes}
 

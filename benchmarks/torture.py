@@ -31,8 +31,8 @@ import torch
 
 import cspnet
 from cspnet.errors import CheckpointError
-from cspnet.recipe import from_text
-from cspnet.train.checkpoint import Checkpoints, is_sealed, load
+from cspnet.recipe.load import recipe_from_yaml
+from cspnet.run.checkpoint import CheckpointFiles, has_valid_checksum, load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 EVERY = 5  # steps between validations
@@ -119,7 +119,7 @@ def recipe(steps: int, seed: int) -> list[str]:
     return [
         *("batch=16", "group=8", "model.width=0.125", "model.norm_momentum=0.1"),
         *(f"schedule.steps={steps}", "schedule.warmup_steps=3", "optim.learning_rate=0.02"),
-        *("mix.probability=0.5", "average.decay=0.8", "adversarial.strength=5"),
+        *("mix.probability=0.5", "ema.decay=0.8", "adversarial.step_size=5"),
         *(f"evaluate.every={EVERY}", "archive_every=4", "archive_keep=2"),
         *(f"save_every={1 + seed % 2}", f"log_every={1 + seed % 2}", f"seed={seed}"),
     ]
@@ -264,7 +264,7 @@ def place_of_death(life: Life, folder: Path) -> str:
     if not steps:
         return "start"
     try:
-        last = load(files / "last.pt")
+        last = load_checkpoint(files / "last.pt")
     except CheckpointError:
         return "step"
     due = last["step"] % EVERY == 0 and last["validated"] < last["step"]
@@ -274,10 +274,10 @@ def place_of_death(life: Life, folder: Path) -> str:
 def harm(folder: Path) -> list[str]:
     """What no moment may leave: a checkpoint that is not whole, a record that is behind last.pt."""
     files = sorted((folder / "checkpoints").glob("[!.]*.pt"))
-    found = [f"{file.name} is torn" for file in files if not is_sealed(file)]
+    found = [f"{file.name} is torn" for file in files if not has_valid_checksum(file)]
     if not found and files:
-        last = load(folder / "checkpoints" / "last.pt")
-        every = from_text(last["recipe"]).log_every
+        last = load_checkpoint(folder / "checkpoints" / "last.pt")
+        every = recipe_from_yaml(last["recipe"]).log_every
         record = (folder / "metrics.jsonl").read_text()
         if last["step"] >= every and f'{{"step": {last["step"] // every * every},' not in record:
             found.append("the record is behind last.pt")
@@ -287,7 +287,7 @@ def harm(folder: Path) -> list[str]:
 def saved_step(folder: Path) -> int:
     """Step of last.pt; 0 where there is none, or none that is whole."""
     try:
-        return load(folder / "checkpoints" / "last.pt")["step"]
+        return load_checkpoint(folder / "checkpoints" / "last.pt")["step"]
     except CheckpointError:
         return 0
 
@@ -318,7 +318,7 @@ def same(a: object, b: object) -> bool:
 
 def content(checkpoint: Path) -> dict:
     """A checkpoint without the optimizer's rate, which is set anew before each step."""
-    found = load(checkpoint)
+    found = load_checkpoint(checkpoint)
     for group in found["optimizer"]["param_groups"]:
         del group["lr"]
     return found
@@ -350,7 +350,7 @@ def curves(folder: Path) -> dict[str, dict[int, float]]:
 def differences(whole: Path, cut: Path) -> list[str]:
     """What of a run's folder is not as in the other one."""
     found = []
-    files = [Checkpoints(folder / "checkpoints", 1) for folder in (whole, cut)]
+    files = [CheckpointFiles(folder / "checkpoints", 1) for folder in (whole, cut)]
     archives = [[path.name for path in run.archives()] for run in files]
     if archives[0] != archives[1]:
         found.append(f"archives: {archives[0]}, {archives[1]}")

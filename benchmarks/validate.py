@@ -19,11 +19,11 @@ import torch
 from common import about, write
 from timm.utils import AverageMeter, accuracy
 
-from cspnet import recipe as recipes
-from cspnet.data.sources import Folder, validation_folder
-from cspnet.evaluate import evaluate
+from cspnet.inference.evaluate import evaluate_network
 from cspnet.nets import create
-from cspnet.train.runtime import find_device, find_precision, find_workers
+from cspnet.recipe import load as recipes
+from cspnet.runtime.device import choose_precision, choose_workers, setup_device
+from cspnet.sources.data_root import Folder, validation_folder
 
 CROP = 0.887  # timm's for cspdarknet53
 
@@ -87,9 +87,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="beside the first, which is dropped")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    device = find_device(options.device)
-    precision = find_precision(options.precision, device)
-    workers = find_workers(options.workers, device)
+    device = setup_device(options.device)
+    precision = choose_precision(options.precision, device)
+    workers = choose_workers(options.workers, device)
     small = device.type == "cpu"
     options.batch = options.batch or (32 if small else 256)
     options.images = options.images or (160 if small else 10_000)
@@ -104,18 +104,22 @@ def main() -> None:
     nets = [
         net.eval().to(device=device, memory_format=torch.channels_last) for net in (ours, theirs)
     ]
-    recipe = recipes.load(
+    recipe = recipes.load_recipe(
         None,
         [
-            *(f"data.size={options.size}", "data.normalize=imagenet", f"batch={options.batch}"),
-            *(f"evaluate.crop={CROP}", "evaluate.resize=antialias"),
+            *(
+                f"data.image_size={options.size}",
+                "data.normalize=imagenet",
+                f"batch={options.batch}",
+            ),
+            *(f"evaluate.crop_pct={CROP}", "evaluate.interpolation=antialias"),
         ],
     )
     record = about(options) | {"precision": precision.name, "workers": workers}
     speeds: dict[str, list[float]] = {"ours": [], "timm": []}
     for _ in range(options.rounds + 1):
         torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = False
-        scores = evaluate(nets[0], source, recipe, precision, workers)
+        scores = evaluate_network(nets[0], source, recipe, precision, workers)
         speed, loss = timms(nets[1], folder, options, device, precision, workers)
         speeds["ours"].append(scores.images_per_second)
         speeds["timm"].append(speed)

@@ -16,7 +16,7 @@ def __getattr__(name: str):
 
         return create
     if name == "load":
-        from cspnet.trained import load
+        from cspnet.weights.load import load_network
 
-        return load
+        return load_network
     raise AttributeError(f"module 'cspnet' has no attribute {name!r}")

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cspnet.display import printable
+from cspnet.text import printable
 
 
-def require_utf8() -> None:
+def ensure_utf8_mode() -> None:
     """Starts the program again in Python's UTF-8 mode if the locale has another encoding.
 
     Names of files and classes are stored in checkpoints: the same bytes must be the same name
@@ -48,13 +48,13 @@ def _bytes_or_escape(error: UnicodeError) -> tuple[bytes | str, int]:
 codecs.register_error("cspnet.bytes_or_escape", _bytes_or_escape)
 
 
-def write_raw_names() -> None:
+def allow_raw_bytes_on_stdout() -> None:
     """Lets stdout write names of files byte for byte, for another program to read."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="cspnet.bytes_or_escape")
 
 
-def configure_streams() -> None:
+def escape_unencodable_output() -> None:
     """Makes stdout and stderr print any text: what their encoding lacks is escaped.
 
     A stream that was closed by the caller (`>&-`) is replaced by /dev/null.
@@ -67,14 +67,14 @@ def configure_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def survive_lost_output() -> None:
+def tolerate_lost_output() -> None:
     """Lets this process continue when stdout or stderr can no longer be written."""
     for name in ("stdout", "stderr"):
-        if not isinstance(getattr(sys, name), SurvivingStream):
-            setattr(sys, name, SurvivingStream(getattr(sys, name)))
+        if not isinstance(getattr(sys, name), TolerantStream):
+            setattr(sys, name, TolerantStream(getattr(sys, name)))
 
 
-class SurvivingStream(io.TextIOBase):
+class TolerantStream(io.TextIOBase):
     """A text stream that drops what it is given after its first write error.
 
     `lost` is then the reason. Everything else is that of the wrapped stream.

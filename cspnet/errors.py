@@ -1,6 +1,6 @@
 """What can go wrong through no fault of the code. Each kind knows the exit code of the command."""
 
-from cspnet.display import printable
+from cspnet.text import printable
 
 
 class CspnetError(Exception):
@@ -43,31 +43,31 @@ class SaveError(CspnetError):
     """A checkpoint could not be written; the earlier one is as it was."""
 
 
-class NotFinite(CspnetError):
+class NonFiniteError(CspnetError):
     """The loss became NaN or infinite; nothing was saved after it did."""
 
 
-class OutOfMemory(CspnetError):
+class OutOfMemoryError(CspnetError):
     """The device has too little memory for what was asked."""
 
 
-class Lost(CspnetError):
+class RankFailedError(CspnetError):
     """Another process of the run has ended, or hangs."""
 
 
-class WorkersLost(CspnetError):
+class WorkersFailedError(CspnetError):
     """Dataloader workers died again and again."""
 
 
-class Crash(CspnetError):
+class CrashError(CspnetError):
     """An unexpected exception ended the run; its traceback is in a file of the run folder."""
 
 
-class Incomplete(CspnetError):
+class PartialResultError(CspnetError):
     """Some images could not be read; the results of the others are out."""
 
 
-class Stopped(CspnetError):
+class StoppedError(CspnetError):
     """Stopped by a signal after a good save (EX_TEMPFAIL: run me again)."""
 
     exit_code = 75

@@ -8,7 +8,7 @@ from os import PathLike, fsdecode
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
-def quote(word: str | PathLike) -> str:
+def shell_quote(word: str | PathLike) -> str:
     """One word of a command line, quoted where it has blanks or characters special to a shell.
 
     Control characters and bytes that are no UTF-8 become escapes in `$'…'`, which bash, zsh and ksh
@@ -21,9 +21,9 @@ def quote(word: str | PathLike) -> str:
     return "$'" + _UNPRINTABLE.sub(_escape, escaped) + "'"
 
 
-def command(*words: str | PathLike) -> str:
+def command_line(*words: str | PathLike) -> str:
     """A command line of these words, to be copied into a shell."""
-    return " ".join(quote(word) for word in words)
+    return " ".join(shell_quote(word) for word in words)
 
 
 def _escape(found: re.Match) -> str:

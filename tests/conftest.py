@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cspnet import cli
-from cspnet import recipe as recipes
+from cspnet.recipe import load as recipes
 
 HIDDEN = {"CUDA_VISIBLE_DEVICES": ""}  # no GPU
 ROOT = Path(__file__).parent.parent
@@ -38,7 +38,7 @@ def tiny():
     """A recipe from the digits' one, made tiny, with further overrides."""
 
     def build(*overrides: str) -> recipes.Recipe:
-        return recipes.load(ROOT / "recipes" / "digits.yaml", [*TINY, *overrides])
+        return recipes.load_recipe(ROOT / "recipes" / "digits.yaml", [*TINY, *overrides])
 
     return build
 

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from cspnet.data.formats import Unreadable, Unsupported
+from cspnet.images.formats import UnreadableError, UnsupportedError
 from tests import images
 from tests.conftest import picture
 from tests.format_samples import (
@@ -88,8 +88,8 @@ JPEG = {
     "jpeg-icc": lambda: ("jpg", jpeg(icc_profile=ICC), SMOOTH, 3),
     "jpeg-mpo": lambda: ("jpg", saved(SMOOTH, "MPO", quality=95, **MPO), SMOOTH, 3),
     "jpeg-arithmetic": arithmetic,
-    "jpeg-12-bit": lambda: ("jpg", frame_changed(0xC1, 12), Unreadable),
-    "jpeg-lossless": lambda: ("jpg", frame_changed(0xC3), Unreadable),
+    "jpeg-12-bit": lambda: ("jpg", frame_changed(0xC1, 12), UnreadableError),
+    "jpeg-lossless": lambda: ("jpg", frame_changed(0xC3), UnreadableError),
     "jpeg-exif-long": lambda: ("jpg", jpeg_exif(images.exif(6, 4, ">")), orient(SMOOTH, 6), 3),
     "jpeg-exif-byte": lambda: ("jpg", jpeg_exif(images.exif(8, 1)), orient(SMOOTH, 8), 3),
     "jpeg-exif-0": lambda: ("jpg", jpeg_exif(images.exif(0)), SMOOTH, 3),
@@ -228,7 +228,7 @@ def changed_depth():
     data = bytearray(saved(PAINTED, "JPEG2000", irreversible=False))
     at = data.index(b"\xff\x4f\xff\x51") + 42
     data[at : at + 9 : 3] = bytes([11, 11, 11])
-    return "png", bytes(data), Unsupported
+    return "png", bytes(data), UnsupportedError
 
 
 SMOOTH_RGBA = Image.fromarray(np.dstack([SMOOTH, np.full(SHAPE, 100, np.uint8)]))
@@ -250,8 +250,8 @@ REST = {
     "hdr": lambda: (
         "ppm",
         cv2.imencode(".hdr", np.ones((40, 48, 3), np.float32))[1].tobytes(),
-        Unreadable,
+        UnreadableError,
     ),
-    "sun-raster": lambda: ("ppm", cv2.imencode(".ras", PAINTED)[1].tobytes(), Unreadable),
+    "sun-raster": lambda: ("ppm", cv2.imencode(".ras", PAINTED)[1].tobytes(), UnreadableError),
 }
 CASES = JPEG | PNG | WEBP | TIFF | BMP | PNM | REST

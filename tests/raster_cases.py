@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from cspnet.data.formats import Unreadable, Unsupported
+from cspnet.images.formats import UnreadableError, UnsupportedError
 from tests import images
 from tests.conftest import picture
 from tests.format_samples import (
@@ -105,7 +105,7 @@ def refused_tiff(bits, photometric, channels, **options):
     return (
         "tif",
         images.tiff(noise(min(bits, 16), channels), bits, photometric, **options),
-        Unsupported,
+        UnsupportedError,
     )
 
 
@@ -263,12 +263,12 @@ def pam(maxval, channels, kind):
 
 
 def pfm():
-    return "ppm", b"PF\n48 40\n-1.0\n" + bytes(4 * 3 * 48 * 40), Unreadable
+    return "ppm", b"PF\n48 40\n-1.0\n" + bytes(4 * 3 * 48 * 40), UnreadableError
 
 
 def beyond_maxval():
     _, data, _ = pnm(5, 100, 1)
-    return "pgm", data[:-1] + b"\x65", Unreadable
+    return "pgm", data[:-1] + b"\x65", UnreadableError
 
 
 PNM = {
@@ -289,6 +289,6 @@ PNM = {
     "pam-grey-alpha": lambda: pam(255, 2, "GRAYSCALE_ALPHA"),
     "pam-rgb-100": lambda: pam(100, 3, "RGB"),
     "pam-rgba-1023": lambda: pam(1023, 4, "RGB_ALPHA"),
-    "pam-cmyk": lambda: ("ppm", images.pam(noise(8, 4), 255, "CMYK"), Unsupported),
+    "pam-cmyk": lambda: ("ppm", images.pam(noise(8, 4), 255, "CMYK"), UnsupportedError),
     "pfm": pfm,
 }

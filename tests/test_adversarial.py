@@ -3,9 +3,9 @@ import torch
 from rich.console import Console
 
 from cspnet.nets import create
-from cspnet.train import adversarial, job, step
+from cspnet.runtime.device import RunOptions
+from cspnet.train import adversarial, setup, step
 from cspnet.train.adversarial import attack
-from cspnet.train.runtime import Place
 
 
 @pytest.fixture
@@ -111,9 +111,9 @@ def test_the_surest_images_are_attacked_at_the_scale_that_fp16_steps_run_at(
 ):
     """Logits are halves then: a gradient for each image that is not a part of a batch's overflows
     at the scale where a batch's does not."""
-    recipe = tiny("batch=128", "adversarial.strength=10", "schedule.warmup_steps=1")
-    work = job.prepare(recipe, Place(tmp_path / "run", device="cpu"), Console(quiet=True))
-    state = job.start(work)
+    recipe = tiny("batch=128", "adversarial.step_size=10", "schedule.warmup_steps=1")
+    work = setup.prepare(recipe, RunOptions(tmp_path / "run", device="cpu"), Console(quiet=True))
+    state = setup.start(work)
     state.step = 6
     images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     images = images.contiguous(memory_format=torch.channels_last)
@@ -133,18 +133,18 @@ def test_the_surest_images_are_attacked_at_the_scale_that_fp16_steps_run_at(
 
 
 def test_strength_grows_with_the_step_after_the_warm_up(tiny):
-    recipe = tiny("adversarial.strength=2", "schedule.steps=100", "schedule.warmup_steps=10")
-    assert [adversarial.strength(step, recipe) for step in (0, 10)] == [0, 0]
-    assert adversarial.strength(11, recipe) == pytest.approx(0.22)
-    assert adversarial.strength(99, recipe) == pytest.approx(1.98)
+    recipe = tiny("adversarial.step_size=2", "schedule.steps=100", "schedule.warmup_steps=10")
+    assert [adversarial.attack_step_size(step, recipe) for step in (0, 10)] == [0, 0]
+    assert adversarial.attack_step_size(11, recipe) == pytest.approx(0.22)
+    assert adversarial.attack_step_size(99, recipe) == pytest.approx(1.98)
 
 
 def test_half_of_the_groups_are_attacked_by_coins_of_their_own(tiny):
-    recipe = tiny("adversarial.strength=1", "schedule.steps=3000", "schedule.warmup_steps=0")
-    coins = [adversarial.attacked(recipe, step, range(2)) for step in range(1, 2000)]
+    recipe = tiny("adversarial.step_size=1", "schedule.steps=3000", "schedule.warmup_steps=0")
+    coins = [adversarial.attack_mask(recipe, step, range(2)) for step in range(1, 2000)]
     share = sum(map(sum, coins)) / (2 * len(coins))
     both = sum(coin.all() for coin in coins) / len(coins)
     assert abs(share - 0.5) < 0.03 and abs(both - 0.25) < 0.03
-    assert (adversarial.attacked(recipe, 7, range(1, 2)) == coins[6][1:]).all()
+    assert (adversarial.attack_mask(recipe, 7, range(1, 2)) == coins[6][1:]).all()
     off = tiny("schedule.steps=3000", "schedule.warmup_steps=0")
-    assert not any(adversarial.attacked(off, step, range(2)).any() for step in range(50))
+    assert not any(adversarial.attack_mask(off, step, range(2)).any() for step in range(50))

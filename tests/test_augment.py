@@ -5,15 +5,15 @@ import pytest
 import torch
 
 from cspnet.data import augment, stream
-from cspnet.data.augment import Draws
-from cspnet.schema import Augment, Mix
+from cspnet.data.augment import AugmentParams
+from cspnet.recipe.schema import Augment, Mix
 from tests.conftest import picture
 
 
 def coloured(hue, saturation, value):
     """Draws that only change colour."""
     images = len(hue)
-    return Draws(
+    return AugmentParams(
         *(torch.tensor(part, dtype=torch.float32) for part in (hue, saturation, value)),
         torch.zeros(images, 3, dtype=torch.int64),
         torch.zeros(images, 3, 4, dtype=torch.int64),
@@ -41,7 +41,9 @@ def test_colour_against_the_specification(hue, saturation, value):
     image = picture(1, 20, 24)
     image[0, :8] = [[0, 0, 0], [255, 255, 255], [9, 9, 9], [255, 0, 0]] * 2
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
-    changed = augment.colour(pixels, coloured([hue], [saturation], [value]))[0].permute(1, 2, 0)
+    changed = augment.distort_colour(pixels, coloured([hue], [saturation], [value]))[0].permute(
+        1, 2, 0
+    )
     expected = [[slow_colour(p / 255, hue, saturation, value) for p in row] for row in image]
     assert np.abs(changed.numpy() - expected).max() <= 1 / 255
 
@@ -49,7 +51,7 @@ def test_colour_against_the_specification(hue, saturation, value):
 def test_grey_stays_grey_and_black_stays_black():
     grey = torch.rand(2, 1, 8, 8).expand(2, 3, 8, 8).clone()
     grey[:, :, :2] = 0
-    changed = augment.colour(grey, coloured([0.1, -0.1], [1.3, 0.8], [1.2, 0.9]))
+    changed = augment.distort_colour(grey, coloured([0.1, -0.1], [1.3, 0.8], [1.2, 0.9]))
     assert torch.equal(changed[:, 0], changed[:, 1]) and torch.equal(changed[:, 0], changed[:, 2])
     assert changed[:, :, :2].abs().max() == 0
 
@@ -57,7 +59,7 @@ def test_grey_stays_grey_and_black_stays_black():
 def draws_of(groups, size=256, group=32, mix=None, seed=0):
     partners, boxes = [], []
     for number in range(groups):
-        rng = stream.random(seed, stream.GROUP, number)
+        rng = stream.rng_for(seed, stream.GROUP_DOMAIN, number)
         drawn = augment._draw_mix(rng, group, size, mix or Mix())
         partners.append(drawn[0])
         boxes.append(drawn[1])
@@ -114,15 +116,15 @@ def test_partners_are_three_other_images_of_the_group():
     partners, _ = draws_of(50, group=8)
     for image, three in enumerate(partners):
         assert len({image % 8, *three}) == 4 and three.max() < 8
-    pairs, _ = draws_of(5, group=2, mix=Mix(mosaic=False, share=2))
+    pairs, _ = draws_of(5, group=2, mix=Mix(mosaic=False, images_per_draw=2))
     assert (pairs[:, 0] == np.tile([1, 0], 5)).all()
 
 
 def test_mixing_pixel_by_pixel_and_label_weights_by_counting(tiny):
     """Each image is one colour, so that counting colours gives the areas."""
-    recipe = tiny("data.size=64", "group=16", "mix.probability=1")
+    recipe = tiny("data.image_size=64", "group=16", "mix.probability=1")
     images, classes = 16, 16
-    draws = augment.draw(recipe, step=3, groups=range(1))
+    draws = augment.sample_params(recipe, step=3, groups=range(1))
     flat = torch.arange(images).float()[:, None, None, None].expand(images, 3, 64, 64)
     mixed = augment.mix_images(flat, draws)
     labels = torch.arange(images)
@@ -144,11 +146,11 @@ def test_mixing_pixel_by_pixel_and_label_weights_by_counting(tiny):
 
 def test_smoothing_before_mixing_equals_after(tiny):
     recipe = tiny("mix.probability=1", "group=16")
-    draws = augment.draw(recipe, 0, range(1))
+    draws = augment.sample_params(recipe, 0, range(1))
     labels = torch.randint(0, 10, (16,), generator=torch.Generator().manual_seed(0))
     smooth = torch.full((16, 10), 0.1 / 9)
     smooth[torch.arange(16), labels] = 0.9
-    weights = augment.shares(draws, 32)
+    weights = augment.label_weights(draws, 32)
     expected = weights[:, :1] * smooth
     for place in range(3):
         expected += weights[:, place + 1 : place + 2] * smooth[draws.partners[:, place]]
@@ -169,17 +171,19 @@ def test_groups_at_once_change_nothing(tiny):
     recipe = tiny("mix.probability=0.5")
     images = torch.randint(0, 256, (16, 32, 32, 3), dtype=torch.uint8)
     labels = torch.randint(0, 10, (16,))
-    together = augment.augment(images, labels, augment.draw(recipe, 5, range(2)), recipe, 10)
+    together = augment.augment(
+        images, labels, augment.sample_params(recipe, 5, range(2)), recipe, 10
+    )
     for group in range(2):
         part = slice(8 * group, 8 * group + 8)
-        draws = augment.draw(recipe, 5, range(group, group + 1))
+        draws = augment.sample_params(recipe, 5, range(group, group + 1))
         alone = augment.augment(images[part], labels[part], draws, recipe, 10)
         assert torch.equal(alone[0], together[0][part])
         assert torch.equal(alone[1], together[1][part])
 
 
 def test_colour_draws_cover_their_ranges():
-    rng = stream.random(0, stream.GROUP, 0)
+    rng = stream.rng_for(0, stream.GROUP_DOMAIN, 0)
     hue, saturation, value = augment._draw_colours(rng, 20_000, Augment())
     assert -0.1 <= hue.min() < -0.099 and 0.099 < hue.max() <= 0.1
     for factor in (saturation, value):
@@ -193,7 +197,7 @@ def test_colour_draws_cover_their_ranges():
 def test_output_is_what_the_net_wants(tiny):
     recipe = tiny()
     images = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8)
-    draws = augment.draw(recipe, 0, range(1))
+    draws = augment.sample_params(recipe, 0, range(1))
     pixels, targets = augment.augment(images, torch.arange(8), draws, recipe, 10)
     assert pixels.is_contiguous(memory_format=torch.channels_last)
     assert pixels.dtype == targets.dtype == torch.float32

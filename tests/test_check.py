@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cspnet.data import examine
-from cspnet.data.check import check, quick
-from cspnet.data.contents import KINDS, SAME
-from cspnet.data.sources import Digits, Folder, open_training
+from cspnet.datasets import inspect_file
+from cspnet.datasets.check import check_dataset, preflight
+from cspnet.datasets.contents import KINDS, SAME
 from cspnet.errors import CspnetError, DataError
+from cspnet.sources.data_root import Digits, Folder, open_training
 from tests import bombs
 from tests.conftest import ROOT, picture
 
@@ -51,7 +51,7 @@ def bear(folder):
 
 def test_a_sound_data_set_has_its_counts_and_no_error(folder):
     steps = []
-    report = check(str(folder), progress=lambda *step: steps.append(step))
+    report = check_dataset(str(folder), progress=lambda *step: steps.append(step))
     assert found(report) == {"few"} and report.count("error") == 0
     train, val = report.parts
     assert train.classes == dict.fromkeys(("apple", "bear", "cat"), 12)
@@ -112,7 +112,7 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 def test_what_a_file_is(name):
     data, kinds = FILES[name]
-    look = examine.look_at(data, os.path.splitext(name)[1].lower())
+    look = inspect_file.look_at(data, os.path.splitext(name)[1].lower())
     assert {kind for kind, _ in look.found} == kinds
     assert kinds <= set(KINDS)
     wrong = any(KINDS[kind][0] == "error" for kind in kinds)
@@ -122,10 +122,10 @@ def test_what_a_file_is(name):
 def test_every_file_is_named_whatever_the_number_of_workers(folder):
     for name, (data, _) in FILES.items():
         (bear(folder) / name).write_bytes(data)
-    report = check(str(folder), workers=0)
+    report = check_dataset(str(folder), workers=0)
     for name, (_, kinds) in FILES.items():
         assert kinds <= found(report, name)
-    assert report.to_dict() == check(str(folder), workers=2).to_dict()
+    assert report.to_dict() == check_dataset(str(folder), workers=2).to_dict()
     kinds = [finding.severity for finding in report.findings]
     assert kinds == sorted(kinds, key=["error", "warning", "note"].index)
 
@@ -135,7 +135,7 @@ def test_what_is_no_file(folder):
     (folder / "train" / "dog").symlink_to("gone")
     (bear(folder) / "lost.txt").symlink_to("gone.txt")
     os.mkfifo(bear(folder) / "pipe.jpg")  # reading it would wait for ever
-    report = check(str(folder))
+    report = check_dataset(str(folder))
     assert found(report, "lost.jpg") == found(report, "dog") == {"broken link"}
     assert found(report, "lost.txt") == {"broken link"}
     assert found(report, "pipe.jpg") == {"unopenable"}
@@ -147,7 +147,7 @@ def test_what_is_not_read(folder):
         (bear(folder) / name).touch()
     (folder / "train" / "loose.png").write_bytes(encoded("PNG"))
     shutil.copytree(folder / "val" / "cat", folder / "train" / ".cat")
-    report = check(str(folder))
+    report = check_dataset(str(folder))
     assert found(report, "loose.png") == {"loose"}
     assert found(report, "._0.jpg") == found(report, ".cat") == {"hidden"}
     assert found(report, "0.jpg") == set(), "hidden copies do not leak"
@@ -163,7 +163,7 @@ def test_the_same_picture_in_several_places(folder):
     shutil.copy(val / "cat" / "2.jpg", val / "cat" / "c.jpg")
     for name in ("d.jpg", "e.jpg"):  # cut short: no picture, so none is twice
         (train / "cat" / name).write_bytes(half("JPEG"))
-    report = check(str(folder))
+    report = check_dataset(str(folder))
     leak, classes, twice = (the(report, kind) for kind in ("leak", "two classes", "twice"))
     assert leak.groups == [[str(train / "apple/0.jpg"), str(val / "bear/a.jpg")]]
     assert classes.groups == [[str(train / "bear/b.jpg"), str(train / "cat/1.jpg")]]
@@ -181,7 +181,7 @@ def test_classes_that_are_empty_small_alone_or_alike(folder):
         shutil.copytree(train / "bear", train / label)
     for file in list((train / "cat").iterdir())[1:]:
         file.unlink()
-    report = check(str(train))
+    report = check_dataset(str(train))
     assert [part.name for part in report.parts] == ["train"]
     assert report.parts[0].classes["dog"] == 0
     assert the(report, "empty class").classes == ["dog"]
@@ -191,27 +191,27 @@ def test_classes_that_are_empty_small_alone_or_alike(folder):
     for label in os.listdir(train):
         if label != "bear":
             shutil.rmtree(train / label)
-    assert the(check(str(folder)), "one class").severity == "error"
+    assert the(check_dataset(str(folder)), "one class").severity == "error"
 
 
 def test_two_parts_that_do_not_go_together(folder):
     (folder / "val" / "bear").rename(folder / "val" / "Bear")
-    differing = the(check(str(folder)), "classes")
+    differing = the(check_dataset(str(folder)), "classes")
     assert differing.classes == ["Bear", "bear"] and "'Bear' for 'bear'" in differing.message
     shutil.rmtree(folder / "val")
     shutil.copytree(folder / "train", folder / "val")
-    report = check(str(folder))
+    report = check_dataset(str(folder))
     assert len(the(report, "leak").groups) == 36 and "copies" in found(report, severity="warning")
     shutil.rmtree(folder / "val")
     (folder / "val").symlink_to("train")
-    assert {"same files", "leak"} <= found(check(str(folder)), severity="error")
+    assert {"same files", "leak"} <= found(check_dataset(str(folder)), severity="error")
 
 
 def test_a_part_that_cannot_be_opened_does_not_hide_the_other(folder):
     shutil.rmtree(folder / "val")
     (folder / "val").mkdir()
     (bear(folder) / "0.jpg").write_bytes(b"")
-    report = check(str(folder))
+    report = check_dataset(str(folder))
     assert "is empty" in the(report, "layout").message
     assert [part.name for part in report.parts] == ["train"] and "empty" in found(report)
 
@@ -225,7 +225,7 @@ def test_a_wrong_path_is_an_error_of_the_command(folder, tmp_path):
         (tmp_path, "with a data root in it|one folder only"),
     ):
         with pytest.raises(DataError, match=told):
-            check(str(path))
+            check_dataset(str(path))
 
 
 def test_quick_looks_at_names_and_sizes_only(folder, monkeypatch):
@@ -237,18 +237,18 @@ def test_quick_looks_at_names_and_sizes_only(folder, monkeypatch):
     digits = Digits(train=True), Digits(train=False)
     with monkeypatch.context() as patch:
         patch.setattr(builtins, "open", files)
-        (few,) = quick(train, val)
-        assert "9 images only" in few and quick(*digits) == []
-        (same,) = (text for text in quick(train, train) if "the same folder" in text)
+        (few,) = preflight(train, val)
+        assert "9 images only" in few and preflight(*digits) == []
+        (same,) = (text for text in preflight(train, train) if "the same folder" in text)
         assert "score will say nothing" in same
-        assert any("exchanged" in text for text in quick(val, train))
+        assert any("exchanged" in text for text in preflight(val, train))
     shutil.rmtree(folder / "val" / "cat")
     (folder / "val" / "cat").symlink_to(folder / "train" / "cat")
-    assert "same folders of 1 class (cat)" in quick(train, Folder(folder / "val"))[-1]
+    assert "same folders of 1 class (cat)" in preflight(train, Folder(folder / "val"))[-1]
     (folder / "val" / "cat").unlink()
     (folder / "val" / "cat").mkdir()
     os.link(folder / "train" / "cat" / "0.jpg", folder / "val" / "cat" / "0.jpg")
-    assert "links to the files of train" in quick(train, Folder(folder / "val"))[-1]
+    assert "links to the files of train" in preflight(train, Folder(folder / "val"))[-1]
 
 
 class Deadly(Digits):
@@ -260,7 +260,7 @@ class Deadly(Digits):
 
 def test_the_death_of_a_process_is_told():
     with pytest.raises(CspnetError, match=r"died.*soon after digits/0.png"):
-        list(examine.looks([Deadly(train=True)], workers=2))
+        list(inspect_file.looks([Deadly(train=True)], workers=2))
 
 
 @pytest.mark.parametrize("phrase", [phrase for _, phrase in (KINDS | SAME).values()])
@@ -307,7 +307,7 @@ def test_workers_do_not_outlive_a_kill(tmp_path):
     script = (
         "import time\n"
         "from cspnet.data import examine\n"
-        "from cspnet.data.sources import Digits\n"
+        "from cspnet.sources.data_root import Digits\n"
         "if __name__ == '__main__':\n"
         "    looks = examine.looks([Digits(train=True)], 2)\n"
         "    print(next(looks)[1], flush=True)\n"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import cspnet
-from cspnet.train.checkpoint import load
+from cspnet.run.checkpoint import load_checkpoint
 from tests.conftest import ROOT, TINY
 
 
@@ -206,7 +206,7 @@ main_train()
     errors = child.communicate(timeout=120)[1]
     assert child.returncode == 130, errors
     assert "Traceback" not in errors
-    assert load(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 2
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 2
     deadline = time.monotonic() + 20
     with pytest.raises(ProcessLookupError):
         while time.monotonic() < deadline:

@@ -5,8 +5,8 @@ import json
 import cv2
 import pytest
 
-from cspnet import recipe as recipes
 from cspnet.errors import RecipeError
+from cspnet.recipe import load as recipes
 from cspnet.report.compare import ABSENT, differences, differing, overview, read_runs, run_names
 from tests.conftest import ROOT
 
@@ -20,8 +20,8 @@ def runs(tmp_path):
         for number, (name, own) in enumerate(overrides.items()):
             folder = tmp_path / name.replace("_", "/")
             folder.mkdir(parents=True)
-            recipe = recipes.load(ROOT / "recipes" / "digits.yaml", own)
-            (folder / "recipe.yaml").write_text(recipes.to_text(recipe))
+            recipe = recipes.load_recipe(ROOT / "recipes" / "digits.yaml", own)
+            (folder / "recipe.yaml").write_text(recipes.recipe_to_yaml(recipe))
             (folder / "env.json").write_text(json.dumps({"device": "cpu", "gpu": None}))
             lines = [
                 {"step": step, "split": "train", "loss": 2 - step / 100, "images_per_second": step}
@@ -46,7 +46,7 @@ def test_only_what_differs_is_listed(runs):
         # Without mixing these have no effect, and are not in the recipe.
         "mix.cutmix": [True, ABSENT, True],
         "mix.mosaic": [True, ABSENT, True],
-        "mix.share": [4, ABSENT, 4],
+        "mix.images_per_draw": [4, ABSENT, 4],
         "mix.cutmix_side": [[0.3, 0.8], ABSENT, [0.3, 0.8]],
         "mix.mosaic_split": [[0.2, 0.8], ABSENT, [0.2, 0.8]],
         "optim.learning_rate": [0.1, 0.2, 0.1],
@@ -56,12 +56,12 @@ def test_only_what_differs_is_listed(runs):
 
 
 def test_compare_prints_tables_and_draws_a_picture(runs, command, tmp_path):
-    folders = runs(one=[], two=["augment.angle=5"])
+    folders = runs(one=[], two=["augment.rotation=5"])
     done = command("main", "compare", *folders, "--out", tmp_path / "both.png")
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     told = ["100", "of", "600", "80.00", "%", "(50)", "70.00", "%", "1.0000", "55", "cpu"]
-    assert ["one", *told] in rows and ["augment.angle", "10.0", "5.0"] in rows
+    assert ["one", *told] in rows and ["augment.rotation", "10.0", "5.0"] in rows
     assert "batch" not in done.stdout and done.stdout.splitlines()[-1].endswith("both.png written")
     assert cv2.imread(str(tmp_path / "both.png")).shape[0] > 300
     again = command("main", "compare", *folders, "--out", tmp_path / "both.png")

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from cspnet import recipe as recipes
+from cspnet.recipe import load as recipes
 
 
 def complete(name: str, words: str, cwd) -> list[str]:
@@ -40,7 +40,7 @@ def test_commands_are_completed(tmp_path):
 
 
 def test_recipes_are_completed_by_name_and_as_files(tmp_path):
-    assert complete("cspnet", "cspnet train --recipe ", tmp_path) == recipes.shipped()
+    assert complete("cspnet", "cspnet train --recipe ", tmp_path) == recipes.builtin_recipes()
     (tmp_path / "mine").mkdir()
     (tmp_path / "cspmine.yaml").touch()
     (tmp_path / "mine" / "one.yaml").touch()

@@ -3,11 +3,11 @@
 import numpy as np
 import torch
 
-from cspnet.data.sources import open_validation
-from cspnet.evaluate import evaluate
-from cspnet.report.confusion import Pair, to_markdown, worst_pairs
-from cspnet.train.runtime import Precision
-from cspnet.trained import build_net
+from cspnet.inference.confusion import Pair, to_markdown, worst_pairs
+from cspnet.inference.evaluate import evaluate_network
+from cspnet.runtime.device import Precision
+from cspnet.sources.data_root import open_validation
+from cspnet.weights.load import build_net
 
 
 def test_the_matrix_counts_each_image_once_whatever_the_batch(tiny):
@@ -21,12 +21,14 @@ def test_the_matrix_counts_each_image_once_whatever_the_batch(tiny):
         for true, row in zip(labels.tolist(), logits, strict=True):
             counted[true, int(row.argmax())] += 1
 
-    scores = evaluate(net, validation, recipe, Precision("fp32", ""), 0, batch=50, seen=seen)
+    scores = evaluate_network(
+        net, validation, recipe, Precision("fp32", ""), 0, batch=50, seen=seen
+    )
     assert (scores.confusion == counted).all() and scores.confusion.dtype == np.int64
     assert order == list(range(359))
     assert (counted.sum(1) == np.bincount(validation.labels, minlength=10)).all()
     assert 100 * np.trace(counted) / 359 == scores.top1
-    again = evaluate(net, validation, recipe, Precision("fp32", ""), 0, batch=359)
+    again = evaluate_network(net, validation, recipe, Precision("fp32", ""), 0, batch=359)
     assert (again.confusion == counted).all() and "confusion" not in again.to_dict()
 
 

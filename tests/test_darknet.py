@@ -14,15 +14,15 @@ from torch import nn
 
 from cspnet.nets import create
 from cspnet.nets.csp import ACTIVATIONS, CspNet
-from cspnet.nets.darknet import (
-    SUPPORTED,
-    FormatError,
-    cfg_text,
+from cspnet.weights.darknet_format import (
+    DARKNET_NETWORKS,
+    DarknetFormatError,
+    cfg_sections,
+    load_darknet_weights,
     net_from_cfg,
     parse_cfg,
-    read_weights,
-    sections,
-    write_weights,
+    to_cfg,
+    to_darknet_weights,
 )
 from tests.conftest import ROOT, picture
 from tests.test_nets import live
@@ -71,36 +71,36 @@ def bits(net: nn.Module) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", DARKNET_NETWORKS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_round_trip(tmp_path, name, activation, layout):
     net = scramble(create(name, activation=activation, **SMALL)).to(memory_format=layout)
-    (tmp_path / "a.cfg").write_text(cfg_text(net, 96))
-    (tmp_path / "a.weights").write_bytes(write_weights(net, MANY))
+    (tmp_path / "a.cfg").write_text(to_cfg(net, 96))
+    (tmp_path / "a.weights").write_bytes(to_darknet_weights(net, MANY))
 
     other, size = net_from_cfg(tmp_path / "a.cfg")
     assert (size, other.name, other.classes) == (96, name, 10)
     other = scramble(other).to(memory_format=layout)
     places = [tensor.data_ptr() for tensor in other.state_dict().values()]
     assert bits(other) != bits(net)
-    assert read_weights(other, tmp_path / "a.weights") == MANY
+    assert load_darknet_weights(other, tmp_path / "a.weights") == MANY
     assert bits(other) == bits(net)
     # filled where they lie, so that an optimizer or an average keeps its hold of them
     assert places == [tensor.data_ptr() for tensor in other.state_dict().values()]
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(net.eval()(images), other.eval()(images))
-    assert cfg_text(other, 96) == cfg_text(net, 96)
-    assert digest(write_weights(other, MANY)) == digest((tmp_path / "a.weights").read_bytes())
+    assert to_cfg(other, 96) == to_cfg(net, 96)
+    assert digest(to_darknet_weights(other, MANY)) == digest((tmp_path / "a.weights").read_bytes())
 
 
 @pytest.mark.parametrize("width", [0.01, 0.125, 0.3, 0.302, 1, 1.1])
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", DARKNET_NETWORKS)
 def test_any_width_comes_back_from_its_cfg(tmp_path, meta, name, width):
     path = tmp_path / "a.cfg"
-    path.write_text(cfg_text(create(name, width=width, classes=7), SIZE))
+    path.write_text(to_cfg(create(name, width=width, classes=7), SIZE))
     other, _ = net_from_cfg(path)
-    assert cfg_text(other, SIZE) == path.read_text()
+    assert to_cfg(other, SIZE) == path.read_text()
 
 
 # --- OpenCV's reader
@@ -126,7 +126,7 @@ def one_thread():
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", DARKNET_NETWORKS)
 @pytest.mark.parametrize("source", [photos, synthetic])
 def test_opencv_agrees(tmp_path, one_thread, source, name, activation):
     pictures = [cv2.resize(image, (SIZE, SIZE), interpolation=cv2.INTER_AREA) for image in source()]
@@ -142,8 +142,8 @@ def test_opencv_agrees(tmp_path, one_thread, source, name, activation):
         head.bias.sub_(logits.mean(0)).mul_(factor)
         head.weight.mul_(factor)
     cfg, weights = tmp_path / "a.cfg", tmp_path / "a.weights"
-    cfg.write_text(cfg_text(net, SIZE))
-    weights.write_bytes(write_weights(net, 0))
+    cfg.write_text(to_cfg(net, SIZE))
+    weights.write_bytes(to_darknet_weights(net, 0))
 
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -223,13 +223,13 @@ def count(text: str) -> dict[str, int]:
 )
 def test_full_size(name, layers, convolutions, parameters, gflop, size):
     net = create(name)
-    total = count(cfg_text(net, 256))
+    total = count(to_cfg(net, 256))
     assert (total["layers"], total["convolutions"]) == (layers, convolutions)
     assert total["parameters"] == parameters == sum(p.numel() for p in net.parameters())
     assert round(2 * total["macs"] / 1e9, 3) == gflop
     assert total["outputs"] == 1000
-    assert len(write_weights(net, 0)) == size == 20 + 4 * total["floats"]
-    backbone = write_weights(net, 0, cut=layers - 3)
+    assert len(to_darknet_weights(net, 0)) == size == 20 + 4 * total["floats"]
+    backbone = to_darknet_weights(net, 0, cut=layers - 3)
     assert len(backbone) == size - 4 * 1000 * (1024 + 1)
 
 
@@ -276,10 +276,10 @@ def test_bytes_are_those_of_the_table():
     net = scramble(create("cspdarknet53", **SMALL))
     layers = plain_layers(net)
     body = b"".join(layers[index] for index in sorted(layers))
-    assert write_weights(net, MANY)[:20] == struct.pack("<iiiQ", 0, 2, 5, MANY)
-    assert digest(write_weights(net, MANY)[20:]) == digest(body)
+    assert to_darknet_weights(net, MANY)[:20] == struct.pack("<iiiQ", 0, 2, 5, MANY)
+    assert digest(to_darknet_weights(net, MANY)[20:]) == digest(body)
 
-    _, *cfg = plain_sections(cfg_text(net, SIZE))
+    _, *cfg = plain_sections(to_cfg(net, SIZE))
     assert [i for i, (kind, _) in enumerate(cfg) if kind == "convolutional"] == sorted(layers)
     assert all(cfg[first + 2] == ("route", {"layers": "-2"}) for first, _ in STAGES)
     for first, depth in STAGES:
@@ -293,7 +293,7 @@ def test_cut(cut):
     net = scramble(create("cspdarknet53", **SMALL))
     layers = plain_layers(net)
     expected = b"".join(layers[index] for index in sorted(layers) if index < cut)
-    written = write_weights(net, MANY, cut=cut)
+    written = to_darknet_weights(net, MANY, cut=cut)
     assert written[:20] == struct.pack("<iiiQ", 0, 2, 5, 0)
     assert digest(written[20:]) == digest(expected)
 
@@ -302,8 +302,8 @@ def test_cut(cut):
 def test_cut_out_of_range(meta, name, layers):
     net = create(name, **SMALL)
     for cut in (-1, 0, layers + 1):
-        with pytest.raises(FormatError, match=f"cut must be 1 to {layers}"):
-            write_weights(net, 0, cut=cut)
+        with pytest.raises(DarknetFormatError, match=f"cut must be 1 to {layers}"):
+            to_darknet_weights(net, 0, cut=cut)
 
 
 # --- other people's .weights
@@ -316,25 +316,25 @@ def test_versions(tmp_path, version, seen):
     header = struct.pack(f"<iii{seen}", *version, 2**32 - 3)
     net, other = (scramble(create("cspdarknet53", **SMALL)) for _ in range(2))
     path = tmp_path / "a.weights"
-    path.write_bytes(header + write_weights(net, 0)[20:])
-    assert read_weights(other, path) == 2**32 - 3
+    path.write_bytes(header + to_darknet_weights(net, 0)[20:])
+    assert load_darknet_weights(other, path) == 2**32 - 3
     assert bits(other) == bits(net)
 
 
 def refuse_weights(path: Path, net: CspNet, *said: str) -> None:
     before = bits(net)
-    with pytest.raises(FormatError) as caught:
-        read_weights(net, path)
+    with pytest.raises(DarknetFormatError) as caught:
+        load_darknet_weights(net, path)
     for part in (str(path), *said):
         assert part in str(caught.value)
     assert bits(net) == before
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", DARKNET_NETWORKS)
 @pytest.mark.parametrize("old", [False, True])
 def test_wrong_size(tmp_path, name, old):
     net = create(name, **SMALL)
-    data = write_weights(net, 7)
+    data = to_darknet_weights(net, 7)
     if old:
         data = struct.pack("<iiiI", 0, 1, 0, 7) + data[20:]
     path = tmp_path / "a.weights"
@@ -351,15 +351,15 @@ def test_weights_of_another_net(tmp_path):
         create("cspdarknet53", width=0.25, classes=11),
         create("cspdarknet53", width=0.5, classes=10),
     ):
-        path.write_bytes(write_weights(other, 0))
+        path.write_bytes(to_darknet_weights(other, 0))
         refuse_weights(path, net, f"{path.stat().st_size:,}")
-    path.write_bytes(write_weights(net, 0, cut=105))
+    path.write_bytes(to_darknet_weights(net, 0, cut=105))
     refuse_weights(path, net, f"{path.stat().st_size:,}")
 
 
 def test_truncated_header(tmp_path):
     net = create("cspdarknet53", **SMALL)
-    data = write_weights(net, 7)
+    data = to_darknet_weights(net, 7)
     path = tmp_path / "a.weights"
     for length in (0, 1, 11, 12, 15, 16, 19):
         path.write_bytes(data[:length])
@@ -368,7 +368,7 @@ def test_truncated_header(tmp_path):
 
 def test_garbage(tmp_path):
     net = create("cspdarknet53", **SMALL)
-    size = len(write_weights(net, 0))
+    size = len(to_darknet_weights(net, 0))
     path = tmp_path / "a.weights"
     for garbage in (
         b"<!DOCTYPE html><html><head><title>Sign in</title>",
@@ -428,7 +428,7 @@ def test_no_cfg_of_a_net(tmp_path, text, said):
 
 
 def refuse_cfg(path: Path, said: str) -> None:
-    with pytest.raises(FormatError, match=re.escape(said) + r"(?!\d)") as caught:
+    with pytest.raises(DarknetFormatError, match=re.escape(said) + r"(?!\d)") as caught:
         net_from_cfg(path)
     assert str(path) in str(caught.value)
 
@@ -439,7 +439,7 @@ class Cfg:
     def __init__(self, path: Path, name: str) -> None:
         self.path = path
         with torch.device("meta"):
-            self.net, *self.layers = plain_sections(cfg_text(create(name, **SMALL), SIZE))
+            self.net, *self.layers = plain_sections(to_cfg(create(name, **SMALL), SIZE))
 
     def options(self, layer: int | None) -> dict[str, str]:
         return (self.net if layer is None else self.layers[layer])[1]
@@ -452,7 +452,7 @@ class Cfg:
         return self.path
 
 
-@pytest.fixture(params=SUPPORTED)
+@pytest.fixture(params=DARKNET_NETWORKS)
 def cfg(tmp_path, request) -> Cfg:
     return Cfg(tmp_path / "a.cfg", request.param)
 
@@ -467,7 +467,7 @@ def test_comments_and_blanks_change_nothing(cfg):
     text = text.replace("[net]", "# from a forum\n\n[network]").replace("=", " = ")
     cfg.path.write_text(text.replace("\n[", "\n\n; next\n [").replace("\n", "\r\n"))
     net, size = net_from_cfg(cfg.path)
-    assert plain_sections(cfg_text(net, size))[1:] == cfg.layers
+    assert plain_sections(to_cfg(net, size))[1:] == cfg.layers
 
 
 def test_what_darknet_assumes_may_be_left_out(cfg):
@@ -476,7 +476,7 @@ def test_what_darknet_assumes_may_be_left_out(cfg):
             if options.get(key) == assumed:
                 del options[key]
     net, size = net_from_cfg(cfg.write())
-    assert cfg_text(net, size) == cfg_text(create(net.name, **SMALL), SIZE)
+    assert to_cfg(net, size) == to_cfg(create(net.name, **SMALL), SIZE)
 
 
 # Of cspdarknet53: all kinds of layers of its first stage, one inside, the last stage's O, the
@@ -627,16 +627,16 @@ def test_short_names_a_mark_of_utf8_and_the_loss_are_darknets(cfg):
         text = text.replace(f"[{long}]", f"[{short}]")
     cfg.path.write_bytes(b"\xef\xbb\xbf" + f"{text}\n[cost]\ntype=sse\n".encode())
     net, size = net_from_cfg(cfg.path)
-    assert plain_sections(cfg_text(net, size))[1:] == cfg.layers
+    assert plain_sections(to_cfg(net, size))[1:] == cfg.layers
 
 
 def test_a_backbone_file_is_said_to_be_one(tmp_path):
     net = create("darknet53", classes=3, width=0.0625)
     path = tmp_path / "a.weights"
     for cut in (20, 74):
-        path.write_bytes(write_weights(net, 0, cut=cut))
+        path.write_bytes(to_darknet_weights(net, 0, cut=cut))
         refuse_weights(path, net, f"the first {cut} layers only, a backbone without a classifier")
-    whole = write_weights(net, 0)
+    whole = to_darknet_weights(net, 0)
     for data, told in ((whole[:-4], "cut short"), (whole + bytes(4), "bytes too many")):
         path.write_bytes(data)
         refuse_weights(path, net, told)
@@ -651,13 +651,13 @@ def test_timms_nets_are_refused(tmp_path, meta, name):
     path = tmp_path / "a.weights"
     path.write_bytes(struct.pack("<iiiQ", 0, 2, 5, 0))
     for call in (
-        lambda: list(sections(net)),
-        lambda: cfg_text(net, SIZE),
-        lambda: write_weights(net, 0),
-        lambda: write_weights(net, 0, cut=3),
-        lambda: read_weights(net, path),
+        lambda: list(cfg_sections(net)),
+        lambda: to_cfg(net, SIZE),
+        lambda: to_darknet_weights(net, 0),
+        lambda: to_darknet_weights(net, 0, cut=3),
+        lambda: load_darknet_weights(net, path),
     ):
-        with pytest.raises(FormatError, match=f"{name}.*only cspdarknet53 and darknet53"):
+        with pytest.raises(DarknetFormatError, match=f"{name}.*only cspdarknet53 and darknet53"):
             call()
 
 
@@ -665,6 +665,6 @@ def test_timms_nets_are_refused(tmp_path, meta, name):
 def test_what_a_cfg_cannot_say_is_refused(meta, option):
     # Darknet's leaky is 0.1 and its epsilon 1e-5, whatever we were trained with
     net = create("cspdarknet53", activation="leaky", **SMALL, **option)
-    with pytest.raises(FormatError, match=next(iter(option))):
-        cfg_text(net, SIZE)
-    cfg_text(create("cspdarknet53", activation="mish", leaky_slope=0.01, **SMALL), SIZE)
+    with pytest.raises(DarknetFormatError, match=next(iter(option))):
+        to_cfg(net, SIZE)
+    to_cfg(create("cspdarknet53", activation="mish", leaky_slope=0.01, **SMALL), SIZE)

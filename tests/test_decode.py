@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
-from cspnet.data import decode, stream
-from cspnet.data import jpeg as jpeg_header
-from cspnet.schema import Augment, Evaluate
+from cspnet.data import stream
+from cspnet.images import decode
+from cspnet.images import jpeg as jpeg_header
+from cspnet.recipe.schema import Augment, Evaluate
 from tests.bombs import BOMBS
 from tests.conftest import ROOT, picture
 
@@ -105,7 +106,7 @@ def test_the_draws_cover_their_ranges():
     size = 256
     flips, angles, scales, targets = 0, [], [], []
     for position in range(4000):
-        rng = stream.random(0, stream.VIEW, position)
+        rng = stream.rng_for(0, stream.VIEW_DOMAIN, position)
         matrix = decode.train_matrix(rng, 300, 300, size, augment)
         (a, b), (c, d) = matrix[:, :2]
         flips += np.linalg.det(matrix[:, :2]) < 0
@@ -126,8 +127,8 @@ def test_share_of_views_with_a_black_border():
     """40 ± 2 % of the crops of a 500×375 image, rotation aside."""
     bordered = 0
     for position in range(20_000):
-        rng = stream.random(7, stream.VIEW, position)
-        matrix = decode.train_matrix(rng, 500, 375, 256, Augment(angle=0))
+        rng = stream.rng_for(7, stream.VIEW_DOMAIN, position)
+        matrix = decode.train_matrix(rng, 500, 375, 256, Augment(rotation=0))
         corners = np.array([[0, 0, 1], [255, 0, 1], [0, 255, 1], [255, 255, 1]]) @ matrix.T
         inside = (corners >= -1) & (corners <= np.array([500, 375]))
         bordered += not inside.all()
@@ -146,7 +147,9 @@ def jpeg_size(data):
 
 
 def scaled(data, rng, size, augment, out=None):
-    return decode.make_view(decode.draw_view(data, rng, size, augment), size, augment, True, out)
+    return decode.render_view(
+        decode.sample_view(data, rng, size, augment), size, augment, True, out
+    )
 
 
 def turned(orientation):
@@ -187,7 +190,7 @@ def test_the_size_of_a_damaged_jpeg_is_unknown_or_a_pair():
 @pytest.mark.parametrize("resize, factor", [((0.9, 1.0), 2), ((0.5, 0.6), 4)])
 def test_a_reduced_decode_moves_nothing(monkeypatch, shape, resize, factor):
     """A bright spot lies in the view where the matrix takes it, to a tenth of a pixel."""
-    size, augment = 128, Augment(resize=resize, aspect=1.0)
+    size, augment = 128, Augment(scale=resize, aspect=1.0)
     if factor == 4:
         size = 120  # 300 / (0.6 * 120) is above 4
     decoded = []
@@ -201,10 +204,10 @@ def test_a_reduced_decode_moves_nothing(monkeypatch, shape, resize, factor):
         x, y = (np.random.default_rng(seed).uniform(0.3, 0.7, 2) * shape[::-1]).tolist()
         spot = 255 * np.exp(-((columns - x) ** 2 + (rows - y) ** 2) / (2 * 12**2))
         image = np.repeat(spot.astype(np.uint8)[:, :, None], 3, 2)
-        matrix = decode.train_matrix(stream.random(0, 1, seed), *shape[::-1], size, augment)
+        matrix = decode.train_matrix(stream.rng_for(0, 1, seed), *shape[::-1], size, augment)
         expected = np.linalg.solve(matrix[:, :2], np.array([x, y]) - matrix[:, 2])
         data = jpeg(image, quality=100)
-        view = scaled(data, stream.random(0, 1, seed), size, augment)
+        view = scaled(data, stream.rng_for(0, 1, seed), size, augment)
         weights = view[:, :, 0] / view[:, :, 0].sum()
         found = np.array([(weights * xx).sum(), (weights * yy).sum()])
         assert np.abs(found - expected).max() < 0.1
@@ -216,11 +219,11 @@ def test_reduced_views_differ_little_and_only_where_they_shrink_by_two():
     for position in range(60):
         image = picture(position, 201, 267)
         data = jpeg(image)
-        matrix = decode.train_matrix(stream.random(0, 1, position), 267, 201, size, augment)
+        matrix = decode.train_matrix(stream.rng_for(0, 1, position), 267, 201, size, augment)
         shrinks = min(np.linalg.svd(matrix[:, :2], compute_uv=False))
-        view = scaled(data, stream.random(0, 1, position), size, augment)
+        view = scaled(data, stream.rng_for(0, 1, position), size, augment)
         whole = decode.decode(data)
-        plain = decode.train_view(whole, stream.random(0, 1, position), size, augment)
+        plain = decode.train_view(whole, stream.rng_for(0, 1, position), size, augment)
         if shrinks < 2:
             assert (view == plain).all()
         else:
@@ -235,11 +238,11 @@ def test_reduced_views_differ_little_and_only_where_they_shrink_by_two():
 def test_a_header_that_tells_something_else_than_the_decoder(monkeypatch, orientation):
     """Then, and for what EXIF turns, the image is decoded whole, with the same random numbers."""
     data, augment = jpeg(picture(11, 300, 401), exif=turned(orientation)), Augment()
-    plain = decode.train_view(decode.decode(data), stream.random(0, 1, 2), 64, augment)
+    plain = decode.train_view(decode.decode(data), stream.rng_for(0, 1, 2), 64, augment)
     if orientation == 1:
         told = jpeg_header.Frame(300, 401, 0, 8, 0)
         monkeypatch.setattr(jpeg_header, "frame", lambda data: told)
-    view = scaled(data, stream.random(0, 1, 2), 64, augment)
+    view = scaled(data, stream.rng_for(0, 1, 2), 64, augment)
     assert (view == plain).all()
 
 
@@ -275,10 +278,10 @@ def test_rows_below_the_view_change_nothing(capfd, monkeypatch, options):
             0, 128, (height, width, 3), np.uint8
         )
         data = jpeg(image[:, :, 0] if grey else image, **options)
-        plain = decode.train_view(original(data), stream.random(0, 1, position), 96, Augment())
-        drawn = decode.draw_view(data, stream.random(0, 1, position), 96, Augment())
+        plain = decode.train_view(original(data), stream.rng_for(0, 1, position), 96, Augment())
+        drawn = decode.sample_view(data, stream.rng_for(0, 1, position), 96, Augment())
         rows.clear()
-        assert (decode.make_view(drawn, 96, Augment()) == plain).all(), position
+        assert (decode.render_view(drawn, 96, Augment()) == plain).all(), position
         assert len(rows) == 1, "decoded once"
         saved += rows[0] < original(data).shape[0]
     if {"progressive", "restart_marker_rows", "exif"} & options.keys():
@@ -305,23 +308,23 @@ def test_what_follows_a_jpeg_forbids_to_cut_it():
 def test_a_flat_last_row_of_blocks_is_no_obstacle():
     """Of a flat image the dropped rows are a few bytes, fewer than libjpeg wants to see ahead."""
     for height in (33, 40, 48, 49, 64):
-        data, augment = jpeg(np.full((height, 40, 3), 90, np.uint8)), Augment(resize=(1.7, 1.7))
+        data, augment = jpeg(np.full((height, 40, 3), 90, np.uint8)), Augment(scale=(1.7, 1.7))
         for position in range(40):
             plain = decode.train_view(
-                decode.decode(data), stream.random(0, 1, position), 64, augment
+                decode.decode(data), stream.rng_for(0, 1, position), 64, augment
             )
-            drawn = decode.draw_view(data, stream.random(0, 1, position), 64, augment)
-            assert (decode.make_view(drawn, 64, augment) == plain).all()
+            drawn = decode.sample_view(data, stream.rng_for(0, 1, position), 64, augment)
+            assert (decode.render_view(drawn, 64, augment) == plain).all()
 
 
 def test_views_are_written_where_they_are_wanted():
     image, augment = picture(12, 100, 130), Augment()
     data = jpeg(image, quality=100)
     makes = [
-        lambda out: decode.train_view(image, stream.random(0, 1, 0), 64, augment, out),
-        lambda out: scaled(data, stream.random(0, 1, 0), 64, augment, out),
+        lambda out: decode.train_view(image, stream.rng_for(0, 1, 0), 64, augment, out),
+        lambda out: scaled(data, stream.rng_for(0, 1, 0), 64, augment, out),
         lambda out: decode.evaluation_view(image, 64, Evaluate(), out),
-        lambda out: decode.evaluation_view(image, 64, Evaluate(resize="antialias"), out),
+        lambda out: decode.evaluation_view(image, 64, Evaluate(interpolation="antialias"), out),
         lambda out: decode.evaluation_view(image[:64, :64], 64, Evaluate(), out),
     ]
     for make in makes:
@@ -342,7 +345,7 @@ def test_corner_aligned_evaluation_is_torchs(shape, crop):
     whole = F.interpolate(pixels, new, mode="bilinear", align_corners=True)
     top, left = (int((side - 64) / 2) for side in new)
     expected = whole[0, :, top : top + 64, left : left + 64].permute(1, 2, 0).round().numpy()
-    difference = np.abs(decode.evaluation_view(image, 64, Evaluate(crop=crop)) - expected)
+    difference = np.abs(decode.evaluation_view(image, 64, Evaluate(crop_pct=crop)) - expected)
     assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
 
 
@@ -350,7 +353,7 @@ def test_corner_aligned_evaluation_is_torchs(shape, crop):
 @pytest.mark.parametrize("shape", [(375, 500), (500, 375), (333, 333), (90, 64), (300, 301)])
 def test_antialiased_evaluation_is_pils(shape, resize, mode):
     image = picture(2, *shape)
-    view = decode.evaluation_view(image, 64, Evaluate(crop=0.875, resize=resize))
+    view = decode.evaluation_view(image, 64, Evaluate(crop_pct=0.875, interpolation=resize))
     how = tv.InterpolationMode[mode]
     resized = tv.resize(Image.fromarray(image), math.floor(64 / 0.875), how)
     expected = np.asarray(tv.center_crop(resized, [64, 64])).astype(int)
@@ -405,7 +408,7 @@ def test_exif_orientation_is_applied(tmp_path):
 
 @pytest.mark.parametrize("data", [b"", b"\xff\xd8\xff", b"GIF89a", b"not an image" * 50])
 def test_unreadable(data):
-    with pytest.raises(decode.Unreadable):
+    with pytest.raises(decode.UnreadableError):
         decode.decode(data)
 
 
@@ -418,7 +421,7 @@ def test_colours_come_out_as_rgb():
 WEIGH = """
 import sys
 {first}
-from cspnet.data.decode import LIMITED, TooLarge, decode
+from cspnet.images.decode import LIMITED, TooLarge, decode
 from tests.bombs import BOMBS, peak
 bombs = {{make.__name__: make() for make in BOMBS}}
 decode(open(sys.argv[1], "rb").read())
@@ -459,13 +462,13 @@ def test_the_limit_is_on_pixels(monkeypatch):
     monkeypatch.setattr(decode, "MAX_PIXELS", 60 * 80)
     assert decode.decode(data).shape == (60, 80, 3)
     monkeypatch.setattr(decode, "MAX_PIXELS", 60 * 80 - 1)
-    with pytest.raises(decode.TooLarge):
+    with pytest.raises(decode.TooLargeError):
         decode.decode(data)
 
 
 def test_a_ribbon_is_not_resized_to_fill_the_memory():
     """A row of 30,000 pixels would become 256 rows of 7.7 million."""
     for shape in ((1, 30_000, 3), (30_000, 1, 3)):
-        with pytest.raises(decode.Unreadable, match="too long and narrow"):
+        with pytest.raises(decode.UnreadableError, match="too long and narrow"):
             decode.evaluation_view(np.zeros(shape, np.uint8), 256, Evaluate())
     assert decode.evaluation_view(np.zeros((40, 3_000, 3), np.uint8), 256, Evaluate()).shape

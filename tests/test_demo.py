@@ -3,13 +3,13 @@
 import pytest
 from rich.console import Console
 
-from cspnet import recipe as recipes
+from cspnet.recipe import load as recipes
+from cspnet.runtime.device import RunOptions
 from cspnet.train import loop
-from cspnet.train.runtime import Place
 
 
 @pytest.mark.slow
 def test_the_demo_keeps_its_promise(tmp_path):
-    recipe = recipes.load(recipes.find("digits"), [])
-    scores = loop.train(recipe, Place(tmp_path / "run", device="cpu"), Console(quiet=True))
+    recipe = recipes.load_recipe(recipes.find_recipe("digits"), [])
+    scores = loop.train(recipe, RunOptions(tmp_path / "run", device="cpu"), Console(quiet=True))
     assert scores.top1 >= 98.0 and scores.images == 359

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from cspnet import cli
-from cspnet import recipe as recipes
+from cspnet.recipe import load as recipes
+from cspnet.run.checkpoint import FORMAT, CheckpointFiles, load_checkpoint, write_checkpoint
 from cspnet.train import loop
-from cspnet.train.checkpoint import FORMAT, Checkpoints, load, write
 from tests.test_loop import last, metrics, numbers, run, same
 
 MB = 1 << 20
@@ -77,7 +77,7 @@ def train(tmp_path, monkeypatch, capsys):
 
     def call(recipe, *options, changes=None):
         text = tmp_path / "recipe.yaml"
-        text.write_text(recipes.to_text(recipe))
+        text.write_text(recipes.recipe_to_yaml(recipe))
         ask = loop.is_save_due
 
         def is_save_due(state):
@@ -102,7 +102,7 @@ def train(tmp_path, monkeypatch, capsys):
 def assert_same_end(cut, whole):
     for part in KEPT:
         assert same(last(cut)[part], last(whole)[part]), part
-    best = [load(folder / "checkpoints" / "best.pt") for folder in (cut, whole)]
+    best = [load_checkpoint(folder / "checkpoints" / "best.pt") for folder in (cut, whole)]
     assert best[0]["step"] == best[1]["step"] and same(*(b["state_dict"] for b in best))
     assert numbers(metrics(cut)) == numbers(metrics(whole))
     assert not [path.name for path in cut.rglob("*.tmp")]
@@ -123,7 +123,7 @@ def test_a_disk_that_is_full_for_a_while_changes_nothing(tiny, disk, train, whol
 
     def look():
         for path in sorted((disk / "run" / "checkpoints").iterdir()):
-            seen.append((path.name, load(path)["step"]))
+            seen.append((path.name, load_checkpoint(path)["step"]))
 
     code, told, errors = train(recipe, changes={3: free, 6: look, 7: None})
     assert (code, errors) == (0, "")
@@ -149,7 +149,7 @@ def test_a_best_that_found_the_disk_full_is_not_the_best(tiny, disk, whole, monk
 
     monkeypatch.setattr(loop, "validate", full)
     run(recipe, disk / "run")
-    best = load(disk / "run" / "checkpoints" / "best.pt")
+    best = load_checkpoint(disk / "run" / "checkpoints" / "best.pt")
     assert best["step"] == kept
     assert best["best_top1"] == last(disk / "run")["best_top1"] == top1[kept]
     for part in ("state_dict", "state_dict_ema", "optimizer"):
@@ -209,7 +209,7 @@ def test_a_disk_without_a_byte_for_the_record(tiny, disk, train, whole):
 
 
 def test_a_disk_that_fills_up_after_the_last_save(tiny, disk, train, monkeypatch):
-    whole_run = loop.run
+    whole_run = loop.train_loop
 
     def fill(job, state, stop):
         scores = whole_run(job, state, stop)
@@ -219,7 +219,7 @@ def test_a_disk_that_fills_up_after_the_last_save(tiny, disk, train, monkeypatch
         set_free(disk, 0)
         return scores
 
-    monkeypatch.setattr(loop, "run", fill)
+    monkeypatch.setattr(loop, "train_loop", fill)
     code, _, errors = train(tiny())
     assert (code, errors) == (0, "")
     assert last(disk / "run")["validated"] == 7
@@ -265,10 +265,10 @@ def test_a_limit_on_the_size_of_a_file(tiny, train, whole, tmp_path, options, co
 
 
 def test_a_limit_that_is_met_leaves_the_earlier_files(tmp_path):
-    files = Checkpoints(tmp_path)
+    files = CheckpointFiles(tmp_path)
     content = {"format": FORMAT, "recipe": "", "classes": [], "state_dict": {}}
     files.save({**content, "step": 1})
     with limit(3000), pytest.raises(loop.SaveError, match="File too large"):
         files.save({**content, "step": 2, "filling": "-" * 5000})
-    assert load(files.last)["step"] == 1 and os.listdir(tmp_path) == ["last.pt"]
-    write({**content, "step": 2}, files.last)
+    assert load_checkpoint(files.last)["step"] == 1 and os.listdir(tmp_path) == ["last.pt"]
+    write_checkpoint({**content, "step": 2}, files.last)

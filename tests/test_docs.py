@@ -67,11 +67,11 @@ def test_examples_use_the_recipe_whose_accuracy_is_published():
 
 
 def test_the_predicted_duration_is_the_forecast():
-    from cspnet import recipe as recipes
-    from cspnet.train.forecast import find_card, forecast
+    from cspnet.plan.forecast import find_card, forecast
+    from cspnet.recipe import load as recipes
 
     def days(name):
-        recipe = recipes.load(recipes.find(name), [])
+        recipe = recipes.load_recipe(recipes.find_recipe(name), [])
         return [round(s / 86400) for s in forecast(recipe, find_card("rtx2070"), 1000).seconds]
 
     assert days("cspdarknet53") == [32, 42] and days("cspdarknet53-omega") == [5, 6]
@@ -81,17 +81,17 @@ def test_the_systemd_unit_knows_our_exit_codes():
     import configparser
     import shlex
 
-    from cspnet import recipe as recipes
-    from cspnet.errors import CspnetError, RecipeError, Stopped
+    from cspnet.errors import CspnetError, RecipeError, StoppedError
+    from cspnet.recipe import load as recipes
 
     text = (ROOT / "docs" / "resuming.md").read_text()
     unit = configparser.ConfigParser(interpolation=None)
     unit.optionxform = str
     unit.read_string(re.search(r"^```ini\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[1])
     service = unit["Service"]
-    assert service["RestartForceExitStatus"] == str(Stopped.exit_code)
-    assert service["SuccessExitStatus"] == str(Stopped.exit_code)
+    assert service["RestartForceExitStatus"] == str(StoppedError.exit_code)
+    assert service["SuccessExitStatus"] == str(StoppedError.exit_code)
     never = {CspnetError.exit_code, RecipeError.exit_code}
     assert {int(code) for code in service["RestartPreventExitStatus"].split()} == never
     words = shlex.split(service["ExecStart"])
-    assert "--resume" in words and recipes.find(words[words.index("--recipe") + 1])
+    assert "--resume" in words and recipes.find_recipe(words[words.index("--recipe") + 1])

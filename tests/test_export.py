@@ -10,20 +10,21 @@ import torch
 from PIL import Image
 
 import cspnet
-from cspnet.data import augment, decode
-from cspnet.data.sources import open_validation
+from cspnet.data import augment
 from cspnet.errors import CheckpointError
-from cspnet.evaluate import evaluate
-from cspnet.export import ExportError, export
-from cspnet.recipe import load as load_recipe
-from cspnet.train.runtime import Precision
-from cspnet.trained import Trained, build_net, open_trained
+from cspnet.images import decode
+from cspnet.inference.evaluate import evaluate_network
+from cspnet.recipe.load import load_recipe
+from cspnet.runtime.device import Precision
+from cspnet.sources.data_root import open_validation
+from cspnet.weights.export import ExportError, export_network
+from cspnet.weights.load import Trained, build_net, load_weights
 from tests.conftest import ROOT, picture
 
 
 def trained(*overrides, classes=10, live=True):
     """A net with BatchNorm statistics and a classifier that tell images apart."""
-    recipe = load_recipe(None, ["data.size=64", "model.width=0.25", "seed=5", *overrides])
+    recipe = load_recipe(None, ["data.image_size=64", "model.width=0.25", "seed=5", *overrides])
     net = build_net(recipe, classes)
     if live:
         generator = torch.Generator().manual_seed(1)
@@ -56,11 +57,11 @@ def equal(a, b):
 def test_round_trip_is_bit_exact(tmp_path, name, activation, suffix):
     out = trained(f"model.name={name}", f"model.activation={activation}")
     path = tmp_path / f"net{suffix}"
-    export(out, path)
-    back = open_trained(str(path))
+    export_network(out, path)
+    back = load_weights(str(path))
     assert equal(back.net, out.net)
     assert back.classes == out.classes and back.seen == out.seen
-    assert back.recipe.model.activation == activation and back.recipe.data.size == 64
+    assert back.recipe.model.activation == activation and back.recipe.data.image_size == 64
     if suffix == ".safetensors":
         assert back.recipe == out.recipe and back.averaged
 
@@ -76,13 +77,13 @@ def run_lines(remarks):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("model.activation=mish", "data.normalize=imagenet", "evaluate.resize=antialias"),
-        ("model.activation=leaky", "model.leaky_slope=0.1", "evaluate.crop=0.9"),
+        ("model.activation=mish", "data.normalize=imagenet", "evaluate.interpolation=antialias"),
+        ("model.activation=leaky", "model.leaky_slope=0.1", "evaluate.crop_pct=0.9"),
         ("model.activation=leaky", "model.leaky_slope=0.01", "data.normalize=imagenet"),
-        ("model.norm_eps=0.01", "evaluate.resize=bicubic", "evaluate.crop=0.8"),
+        ("model.norm_eps=0.01", "evaluate.interpolation=bicubic", "evaluate.crop_pct=0.8"),
         (
             *("data.normalize=custom", "data.mean=[0.5,0.4,0.3]", "data.std=[0.2,0.3,0.4]"),
-            "evaluate.resize=antialias",
+            "evaluate.interpolation=antialias",
         ),
         ("model.name=darknet53", "model.activation=leaky", "model.norm_eps=0.001"),
         ("digits",),
@@ -93,18 +94,18 @@ def test_the_printed_lines_give_our_logits_in_timm(tmp_path, overrides):
     if overrides == ("digits",):
         recipe = load_recipe(ROOT / "recipes" / "digits.yaml", ["model.width=1"])
     else:
-        recipe = load_recipe(None, ["data.size=64", *overrides])
+        recipe = load_recipe(None, ["data.image_size=64", *overrides])
     out = Trained(build_net(recipe, 10).eval(), recipe, None)
     with torch.no_grad():  # statistics in whose company a slope or an epsilon matters
         for module in out.net.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.running_mean.uniform_(-0.1, 0.1)
                 module.running_var.uniform_(0.5, 1.5)
-    defined = run_lines(export(out, tmp_path / "net.safetensors"))
+    defined = run_lines(export_network(out, tmp_path / "net.safetensors"))
     assert equal(defined["net"], out.net)
     image = picture(3, 90, 131)
     theirs = defined["transform"](Image.fromarray(image))
-    view = decode.evaluation_view(image, recipe.data.size, recipe.evaluate)
+    view = decode.evaluation_view(image, recipe.data.image_size, recipe.evaluate)
     ours = torch.from_numpy(view).permute(2, 0, 1)[None].float() / 255
     ours = augment.normalize(ours, recipe.data)
     _, std = augment.mean_and_std(recipe.data)
@@ -119,8 +120,8 @@ def test_onnx_logits_and_pyramid_at_other_batch_sizes(tmp_path):
     import onnxruntime
 
     out = trained()
-    export(out, tmp_path / "net.onnx")
-    export(out, tmp_path / "maps.onnx", pyramid=True)
+    export_network(out, tmp_path / "net.onnx")
+    export_network(out, tmp_path / "maps.onnx", pyramid=True)
     for batch in (1, 5):
         images = views(batch)
         with torch.no_grad():
@@ -152,9 +153,9 @@ IMAGENETS = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 def test_mean_and_deviation_are_folded_for_darknet(tmp_path, overrides, values):
     """Exact away from the border: the first convolution of black-framed images, compared inside."""
     out = trained(*overrides)
-    remarks = export(out, tmp_path / "net.weights")
+    remarks = export_network(out, tmp_path / "net.weights")
     assert any("folded" in remark for remark in remarks)
-    back = open_trained(str(tmp_path / "net.weights")).net
+    back = load_weights(str(tmp_path / "net.weights")).net
     images = views(4)
     mean, std = (torch.tensor(part)[:, None, None] for part in values)
     with torch.no_grad():
@@ -166,9 +167,9 @@ def test_mean_and_deviation_are_folded_for_darknet(tmp_path, overrides, values):
 def test_labels_that_are_not_sorted_are_put_in_order(tmp_path):
     """As Darknet's imagenet.labels.list: index by index another class than ours."""
     out = trained(classes=3)
-    export(out, tmp_path / "my net.weights")
+    export_network(out, tmp_path / "my net.weights")
     (tmp_path / "my net.labels").write_text("cherry\napple\nbanana\n")
-    back = open_trained(str(tmp_path / "my net.weights"))
+    back = load_weights(str(tmp_path / "my net.weights"))
     assert back.classes == ["apple", "banana", "cherry"]
     images = views(2)
     with torch.no_grad():
@@ -180,8 +181,13 @@ def test_four_formats_report_the_same_top1(tmp_path):
     """A net trained for a moment on the digits; the Darknet file is run by OpenCV."""
     import onnxruntime
 
-    view = ["evaluate.resize=antialias", "evaluate.crop=0.9"]  # not Darknet's: the .cfg keeps it
-    recipe = load_recipe(None, ["data.root=digits", "data.size=64", "model.width=0.125", *view])
+    view = [
+        "evaluate.interpolation=antialias",
+        "evaluate.crop_pct=0.9",
+    ]  # not Darknet's: the .cfg keeps it
+    recipe = load_recipe(
+        None, ["data.root=digits", "data.image_size=64", "model.width=0.125", *view]
+    )
     source = open_validation("digits", None, 10)
     net = build_net(recipe, 10)
     images = torch.stack(
@@ -206,14 +212,16 @@ def test_four_formats_report_the_same_top1(tmp_path):
         optimizer.zero_grad()
     out = Trained(net, recipe, source.classes)
     precision = Precision("fp32", "")
-    expected = evaluate(net, source, recipe, precision, workers=0).top1
+    expected = evaluate_network(net, source, recipe, precision, workers=0).top1
     assert 20 < expected < 100
     for suffix in (".safetensors", ".weights", ".onnx"):
-        export(out, tmp_path / f"net{suffix}")
+        export_network(out, tmp_path / f"net{suffix}")
     for suffix in (".safetensors", ".weights"):
-        back = open_trained(str(tmp_path / f"net{suffix}"))
-        assert back.recipe.evaluate.resize == "antialias"
-        assert evaluate(back.net, source, back.recipe, precision, workers=0).top1 == expected
+        back = load_weights(str(tmp_path / f"net{suffix}"))
+        assert back.recipe.evaluate.interpolation == "antialias"
+        assert (
+            evaluate_network(back.net, source, back.recipe, precision, workers=0).top1 == expected
+        )
     session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"))
     logits = session.run(None, {"images": pixels.numpy()})[0]
     reader = cv2.dnn.readNetFromDarknet(str(tmp_path / "net.cfg"), str(tmp_path / "net.weights"))
@@ -225,7 +233,7 @@ def test_four_formats_report_the_same_top1(tmp_path):
 def test_a_bare_state_dict_is_recognised_and_said(tmp_path):
     theirs = timm.create_model("darknet53", num_classes=7)
     torch.save({"state_dict": theirs.state_dict()}, tmp_path / "net.pth")
-    back = open_trained(str(tmp_path / "net.pth"))
+    back = load_weights(str(tmp_path / "net.pth"))
     assert equal(back.net, theirs) and back.net.name == "darknet53"
     assert back.recipe.model.leaky_slope == 0.01 and back.recipe.data.normalize == "imagenet"
     assert "taken for timm's" in back.remarks[0]
@@ -237,18 +245,18 @@ def test_files_that_do_not_fit_name_the_first_tensor(tmp_path):
     state["stages.1.conv_down.conv.weight"] = torch.zeros(8, 8, 3, 3)
     torch.save(state, tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match=r"stages\.1\.conv_down.*\[8, 8, 3, 3\].*\[32, 16, 3"):
-        open_trained(str(tmp_path / "a.pth"))
+        load_weights(str(tmp_path / "a.pth"))
     torch.save({"weight": torch.zeros(2)}, tmp_path / "b.pth")
     with pytest.raises(CheckpointError, match="no net of ours"):
-        open_trained(str(tmp_path / "b.pth"))
+        load_weights(str(tmp_path / "b.pth"))
     (tmp_path / "c.safetensors").write_bytes(b"torn" * 10)
     with pytest.raises(CheckpointError, match="no safetensors file"):
-        open_trained(str(tmp_path / "c.safetensors"))
+        load_weights(str(tmp_path / "c.safetensors"))
     (tmp_path / "d.weights").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"needs its \.cfg"):
-        open_trained(str(tmp_path / "d.weights"))
+        load_weights(str(tmp_path / "d.weights"))
     with pytest.raises(CheckpointError, match="no net of this name"):
-        open_trained("timm:resnet81")
+        load_weights("timm:resnet81")
 
 
 def test_exports_that_cannot_be(tmp_path):
@@ -261,21 +269,21 @@ def test_exports_that_cannot_be(tmp_path):
         ("net.weights", {"cut": 0}, "1 to 108"),
     ):
         with pytest.raises(ExportError, match=told):
-            export(out, tmp_path / name, **options)
+            export_network(out, tmp_path / name, **options)
     slope = trained("model.activation=leaky", "model.leaky_slope=0.01", live=False)
     with pytest.raises(ExportError, match=r"Darknet's is 0\.1"):
-        export(slope, tmp_path / "net.weights")
+        export_network(slope, tmp_path / "net.weights")
     other = trained("model.name=cspresnet50", live=False)
     with pytest.raises(ExportError, match="another graph"):
-        export(other, tmp_path / "net.weights")
+        export_network(other, tmp_path / "net.weights")
     assert not list(tmp_path.iterdir())
 
 
 def test_export_and_eval_as_commands(tmp_path, command):
-    out = trained("data.root=digits", "data.size=32", live=False)
+    out = trained("data.root=digits", "data.image_size=32", live=False)
     digits = [str(number) for number in range(10)]
     out = Trained(out.net, out.recipe, digits, 70, True, 70 * 128)
-    export(out, tmp_path / "a.safetensors")
+    export_network(out, tmp_path / "a.safetensors")
     done = command(
         "main", "export", "--checkpoint", "a.safetensors", "--to", "b.weights", cwd=tmp_path
     )

@@ -9,10 +9,10 @@ import torch._dynamo
 import torch._functorch.config
 from rich.console import Console
 
-from cspnet.errors import CspnetError, OutOfMemory, RecipeError
+from cspnet.errors import CspnetError, OutOfMemoryError, RecipeError
 from cspnet.nets import csp
-from cspnet.train import fast, job, loop
-from cspnet.train.runtime import Place
+from cspnet.runtime.device import RunOptions
+from cspnet.train import compile, loop, setup
 from tests.test_loop import last, metrics, run, same
 
 
@@ -40,18 +40,18 @@ def aot(monkeypatch):
 
 
 def trained(recipe, folder, console, **place):
-    place = Place(folder, device="cpu", workers=0, **place)
+    place = RunOptions(folder, device="cpu", workers=0, **place)
     return loop.train(recipe, place, console)
 
 
 def test_a_compiled_run_has_the_losses_of_the_eager_one(tiny, tmp_path, console, aot, monkeypatch):
     # Every kind of layer once: more blocks are the same code, and a longer wait for its tracing.
-    plan = csp.NETS["cspdarknet53"]
+    plan = csp.ARCHITECTURES["cspdarknet53"]
     shallow = replace(plan, stages=tuple(replace(stage, depth=1) for stage in plan.stages))
-    monkeypatch.setitem(csp.NETS, "cspdarknet53", shallow)
+    monkeypatch.setitem(csp.ARCHITECTURES, "cspdarknet53", shallow)
     # At a low rate: a high one magnifies the last bits within a few steps.
-    attacked = ["adversarial.strength=5", "schedule.warmup_steps=1", "optim.learning_rate=0.001"]
-    recipe = tiny("schedule.steps=4", "data.size=64", "model.width=0.25", *attacked)
+    attacked = ["adversarial.step_size=5", "schedule.warmup_steps=1", "optim.learning_rate=0.001"]
+    recipe = tiny("schedule.steps=4", "data.image_size=64", "model.width=0.25", *attacked)
     run(recipe, tmp_path / "eager")
     trained(recipe, tmp_path / "fast", console, compile=True, memory="fit")
     assert "compiled, tested: gradient off by" in console.export_text()
@@ -123,7 +123,7 @@ def test_a_compiler_that_fails_amid_the_run_is_told_with_the_way_on(
         return Faulty(function) if isinstance(function, torch.nn.Module) else function
 
     monkeypatch.setattr(torch, "compile", compile)
-    growing = ["data.start_size=32", "data.size=96", "data.full_size_from=0.6"]
+    growing = ["data.start_image_size=32", "data.image_size=96", "data.full_size_from=0.6"]
     recipe = tiny("schedule.steps=5", *growing)
     assert [recipe.size_at(step) for step in range(5)] == [32, 32, 64, 96, 96]
     with pytest.raises(CspnetError, match=r"failed in step 3 \(no kernel\): .*--no-compile"):
@@ -134,8 +134,8 @@ def test_a_compiler_that_fails_amid_the_run_is_told_with_the_way_on(
 
 
 def prepared(recipe, folder, console, **place):
-    work = job.prepare(recipe, Place(folder, device="cpu", workers=0, **place), console)
-    return work, job.start(work)
+    work = setup.prepare(recipe, RunOptions(folder, device="cpu", workers=0, **place), console)
+    return work, setup.start(work)
 
 
 def test_gradients_too_large_for_fp16_are_compared_at_a_lower_scale(
@@ -155,7 +155,7 @@ def test_gradients_too_large_for_fp16_are_compared_at_a_lower_scale(
             next(state.net.parameters()).grad.fill_(float("inf"))
         return loss
 
-    work, _ = fast.accelerate(work, state, one_pass, None)
+    work, _ = compile.accelerate(work, state, one_pass, None)
     assert work.compile and "compiled, tested" in console.export_text()
     assert scales == [2**16, 2**16, 2**12, 2**12, 2**8, 2**8]
     assert state.scaler.get_scale() == 2**16
@@ -175,7 +175,7 @@ def test_a_comparison_that_does_not_fit_beside_the_net_is_made_with_the_hosts_me
             raise torch.OutOfMemoryError("too much")
         return loss
 
-    work, _ = fast.accelerate(work, state, one_pass, None)
+    work, _ = compile.accelerate(work, state, one_pass, None)
     assert work.compile and "compiled, tested" in console.export_text()
     assert tried == [1, 1, 1, 1, 2]
 
@@ -183,12 +183,12 @@ def test_a_comparison_that_does_not_fit_beside_the_net_is_made_with_the_hosts_me
 @pytest.mark.parametrize("broken", [{"compiled"}, {"rounded"}, {"compiled", "rounded"}])
 def test_numbers_that_are_none_agree_with_nothing(broken):
     """Not even with each other: an eager net that overflows says nothing of the compiled one."""
-    sound = fast.Outcome(1.0, [torch.ones(3), torch.ones(2)], [torch.ones(4), torch.ones(4)])
-    none = fast.Outcome(1.0, [torch.ones(3), torch.full((2,), float("inf"))], sound.statistics)
+    sound = compile.Outcome(1.0, [torch.ones(3), torch.ones(2)], [torch.ones(4), torch.ones(4)])
+    none = compile.Outcome(1.0, [torch.ones(3), torch.full((2,), float("inf"))], sound.statistics)
     compiled, rounded = (none if name in broken else sound for name in ("compiled", "rounded"))
-    exact = fast.Outcome(1.0, [torch.ones(3), torch.ones(2)], sound.statistics)
-    assert "gradients off by" in fast._disagreement(compiled, rounded, exact)[0]
-    assert fast._disagreement(sound, sound, exact)[0] is None
+    exact = compile.Outcome(1.0, [torch.ones(3), torch.ones(2)], sound.statistics)
+    assert "gradients off by" in compile._disagreement(compiled, rounded, exact)[0]
+    assert compile._disagreement(sound, sound, exact)[0] is None
 
 
 def test_passes_asked_for_that_do_not_fit_name_fewer(tiny, tmp_path, console, monkeypatch):
@@ -200,8 +200,8 @@ def test_passes_asked_for_that_do_not_fit_name_fewer(tiny, tmp_path, console, mo
             raise torch.OutOfMemoryError("too much")
         return loop.one_pass(work, state, net, scale=scale)
 
-    with pytest.raises(OutOfMemory, match=r"too much\n--passes 1 \(now 2 groups"):
-        fast.accelerate(work, state, one_pass, None)
+    with pytest.raises(OutOfMemoryError, match=r"too much\n--passes 1 \(now 2 groups"):
+        compile.accelerate(work, state, one_pass, None)
 
 
 @pytest.mark.parametrize("room, passes", [(9, [4]), (3, [2, 2]), (1, [1, 1, 1, 1])])
@@ -220,7 +220,7 @@ def test_the_fewest_passes_that_fit_are_found_and_leave_no_trace(
             raise torch.OutOfMemoryError("too much")
         return loss
 
-    found = fast.fit_passes(work, state.net, state, trial)
+    found = compile.fit_passes(work, state.net, state, trial)
     assert [len(part) for part in found.passes] == passes
     assert [group for part in found.passes for group in part] == [0, 1, 2, 3]
     assert tried[-2:] == [passes[0]] * 2, "the one that fits was tried twice"
@@ -237,18 +237,20 @@ def test_the_fewest_passes_that_fit_are_found_and_leave_no_trace(
     ],
 )
 def test_a_group_that_does_not_fit_says_what_to_change(tiny, tmp_path, console, error):
-    work, state = prepared(tiny("batch=32", "data.size=64"), tmp_path / "run", console)
+    work, state = prepared(tiny("batch=32", "data.image_size=64"), tmp_path / "run", console)
 
     def trial(work, net):
         raise error
 
-    told = r"single group of 8 images of 64×64.*data\.size=32, for one \(.*(too much|GET|CUBLAS)"
-    with pytest.raises(OutOfMemory, match=told):
-        fast.fit_passes(work, state.net, state, trial)
+    told = (
+        r"single group of 8 images of 64×64.*data\.image_size=32, for one \(.*(too much|GET|CUBLAS)"
+    )
+    with pytest.raises(OutOfMemoryError, match=told):
+        compile.fit_passes(work, state.net, state, trial)
 
 
 def test_a_run_that_finds_its_passes_equals_one_that_is_told(tiny, tmp_path, console):
-    recipe = tiny("batch=32", "adversarial.strength=5", "schedule.warmup_steps=1")
+    recipe = tiny("batch=32", "adversarial.step_size=5", "schedule.warmup_steps=1")
     run(recipe, tmp_path / "told", passes=4)
     trained(recipe, tmp_path / "found", console, passes="auto")
     assert "4 groups of 8 images at once, 1 passes per step" in console.export_text()

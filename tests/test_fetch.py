@@ -11,10 +11,10 @@ import pytest
 from torchvision.datasets import CIFAR10, Imagenette, imagenet
 from torchvision.datasets.utils import calculate_md5
 
-from cspnet.data import fetch as module
-from cspnet.data.fetch import fetch
-from cspnet.data.sources import open_training, open_validation
+from cspnet.datasets import download as module
+from cspnet.datasets.download import fetch
 from cspnet.errors import DataError, RecipeError
+from cspnet.sources.data_root import open_training, open_validation
 from tests.conftest import picture
 
 WNIDS = ["n00000001", "n00000002", "n00000003"]
@@ -70,7 +70,7 @@ def archives(tmp_path, monkeypatch):
     monkeypatch.setattr(imagenet, "ARCHIVE_META", known)
     sizes = {kind: len(content[kind]) for kind in ("train", "val")}
     monkeypatch.setattr(module, "SIZES", sizes)
-    monkeypatch.setitem(module.KNOWN, "imagenet", 3)
+    monkeypatch.setitem(module.DOWNLOADABLE, "imagenet", 3)
     return folder
 
 
@@ -269,7 +269,7 @@ def test_a_damaged_small_archive_is_not_written_over(cifar, get, tmp_path):
 
 def test_imagenette_is_downloaded_and_kept(tmp_path, get, monkeypatch):
     """The network is a stand-in: what it brings is checked and unpacked as what was there."""
-    monkeypatch.setitem(module.KNOWN, "imagenette", 3)
+    monkeypatch.setitem(module.DOWNLOADABLE, "imagenette", 3)
     content = tar(
         {
             f"imagenette2-320/{part}/{wnid}/{i}.JPEG": jpeg(i)

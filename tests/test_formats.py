@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from PIL import features
 
-from cspnet.data import codecs, decode, examine, stream
-from cspnet.data.formats import TooLarge, Unreadable, container, to_8_bits, upright
-from cspnet.data.ifd import Broken, Directory
-from cspnet.schema import Augment, Evaluate
+from cspnet.data import stream
+from cspnet.datasets import inspect_file
+from cspnet.images import codecs, decode
+from cspnet.images.formats import TooLargeError, UnreadableError, container, to_8_bits, upright
+from cspnet.images.ifd import Broken, Directory
+from cspnet.recipe.schema import Augment, Evaluate
 from tests import images
 from tests.conftest import ROOT, picture
 from tests.format_cases import CASES, noise, orient
@@ -51,7 +53,7 @@ def test_a_row_of_the_table(key):
     *_, what, reported = (cell.strip() for cell in ROWS[key].split("|"))
     with warnings.catch_warnings():  # Pillow's, of damaged EXIF
         warnings.simplefilter("ignore")
-        found = {kind for kind, _ in examine.look_at(data, f".{suffix}").found}
+        found = {kind for kind, _ in inspect_file.look_at(data, f".{suffix}").found}
     assert found == set(re.findall(r"`([^`]+)`", reported))
     assert what.startswith("refused") == isinstance(expected, type)
     if isinstance(expected, type):
@@ -77,10 +79,10 @@ def test_damaged_headers_raise_unreadable_and_nothing_else(key):
         for _ in range(1 + trial % 4):
             damaged[rng.integers(min(len(data), 250))] = rng.integers(256)
         damaged = bytes(damaged[: rng.integers(len(data))] if trial % 3 == 0 else damaged)
-        with contextlib.suppress(Unreadable):
-            codecs.inspect(damaged)
+        with contextlib.suppress(UnreadableError):
+            codecs.read_info(damaged)
         if codecs.container(damaged) == "PPM":
-            with contextlib.suppress(Unreadable):
+            with contextlib.suppress(UnreadableError):
                 decode.decode(damaged)
 
 
@@ -88,7 +90,7 @@ def test_damaged_headers_raise_unreadable_and_nothing_else(key):
     "header", [b"P4 3 3 ", b"P5 3 3 9 ", b"P3 3 3 9 ", b"P1 3 3 ", b"P6 3 3", b"P7\n"]
 )
 def test_netpbm_without_samples_is_unreadable(header):
-    with pytest.raises(Unreadable):
+    with pytest.raises(UnreadableError):
         decode.decode(header)
 
 
@@ -104,7 +106,7 @@ def test_no_format_gets_past_the_limit_on_pixels():
     words = bytearray(CASES["bmp-16-565"]()[1])
     words[18:26] = side * 2
     for data in (bytes(words), b"P5 30000 30000 100\n", b"P2 30000 30000 100\n1 2"):
-        with pytest.raises(TooLarge):
+        with pytest.raises(TooLargeError):
             decode.decode(data)
 
 
@@ -144,23 +146,23 @@ def test_views_of_a_turned_image_are_those_of_the_upright_one(suffix, kind):
     options = {"lossless": True} if kind == "WEBP" else {}
     prefix = b"Exif\0\0" if kind == "JPEG" else b""
     turned, straight = (saved(image, kind, exif=prefix + images.exif(o), **options) for o in (8, 1))
-    assert turned != straight and codecs.inspect(turned).orientation == 8
+    assert turned != straight and codecs.read_info(turned).orientation == 8
     expected = np.rot90(decode.decode(straight)).copy()
-    for scaled_decode in (False, True):
+    for reduced_decode in (False, True):
         for position in range(10):
-            drawn = decode.draw_view(turned, stream.random(0, 1, position), 64, Augment())
-            view = decode.make_view(drawn, 64, Augment(), scaled_decode)
-            whole = decode.train_view(expected, stream.random(0, 1, position), 64, Augment())
+            drawn = decode.sample_view(turned, stream.rng_for(0, 1, position), 64, Augment())
+            view = decode.render_view(drawn, 64, Augment(), reduced_decode)
+            whole = decode.train_view(expected, stream.rng_for(0, 1, position), 64, Augment())
             assert (view == whole).all()
 
 
 def test_what_is_too_long_and_narrow_is_found_before_an_evaluation_refuses_it():
     for height, width in ((1, 501), (1002, 2)):
         data = saved(np.zeros((height, width, 3), np.uint8), "PNG")
-        assert [kind for kind, _ in examine.look_at(data, ".png").found] == ["ribbon"]
-        for how in (Evaluate(), Evaluate(resize="antialias", crop=0.875)):
-            with pytest.raises(TooLarge, match="too long and narrow"):
+        assert [kind for kind, _ in inspect_file.look_at(data, ".png").found] == ["ribbon"]
+        for how in (Evaluate(), Evaluate(interpolation="antialias", crop_pct=0.875)):
+            with pytest.raises(TooLargeError, match="too long and narrow"):
                 decode.evaluation_view(decode.decode(data), 64, how)
     data = saved(np.zeros((1, 500, 3), np.uint8), "PNG")
-    assert "ribbon" not in dict(examine.look_at(data, ".png").found)
+    assert "ribbon" not in dict(inspect_file.look_at(data, ".png").found)
     assert decode.evaluation_view(decode.decode(data), 64, Evaluate()).shape == (64, 64, 3)

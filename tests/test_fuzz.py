@@ -9,9 +9,9 @@ import sys
 import pytest
 from PIL import Image
 
-from cspnet.data.check import check
-from cspnet.data.decode import Unreadable, decode
-from cspnet.data.sources import open_training
+from cspnet.datasets.check import check_dataset
+from cspnet.images.decode import UnreadableError, decode
+from cspnet.sources.data_root import open_training
 from tests.bombs import BOMBS
 from tests.conftest import ROOT, picture
 
@@ -20,8 +20,8 @@ KINDS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "bmp": "BMP", "webp": "WEB
 RUN = """
 import json, os, pathlib, sys
 from cspnet.data import loader
-from cspnet.data.sources import open_training
-from cspnet.recipe import load
+from cspnet.sources.data_root import open_training
+from cspnet.recipe.load import load
 from tests.bombs import peak
 root, workers = sys.argv[1], int(sys.argv[2])
 peaks = pathlib.Path(root, f"peaks-{workers}")
@@ -34,7 +34,7 @@ def weighed(self, address):
 loader.Groups.__getitem__ = weighed
 source = open_training(root)
 steps = -(-len(source) // 8)
-small = ["data.size=32", "batch=8", "group=4", "mix.share=2", f"schedule.steps={steps}"]
+small = ["data.image_size=32", "batch=8", "group=4", "mix.images_per_draw=2", f"schedule.steps={steps}"]
 recipe = load(None, [f"data.root={root}", *small])
 unreadable, groups = set(), 0
 for batch in loader.training_groups(source, recipe, 0, workers, False):
@@ -140,7 +140,7 @@ def undecodable(root):
     for index in range(len(source)):
         try:
             decode(source.read(index)[0])
-        except Unreadable:
+        except UnreadableError:
             indices.add(index)
     return indices
 
@@ -158,7 +158,7 @@ def goes_on(tmp_path, images, damaged, worker_numbers):
         assert found == expected
         for most, allowed in zip(peaks, usual, strict=True):
             assert most <= 1.1 * allowed
-    report = check(str(dirty), max(worker_numbers))
+    report = check_dataset(str(dirty), max(worker_numbers))
     told = {file for f in report.findings if f.severity == "error" for file in f.files}
     source = open_training(str(dirty))
     assert {source.name(index) for index in expected} <= told

@@ -6,9 +6,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from cspnet.run.checkpoint import load_checkpoint
+from cspnet.runtime.device import RunOptions
 from cspnet.train import loop
-from cspnet.train.checkpoint import load
-from cspnet.train.runtime import Place
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,7 +17,7 @@ pytestmark = [
 
 
 def run(recipe, output, **place):
-    return loop.train(recipe, Place(output, device="cuda", **place), Console(quiet=True))
+    return loop.train(recipe, RunOptions(output, device="cuda", **place), Console(quiet=True))
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
@@ -34,7 +34,7 @@ def test_the_host_waits_for_no_step(tiny, tmp_path, monkeypatch, precision):
     monkeypatch.setattr(loop, "learning_rate", watch)
     recipe = tiny(
         *(f"precision={precision}", "log_every=100", "save_every=100", "schedule.steps=8"),
-        *("adversarial.strength=1", "adversarial.probability=1", "schedule.warmup_steps=1"),
+        *("adversarial.step_size=1", "adversarial.probability=1", "schedule.warmup_steps=1"),
     )
     try:
         run(recipe, tmp_path / "run", workers=1)
@@ -44,7 +44,7 @@ def test_the_host_waits_for_no_step(tiny, tmp_path, monkeypatch, precision):
 
 def test_fp16_with_loss_scaling_stays_finite_and_float32_at_rest(tiny, tmp_path):
     run(tiny("precision=fp16", "schedule.steps=30"), tmp_path / "run", workers=0)
-    saved = load(tmp_path / "run" / "checkpoints" / "last.pt")
+    saved = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
     assert saved["precision"] == "fp16" and saved["scaler"]["scale"] > 0
     for state in (saved["state_dict"], *saved["optimizer"]["state"].values()):
         for tensor in state.values():
@@ -54,8 +54,8 @@ def test_fp16_with_loss_scaling_stays_finite_and_float32_at_rest(tiny, tmp_path)
 
 def test_a_run_started_on_the_cpu_goes_on_here(tiny, tmp_path):
     recipe = tiny("precision=fp32", "schedule.steps=4", "evaluate.every=2")
-    place = Place(tmp_path / "run", device="cpu", workers=0)
+    place = RunOptions(tmp_path / "run", device="cpu", workers=0)
     loop.train(recipe, place, Console(quiet=True))
     longer = tiny("precision=fp32", "schedule.steps=8", "evaluate.every=2")
     run(longer, tmp_path / "run", resume=True, workers=0)
-    assert load(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 8
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 8

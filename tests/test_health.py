@@ -9,13 +9,14 @@ from rich.console import Console
 
 from cspnet import console
 from cspnet.data import augment, stream
-from cspnet.errors import NotFinite, OutOfMemory
+from cspnet.errors import NonFiniteError, OutOfMemoryError
 from cspnet.nets import create
-from cspnet.report import metrics as metrics_module
-from cspnet.train import job, loop, runtime, step
-from cspnet.train.checkpoint import load
-from cspnet.train.health import first_not_finite
-from cspnet.train.optim import Average, learning_rate
+from cspnet.run.checkpoint import load_checkpoint
+from cspnet.runtime import device
+from cspnet.train import loop, setup, step
+from cspnet.train import reporter as metrics_module
+from cspnet.train.diagnose import first_non_finite_layer
+from cspnet.train.optim import EMA, learning_rate
 from tests.test_loop import SuddenDeath, last, metrics, numbers, run, same
 
 
@@ -39,8 +40,8 @@ def spoil(monkeypatch, *steps, by=float("inf")):
 @pytest.fixture(params=[False, True], ids=["plain", "fused"])
 def scaled(monkeypatch, request):
     """Loss scaling on the CPU; with torch's fused kernel as CUDA has it, or without."""
-    monkeypatch.setattr(runtime.Precision, "scales_loss", True)
-    build = job.build_optimizer
+    monkeypatch.setattr(device.Precision, "scales_loss", True)
+    build = setup.build_optimizer
 
     def fused(net, optim):
         optimizer = build(net, optim)
@@ -50,7 +51,7 @@ def scaled(monkeypatch, request):
                 group["fused"] = True
         return optimizer
 
-    monkeypatch.setattr(job, "build_optimizer", fused)
+    monkeypatch.setattr(setup, "build_optimizer", fused)
 
 
 def test_a_skipped_step_advances_neither_schedule_nor_average(tiny, tmp_path, monkeypatch, scaled):
@@ -90,7 +91,7 @@ def test_a_resume_after_a_skipped_step_is_exact(tiny, tmp_path, monkeypatch, sca
     recipe = tiny("schedule.steps=6", "save_every=2", "log_every=2")
     spoil(monkeypatch, 1, 4)
     run(recipe, tmp_path / "whole")
-    draw = augment.draw
+    draw = augment.sample_params
 
     def die(*arguments):
         if arguments[1] == 5:
@@ -98,7 +99,7 @@ def test_a_resume_after_a_skipped_step_is_exact(tiny, tmp_path, monkeypatch, sca
         return draw(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(step, "draw", die)
+        patch.setattr(step, "sample_params", die)
         with pytest.raises(SuddenDeath):
             run(recipe, tmp_path / "cut")
     assert last(tmp_path / "cut")["step"] == 4
@@ -113,7 +114,7 @@ def test_a_resume_after_a_skipped_step_is_exact(tiny, tmp_path, monkeypatch, sca
 def test_the_average_on_the_device_is_that_on_the_host():
     torch.manual_seed(0)
     net = create("darknet53", classes=3, width=0.125)
-    host, device = Average(net, 0.9), Average(net, 0.9)
+    host, device = EMA(net, 0.9), EMA(net, 0.9)
     for update in range(1, 30):
         for weight in net.parameters():
             weight.data += torch.randn_like(weight)
@@ -125,14 +126,14 @@ def test_the_average_on_the_device_is_that_on_the_host():
 
 def test_too_many_bad_reads_end_a_scaled_run_with_its_batch(tiny, tmp_path, monkeypatch, scaled):
     spoil(monkeypatch, 2, 3, 4)
-    with pytest.raises(NotFinite, match="the loss is not finite at step 5"):
+    with pytest.raises(NonFiniteError, match="the loss is not finite at step 5"):
         run(tiny("save_every=100"), tmp_path / "run")
 
 
 def test_what_is_told_of_a_loss_that_is_not_finite(tiny, folder, tmp_path, monkeypatch):
     recipe = tiny(f"data.root={folder}", "model.classes=3", "log_every=6", "save_every=2")
     spoil(monkeypatch, 4, by=float("nan"))
-    with pytest.raises(NotFinite) as caught:
+    with pytest.raises(NonFiniteError) as caught:
         run(recipe, tmp_path / "run")
     told = json.loads((tmp_path / "run" / "not-finite.json").read_text())
     assert told["step"] == 5 and "at step 5" in str(caught.value)
@@ -157,7 +158,7 @@ def test_a_checkpoint_that_had_diverged_is_not_recommended(tiny, tmp_path, monke
         return applied
 
     monkeypatch.setattr(loop, "update", diverge)
-    with pytest.raises(NotFinite) as caught:
+    with pytest.raises(NonFiniteError) as caught:
         run(tiny("save_every=2", "log_every=5"), tmp_path / "run")
     message = str(caught.value)
     assert last(tmp_path / "run")["step"] == 2  # saved, since all its numbers are finite
@@ -202,11 +203,11 @@ def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path, monkeypatch
         return applied
 
     monkeypatch.setattr(loop, "update", overflow)
-    with pytest.raises(NotFinite, match="weights are not finite after the update at step 4"):
+    with pytest.raises(NonFiniteError, match="weights are not finite after the update at step 4"):
         run(tiny("evaluate.every=2", "save_every=2"), tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints"
     for path in folder.glob("*.pt"):
-        content = load(path)
+        content = load_checkpoint(path)
         assert content["step"] == 2
         assert all(t.isfinite().all() for t in content["state_dict"].values())
 
@@ -214,29 +215,29 @@ def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path, monkeypatch
 def test_the_first_layer_that_is_not_finite_is_named():
     net = create("cspdarknet53", classes=3, width=0.125).eval()
     images = torch.rand(2, 3, 64, 64)
-    assert first_not_finite(net, lambda: net(images)) is None
+    assert first_non_finite_layer(net, lambda: net(images)) is None
     net.stages[3].blocks[1].conv2.bn.running_var[0] = float("nan")
     net.head.fc.weight.data[0] = float("nan")
-    found = first_not_finite(net, lambda: net(images))
+    found = first_non_finite_layer(net, lambda: net(images))
     assert found == "stages.3.blocks.1.conv2.bn.running_var"
     net.stages[1].conv_transition.bn.bias.data.fill_(1e3)
     net.stages[2].conv_down.conv.weight.data.fill_(3e38)
-    found = first_not_finite(net, lambda: net(images))
+    found = first_non_finite_layer(net, lambda: net(images))
     assert found == "the output of stages.2.conv_down.conv"
     images[0, 0, 0, 0] = float("nan")
-    assert first_not_finite(net, lambda: net(images)) == "the output of stem.conv1.conv"
+    assert first_non_finite_layer(net, lambda: net(images)) == "the output of stem.conv1.conv"
 
 
 @pytest.mark.parametrize(
-    "passes, told", [(2, "--passes 1 (now 2 groups of 8"), (1, "data.size=32")]
+    "passes, told", [(2, "--passes 1 (now 2 groups of 8"), (1, "data.image_size=32")]
 )
 def test_out_of_memory_says_what_to_change(tiny, tmp_path, monkeypatch, passes, told):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
     monkeypatch.setattr(loop, "forward", full)
-    with pytest.raises(OutOfMemory) as caught:
-        run(tiny("data.size=64"), tmp_path / "run", passes=passes)
+    with pytest.raises(OutOfMemoryError) as caught:
+        run(tiny("data.image_size=64"), tmp_path / "run", passes=passes)
     assert told in str(caught.value) and "Tried to allocate 2.00 GiB" in str(caught.value)
     assert caught.value.exit_code == 1
 
@@ -244,12 +245,12 @@ def test_out_of_memory_says_what_to_change(tiny, tmp_path, monkeypatch, passes, 
 def test_force_resumes_with_other_settings_and_is_remembered(tiny, tmp_path):
     run(tiny("schedule.steps=3"), tmp_path / "run")
     console = Console(record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
-    other = tiny("schedule.steps=4", "loss.smoothing=0.2")
-    place = runtime.Place(tmp_path / "run", resume=True, device="cpu", workers=0, force=True)
+    other = tiny("schedule.steps=4", "loss.label_smoothing=0.2")
+    place = device.RunOptions(tmp_path / "run", resume=True, device="cpu", workers=0, force=True)
     loop.train(other, place, console)
-    assert "by force: loss.smoothing was 0.1, is now 0.2" in console.export_text()
+    assert "by force: loss.label_smoothing was 0.1, is now 0.2" in console.export_text()
     lines = [json.loads(x) for x in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
     assert [line["event"] for line in lines] == ["start", "done", "resume", "done"]
-    assert "by force: loss.smoothing was 0.1, is now 0.2" in lines[2]["remarks"]
+    assert "by force: loss.label_smoothing was 0.1, is now 0.2" in lines[2]["remarks"]
     assert [line["step"] for line in lines] == [0, 3, 3, 4]
     assert last(tmp_path / "run")["step"] == 4

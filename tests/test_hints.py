@@ -2,9 +2,9 @@
 
 import pytest
 
-from cspnet import recipe as recipes
-from cspnet.aliases import fields, hint
 from cspnet.errors import RecipeError
+from cspnet.recipe import load as recipes
+from cspnet.recipe.aliases import alias_hint, aliased_fields
 from tests.conftest import call
 
 KNOWN = {key for key, _ in recipes.flatten(recipes.Recipe())}
@@ -21,14 +21,14 @@ OPTIONS = [
     ("--batch-size 64", "batch=64"),
     ("--batch 64", "batch=64"),
     ("-b 64", "batch=64"),
-    ("--img-size 224", "data.size=224"),
-    ("--imgsz 224", "data.size=224"),
+    ("--img-size 224", "data.image_size=224"),
+    ("--imgsz 224", "data.image_size=224"),
     ("--model resnet50", "model.name=resnet50"),
     ("--arch resnet50", "model.name=resnet50"),
-    ("--pretrained", "model.weights"),
+    ("--pretrained", "model.init_from"),
     ("--num-classes 10", "model.classes=10"),
-    ("--smoothing 0.2", "loss.smoothing=0.2"),
-    ("--label-smoothing 0.2", "loss.smoothing=0.2"),
+    ("--smoothing 0.2", "loss.label_smoothing=0.2"),
+    ("--label-smoothing 0.2", "loss.label_smoothing=0.2"),
     ("--seed 3", "seed=3"),
     ("--steps 100", "schedule.steps=100"),
     ("--epochs 90", "schedule.steps=N with N = 90 × training images / batch"),
@@ -36,11 +36,11 @@ OPTIONS = [
     ("--warmup-epochs 5", "schedule.warmup_steps=N with N = 5 × training images / batch"),
     ("--amp", "precision=auto"),
     ("--no-amp", "precision=auto"),
-    ("--ema-decay 0.99", "average.decay=0.99"),
+    ("--ema-decay 0.99", "ema.decay=0.99"),
     ("--opt adamw", "the optimizer is SGD with momentum"),
     ("--sched cosine", "the schedule is a polynomial decay"),
     ("--decay 0.0005", "the weight decay is optim.weight_decay"),
-    ("--model.weights 'a b.pt'", "'model.weights=a b.pt'"),
+    ("--model.init_from 'a b.pt'", "'model.init_from=a b.pt'"),
     ("--probability 1", "mix.probability=1 or adversarial.probability=1"),
 ]
 
@@ -116,28 +116,28 @@ def test_an_option_that_the_command_lacks_is_not_suggested(capsys):
         ("weight_decay=0.001", "optim.weight_decay=0.001"),
         ("train.batch_size=64", "batch=64"),
         ("batch_size=64", "batch=64"),
-        ("img-size=64", "data.size=64"),
+        ("img-size=64", "data.image_size=64"),
         ("schedule.epochs=90", "schedule.steps=N with N = 90 × training images / batch"),
         ("epochs=90", "schedule.steps=N with N = 90 × training images / batch"),
         ("warmup_epochs=5", "schedule.warmup_steps=N with N = 5 × training images / batch"),
         ("amp=true", "precision=auto"),
         ("cutmix=true", "mix.cutmix=true"),
-        ("resize=[1,2]", "augment.resize=[1,2]"),
+        ("resize=[1,2]", "augment.scale=[1,2]"),
         ("model=darknet53", "model.name=darknet53"),
     ],
 )
 def test_an_override_of_another_trainer_is_answered_with_ours(override, wanted):
     with pytest.raises(RecipeError) as caught:
-        recipes.load(None, [override])
+        recipes.load_recipe(None, [override])
     assert wanted in str(caught.value)
 
 
 def test_a_key_in_a_file_is_answered_with_the_field(tmp_path):
     (tmp_path / "r.yaml").write_text("optim:\n  lr: 0.1\n")
     with pytest.raises(RecipeError, match=r"'optim.lr'; .* recipe field: optim.learning_rate$"):
-        recipes.load(tmp_path / "r.yaml", [])
+        recipes.load_recipe(tmp_path / "r.yaml", [])
 
 
 def test_hints_name_fields_that_exist():
-    assert fields() <= KNOWN
-    assert hint("optim.learning_rate") == "" and hint("no_such_name") == ""
+    assert aliased_fields() <= KNOWN
+    assert alias_hint("optim.learning_rate") == "" and alias_hint("no_such_name") == ""

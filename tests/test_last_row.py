@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cspnet.data.decode import evaluation_view
-from cspnet.schema import Evaluate
+from cspnet.images.decode import evaluation_view
+from cspnet.recipe.schema import Evaluate
 from tests.conftest import ROOT, picture
 
-CORNERS = Evaluate(crop=1.0, resize="corners")
+CORNERS = Evaluate(crop_pct=1.0, interpolation="align_corners")
 HEIGHTS = np.arange(2, 4097)
 
 

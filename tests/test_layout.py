@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cspnet.data import names, sources
-from cspnet.data.check import check
+from cspnet.datasets.check import check_dataset
 from cspnet.errors import DataError
+from cspnet.sources import data_root, names
 from tests.conftest import ROOT
 
 CLASSES = ["apple", "bear", "cat"]
@@ -17,11 +17,11 @@ ROOT_USER = hasattr(os, "geteuid") and os.geteuid() == 0
 
 
 def train(root):
-    return sources.open_training(str(root))
+    return data_root.open_training(str(root))
 
 
 def val(root, classes=CLASSES):
-    return sources.open_validation(str(root), classes)
+    return data_root.open_validation(str(root), classes)
 
 
 def gone(root):
@@ -261,7 +261,7 @@ def flat_imagenet(root):
 
 
 def another_number(root):
-    return lambda root: sources.open_validation(str(root), None, 5)
+    return lambda root: data_root.open_validation(str(root), None, 5)
 
 
 # What each message has and no other one.
@@ -363,13 +363,13 @@ def test_links_upward_end(folder):
 
 def test_names_that_a_person_may_take_for_the_same():
     for one, other in (("Bear", "bear"), ("bear ", "bear"), ("01", "1"), ("é", "e\u0301")):
-        assert names.alike(one) == names.alike(other)
+        assert names.fold_name(one) == names.fold_name(other)
     for one, other in (("c", "c++"), ("10", "1"), ("bear", "beer"), ("_", "-")):
-        assert names.alike(one) != names.alike(other)
+        assert names.fold_name(one) != names.fold_name(other)
 
 
 def test_names_of_any_bytes_can_be_shown():
-    assert names.some(["é", "a\x1b[31m", "b\udcff"], "class").isprintable()
+    assert names.count_and_names(["é", "a\x1b[31m", "b\udcff"], "class").isprintable()
 
 
 def test_class_folders_deep_down_are_no_level_too_many(folder):
@@ -401,21 +401,25 @@ def test_no_message_of_a_data_command_speaks_of_a_network_or_an_option(folder, c
 def test_training_compares_the_two_parts_and_no_network(folder):
     shutil.copytree(folder / "val" / "bear", folder / "val" / "dog")
     with pytest.raises(DataError) as caught:
-        sources.open_parts(str(folder))
+        data_root.open_parts(str(folder))
     assert "for validation are not those of train/ (3): it has 1 class (dog)" in str(caught.value)
     shutil.rmtree(folder / "val" / "dog")
-    training, validation = sources.open_parts(str(folder))
+    training, validation = data_root.open_parts(str(folder))
     assert training.classes == validation.classes == CLASSES
 
 
 def test_twins_by_normalization_are_told_apart_in_every_list():
     composed, combined = "caf\u00e9", "cafe\u0301"
-    assert names.some([combined, composed], "class") == "2 classes (cafe\\u0301, caf\\xe9)"
-    assert names.some([composed, "b\u00e4r"], "class") == "2 classes (caf\u00e9, b\u00e4r)"
-    told = names.differing([combined, "x"], [composed, "x"], names.TRAINING)
+    assert (
+        names.count_and_names([combined, composed], "class") == "2 classes (cafe\\u0301, caf\\xe9)"
+    )
+    assert (
+        names.count_and_names([composed, "b\u00e4r"], "class") == "2 classes (caf\u00e9, b\u00e4r)"
+    )
+    told = names.class_differences([combined, "x"], [composed, "x"], names.TRAINING)
     assert "lacks 1 class (caf\\xe9)" in told and "has 1 class (cafe\\u0301) that train/" in told
     assert "--nfc" in told
-    assert "--nfd" in names.differing([composed], [combined], names.NETWORK)
+    assert "--nfd" in names.class_differences([composed], [combined], names.NETWORK)
 
 
 def test_messages_have_no_raw_control_character(folder, capsys):
@@ -425,7 +429,7 @@ def test_messages_have_no_raw_control_character(folder, capsys):
     for opens in (
         lambda: val(folder),
         lambda: train(folder / odd),
-        lambda: sources.find_images([str(folder / odd)]),
+        lambda: data_root.find_images([str(folder / odd)]),
         lambda: val(folder / "val" / odd),
     ):
         with pytest.raises(DataError) as caught:
@@ -458,7 +462,7 @@ def test_check_speaks_of_no_option_and_no_network(folder, mistake):
     told = []
     for path in (folder, folder / "train", folder / "val", folder.parent):
         try:
-            told += [line for _, line in check(str(path)).lines()]
+            told += [line for _, line in check_dataset(str(path)).lines()]
         except DataError as error:
             told.append(str(error))
     for word in ("network", "--data", "data.root", "cspnet-eval", "score means"):

@@ -13,19 +13,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from cspnet.data import decode, sources
-from cspnet.data.loader import Batches, Groups, Place, Slots, evaluation_batches, training_groups
-from cspnet.recipe import load
-from cspnet.schema import Evaluate
+from cspnet.data.loader import (
+    EvalBatches,
+    Place,
+    Slots,
+    TrainGroups,
+    evaluation_batches,
+    training_groups,
+)
+from cspnet.images import decode
+from cspnet.recipe.load import load_recipe
+from cspnet.recipe.schema import Evaluate
+from cspnet.sources import data_root
 
 
 @pytest.fixture
 def source(folder):
-    return sources.open_training(str(folder))
+    return data_root.open_training(str(folder))
 
 
 def small(*overrides):
-    return load(None, ["data.size=64", "batch=8", "group=4", "schedule.steps=20", *overrides])
+    return load_recipe(
+        None, ["data.image_size=64", "batch=8", "group=4", "schedule.steps=20", *overrides]
+    )
 
 
 def content(batch):
@@ -42,8 +52,8 @@ def both(source, recipe, workers):
     "overrides",
     [
         [],
-        ["data.start_size=32", "data.full_size_from=0.5"],
-        ["data.scaled_decode=true", "data.size=32"],
+        ["data.start_image_size=32", "data.full_size_from=0.5"],
+        ["data.reduced_decode=true", "data.image_size=32"],
     ],
 )
 def test_batches_that_are_held_stay_as_they_are(source, overrides):
@@ -60,10 +70,10 @@ def test_batches_that_are_held_stay_as_they_are(source, overrides):
 
 
 def test_groups_are_of_the_size_of_their_step(source):
-    recipe = small("data.start_size=32", "data.full_size_from=0.5")
+    recipe = small("data.start_image_size=32", "data.full_size_from=0.5")
     sides = [group.images.shape[1] for group in training_groups(source, recipe, 0, 1, False)]
     assert sides == [32] * 20 + [64] * 20
-    assert small("data.start_size=32", "data.full_size_from=0").size_at(0) == 64
+    assert small("data.start_image_size=32", "data.full_size_from=0").size_at(0) == 64
 
 
 def test_a_part_of_a_batch_is_enough_to_keep_it(source):
@@ -88,7 +98,7 @@ def test_memory_is_used_again_and_given_back(source):
 
 
 def test_pictures_are_not_pickled(source):
-    groups = Groups(source, small())
+    groups = TrainGroups(source, small())
     groups.slots = Slots(2, 4 * 64 * 64 * 3)
     data = pickle.dumps(groups[Place((0, 0), groups.slots.take())])
     assert len(data) < 2000
@@ -99,7 +109,7 @@ def test_what_a_slot_held_before_does_not_show(source):
     """Rows that no image fills, and an unreadable one, are black."""
     with open(source.name(33), "wb"):
         pass
-    batches = Batches(source, 16, 64, Evaluate())
+    batches = EvalBatches(source, 16, 64, Evaluate())
     batches.slots = Slots(1, 16 * 64 * 64 * 3)
     batches.slots.memory.fill_(255)
     batch = pickle.loads(pickle.dumps(batches[Place(2, batches.slots.take())]))
@@ -123,19 +133,19 @@ def test_without_room_in_shared_memory_batches_come_all_the_same(source, monkeyp
 
 
 def test_an_evaluation_of_nothing():
-    assert list(evaluation_batches(sources.Files([]), 8, 64, Evaluate(), 2, False)) == []
+    assert list(evaluation_batches(data_root.Files([]), 8, 64, Evaluate(), 2, False)) == []
 
 
 @pytest.mark.parametrize("scaled", [True, False])
 def test_one_decode_per_sample(source, monkeypatch, scaled):
     """In training, mixing included, whether or not the image is decoded smaller."""
-    recipe = small(f"data.scaled_decode={scaled}", "mix.probability=1", "data.size=32")
+    recipe = small(f"data.reduced_decode={scaled}", "mix.probability=1", "data.image_size=32")
     decoded = []
     original = decode.cv2.imdecode
     monkeypatch.setattr(
         decode.cv2, "imdecode", lambda *given: (decoded.append(given[1]), original(*given))[1]
     )
-    groups = Groups(source, recipe)
+    groups = TrainGroups(source, recipe)
     for step in range(6):
         groups[step, 0]
     assert len(decoded) == 6 * 4 and (len(set(decoded)) > 1) is scaled
@@ -183,7 +193,7 @@ def test_a_process_ends_although_nobody_closed_its_groups(tmp_path):
 import builtins, pathlib
 from cspnet import recipe
 from cspnet.data.loader import training_groups
-from cspnet.data.sources import open_training
+from cspnet.sources.data_root import open_training
 resolved = recipe.load(recipe.find("digits"), ["batch=8", "group=4"])
 groups = training_groups(open_training("digits"), resolved, 0, 1, False)
 next(groups)
@@ -199,7 +209,7 @@ def test_a_worker_ends_although_its_parent_died_in_the_fork(tmp_path):
 import os, pathlib, signal, sys, time
 from cspnet import recipe
 from cspnet.data.loader import training_groups
-from cspnet.data.sources import open_training
+from cspnet.sources.data_root import open_training
 resolved = recipe.load(recipe.find("digits"), ["batch=8", "group=4"])
 source = open_training("digits")
 def in_the_child():

@@ -11,17 +11,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from cspnet import recipe as recipes
-from cspnet.data.sources import open_validation
-from cspnet.errors import CheckpointError, DataError, NotFinite, RecipeError, Stopped
-from cspnet.evaluate import Scores, evaluate
-from cspnet.train import job, loop
+from cspnet.errors import CheckpointError, DataError, NonFiniteError, RecipeError, StoppedError
+from cspnet.inference.evaluate import Scores, evaluate_network
+from cspnet.recipe import load as recipes
+from cspnet.run.checkpoint import load_checkpoint
+from cspnet.runtime.device import Precision, RunOptions, inference_precision
+from cspnet.sources.data_root import open_validation
+from cspnet.train import loop, setup
 from cspnet.train import step as train_step
-from cspnet.train.adversarial import attacked
-from cspnet.train.checkpoint import load
+from cspnet.train.adversarial import attack_mask
 from cspnet.train.optim import build_optimizer
-from cspnet.train.runtime import Place, Precision, precision_to_look
-from cspnet.trained import build_net
+from cspnet.weights.load import build_net
 
 # A process that trains by a recipe's text and, after a given step is saved, kills itself.
 CHILD = """
@@ -30,7 +30,7 @@ torch.set_num_threads(1)
 from rich.console import Console
 from cspnet import recipe
 from cspnet.train import checkpoint, job, loop
-from cspnet.train.runtime import Place
+from cspnet.runtime.device import Place
 text, output, workers, die_after = sys.argv[1:]
 original = checkpoint.Checkpoints.save
 def save(self, content, best=False):
@@ -44,17 +44,17 @@ loop.train(recipe.from_text(text), place, Console(quiet=True))
 
 
 def in_process(recipe, output, workers=0, die_after=-1):
-    arguments = [recipes.to_text(recipe), str(output), str(workers), str(die_after)]
+    arguments = [recipes.recipe_to_yaml(recipe), str(output), str(workers), str(die_after)]
     return subprocess.run([sys.executable, "-c", CHILD, *arguments], timeout=120).returncode
 
 
 def run(recipe, output, **place):
-    place = Place(output, device="cpu", **{"workers": 0, **place})
+    place = RunOptions(output, device="cpu", **{"workers": 0, **place})
     return loop.train(recipe, place, Console(quiet=True))
 
 
 def last(output):
-    return load(output / "checkpoints" / "last.pt")
+    return load_checkpoint(output / "checkpoints" / "last.pt")
 
 
 def history(output):
@@ -87,10 +87,10 @@ def test_killed_and_resumed_is_bit_equal_to_undisturbed(tiny, folder, tmp_path):
     crosses its end, with other workers than the whole one. Mixing and averaging are on."""
     recipe = tiny(
         *(f"data.root={folder}", "model.classes=3", "data.normalize=imagenet"),
-        *("adversarial.strength=5", "schedule.warmup_steps=1"),
+        *("adversarial.step_size=5", "schedule.warmup_steps=1"),
     )
-    assert recipe.average.decay and recipe.mix.mosaic
-    assert any(attacked(recipe, step, range(2)).any() for step in range(3, 7))
+    assert recipe.ema.decay and recipe.mix.mosaic
+    assert any(attack_mask(recipe, step, range(2)).any() for step in range(3, 7))
     run(recipe, tmp_path / "whole")
     assert in_process(recipe, tmp_path / "cut", workers=2, die_after=2) == -signal.SIGKILL
     assert last(tmp_path / "cut")["step"] == 2
@@ -154,7 +154,7 @@ def test_a_sudden_death_leaves_no_trace_in_the_record(tiny, tmp_path, monkeypatc
     assert numbers(metrics(tmp_path / "cut")) == numbers(metrics(tmp_path / "whole"))
     for part in ("state_dict", "state_dict_ema", "best_top1"):
         assert same(last(tmp_path / "cut")[part], last(tmp_path / "whole")[part]), part
-    best = [load(tmp_path / n / "checkpoints" / "best.pt") for n in ("cut", "whole")]
+    best = [load_checkpoint(tmp_path / n / "checkpoints" / "best.pt") for n in ("cut", "whole")]
     assert best[0]["step"] == best[1]["step"] and same(*(b["state_dict"] for b in best))
     events = EventAccumulator(str(tmp_path / "cut" / "tb"))
     events.Reload()
@@ -168,7 +168,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tiny, tmp_pa
 
     def explode(logits, targets):
         step = (
-            load(tmp_path / "run/checkpoints/last.pt")["step"]
+            load_checkpoint(tmp_path / "run/checkpoints/last.pt")["step"]
             if (tmp_path / "run/checkpoints/last.pt").exists()
             else 0
         )
@@ -176,7 +176,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tiny, tmp_pa
 
     monkeypatch.setattr(loop, "cross_entropy", explode)
     with pytest.raises(
-        NotFinite, match=r"not finite at step 3.*The last checkpoint is .*last\.pt of step 2"
+        NonFiniteError, match=r"not finite at step 3.*The last checkpoint is .*last\.pt of step 2"
     ):
         run(recipe, tmp_path / "run")
     saved = last(tmp_path / "run")
@@ -201,9 +201,9 @@ def test_a_first_step_that_the_scaler_skips_leaves_no_garbage(tiny):
 
 def test_a_state_of_another_device_keeps_this_ones_kernel(tiny, tmp_path):
     run(tiny(), tmp_path / "run")
-    place = Place(tmp_path / "run", resume=True, device="cpu")
-    work = job.prepare(tiny(), place, Console(quiet=True))
-    state = job.start(work)
+    place = RunOptions(tmp_path / "run", resume=True, device="cpu")
+    work = setup.prepare(tiny(), place, Console(quiet=True))
+    state = setup.start(work)
     for group in state.optimizer.param_groups:
         group["fused"] = True
     state.restore(last(tmp_path / "run"))
@@ -212,7 +212,7 @@ def test_a_state_of_another_device_keeps_this_ones_kernel(tiny, tmp_path):
 
 def test_attacked_groups_are_attacked_and_no_others(tiny, tmp_path, monkeypatch):
     """Through the loop: which images change, and what reaches the net with the true targets."""
-    recipe = tiny("adversarial.strength=1000", "schedule.warmup_steps=0", "batch=32")
+    recipe = tiny("adversarial.step_size=1000", "schedule.warmup_steps=0", "batch=32")
     seen = []
     original = loop.attack_some
 
@@ -221,7 +221,7 @@ def test_attacked_groups_are_attacked_and_no_others(tiny, tmp_path, monkeypatch)
         for place, group in enumerate(part):
             block = slice(8 * place, 8 * place + 8)
             moved = not torch.equal(changed[block], images[block])
-            seen.append((moved, bool(attacked(recipe, state.step, range(group, group + 1))[0])))
+            seen.append((moved, bool(attack_mask(recipe, state.step, range(group, group + 1))[0])))
         return changed
 
     monkeypatch.setattr(loop, "attack_some", watch)
@@ -254,7 +254,7 @@ def test_resume_in_a_folder_that_is_not_this_run(tiny, tmp_path, mistake):
 def test_sigterm_to_the_whole_process_group_saves_too(tiny, tmp_path):
     """As batch systems send it: the workers get it as well, and must not care."""
     recipe = tiny("schedule.steps=400", "save_every=1000")
-    arguments = [recipes.to_text(recipe), str(tmp_path / "cut"), "2", "-1"]
+    arguments = [recipes.recipe_to_yaml(recipe), str(tmp_path / "cut"), "2", "-1"]
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, *arguments], stderr=subprocess.PIPE, start_new_session=True
     )
@@ -274,15 +274,15 @@ def test_sigterm_to_the_whole_process_group_saves_too(tiny, tmp_path):
 def test_a_signal_in_validation_breaks_it_off_and_the_resumed_run_validates(tiny, tmp_path):
     recipe = tiny("evaluate.every=3", "schedule.steps=4")
     run(recipe, tmp_path / "whole")
-    original = loop.evaluate
+    original = loop.evaluate_network
 
     def interrupted(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
         return original(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "evaluate", interrupted)
-        with pytest.raises(Stopped, match="saved at step 3 of 4"):
+        patch.setattr(loop, "evaluate_network", interrupted)
+        with pytest.raises(StoppedError, match="saved at step 3 of 4"):
             run(recipe, tmp_path / "cut")
     run(recipe, tmp_path / "cut", resume=True)
     assert numbers(metrics(tmp_path / "cut")) == numbers(metrics(tmp_path / "whole"))
@@ -324,14 +324,14 @@ def test_one_pass_of_four_groups_equals_four_passes_of_one(tiny, tmp_path, monke
     """
     build, normalize = build_net, train_step.normalize
     double = lambda recipe, classes: (build(recipe, len(classes)).double(), [])  # noqa: E731
-    monkeypatch.setattr(job, "starting_net", double)
+    monkeypatch.setattr(setup, "init_net", double)
     monkeypatch.setattr(
         train_step, "normalize", lambda images, kind: normalize(images, kind).double()
     )
     monkeypatch.setattr(loop, "cross_entropy", lambda x, t: -(t.double() * x.log_softmax(1)).sum())
     monkeypatch.setattr(loop, "validate", lambda *_: Scores(0, 0, 0, 0, 0, 1))
-    attack = ("adversarial.strength=5", "adversarial.probability=0.5", "schedule.warmup_steps=1")
-    recipe = tiny("batch=32", "data.size=64", "schedule.steps=5", *attack)
+    attack = ("adversarial.step_size=5", "adversarial.probability=0.5", "schedule.warmup_steps=1")
+    recipe = tiny("batch=32", "data.image_size=64", "schedule.steps=5", *attack)
     for weights, statistics, moved in passes_compared(recipe, tmp_path):
         assert moved > 0.05
         assert weights[1] < 1e-5 and statistics[1] < 1e-6
@@ -342,7 +342,7 @@ def test_passes_in_float32_differ_by_rounding(tiny, tmp_path):
     rounding is not magnified, and each BatchNorm sees the same groups."""
     recipe = tiny(
         "batch=32",
-        "data.size=64",
+        "data.image_size=64",
         "schedule.steps=5",
         "schedule.power=4",
         "schedule.warmup_steps=1000",
@@ -354,11 +354,11 @@ def test_passes_in_float32_differ_by_rounding(tiny, tmp_path):
 def test_a_step_equals_a_plain_reference(tiny, tmp_path):
     """Steps of the loop against forward, backward and SGD written out, group by group."""
     from cspnet.data import augment
-    from cspnet.data.loader import Groups
-    from cspnet.data.sources import Digits
+    from cspnet.data.loader import TrainGroups
+    from cspnet.sources.data_root import Digits
     from cspnet.train.optim import learning_rate
 
-    recipe = tiny("schedule.steps=3", "schedule.warmup_steps=0", "average.decay=0")
+    recipe = tiny("schedule.steps=3", "schedule.warmup_steps=0", "ema.decay=0")
     run(recipe, tmp_path / "run")
     net = build_net(recipe, 10)
     source = Digits(train=True)
@@ -366,8 +366,8 @@ def test_a_step_equals_a_plain_reference(tiny, tmp_path):
     for step in range(3):
         net.zero_grad()
         for group in range(recipe.groups):
-            batch = Groups(source, recipe)[step, group]
-            draws = augment.draw(recipe, step, range(group, group + 1))
+            batch = TrainGroups(source, recipe)[step, group]
+            draws = augment.sample_params(recipe, step, range(group, group + 1))
             images, targets = augment.augment(batch.images, batch.labels, draws, recipe, 10)
             loss = -(targets * net(images).log_softmax(1)).sum() / recipe.batch
             loss.backward()
@@ -385,7 +385,7 @@ def test_a_step_equals_a_plain_reference(tiny, tmp_path):
 def test_a_signal_saves_first_and_exits_75(tiny, tmp_path):
     """SIGTERM in mid-run: the finished step is saved, and the resumed run ends as the whole one."""
     recipe = tiny("schedule.steps=40", "save_every=1000", "log_every=1")
-    arguments = [recipes.to_text(recipe), str(tmp_path / "cut"), "0", "-1"]
+    arguments = [recipes.recipe_to_yaml(recipe), str(tmp_path / "cut"), "0", "-1"]
     child = subprocess.Popen([sys.executable, "-c", CHILD, *arguments], stderr=subprocess.PIPE)
     record = tmp_path / "cut" / "metrics.jsonl"
     deadline = time.monotonic() + 60
@@ -416,7 +416,7 @@ def test_stop_raises_the_right_exit_code(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "learning_rate", interrupt)
     # Whoever runs the suite in the background has it ignore SIGINT, and so would the loop.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    with pytest.raises(Stopped, match="saved at step 2 of 7") as stopped:
+    with pytest.raises(StoppedError, match="saved at step 2 of 7") as stopped:
         run(recipe, tmp_path / "run")
     assert stopped.value.exit_code == 75
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -428,14 +428,16 @@ def test_validation_and_best(tiny, tmp_path):
     final = run(recipe, tmp_path / "run")
     lines = [line for line in metrics(tmp_path / "run") if line["split"] == "val"]
     assert [line["step"] for line in lines] == [2, 4, 6, 7]
-    best = load(tmp_path / "run" / "checkpoints" / "best.pt")
+    best = load_checkpoint(tmp_path / "run" / "checkpoints" / "best.pt")
     top1 = [line["top1"] for line in lines]
     assert best["best_top1"] == max(top1) == top1[[2, 4, 6, 7].index(best["step"])]
     assert final.top1 == top1[-1] and final.images == 359
-    validation = open_validation("digits", load(tmp_path / "run/checkpoints/last.pt")["classes"])
+    validation = open_validation(
+        "digits", load_checkpoint(tmp_path / "run/checkpoints/last.pt")["classes"]
+    )
     net = build_net(recipe, 10)
     net.load_state_dict(last(tmp_path / "run")["state_dict_ema"])
-    again = evaluate(net, validation, recipe, Precision("fp32", ""), workers=2, batch=7)
+    again = evaluate_network(net, validation, recipe, Precision("fp32", ""), workers=2, batch=7)
     assert (again.top1, again.top5, again.images) == (final.top1, final.top5, final.images)
     assert net.training
 
@@ -456,10 +458,10 @@ def test_a_run_folder_is_never_overwritten(tiny, tmp_path):
 def test_other_settings_are_refused_and_a_longer_horizon_is_not(tiny, tmp_path):
     run(tiny(), tmp_path / "run")
     with pytest.raises(CheckpointError) as caught:
-        run(tiny("seed=1", "loss.smoothing=0.2"), tmp_path / "run", resume=True)
+        run(tiny("seed=1", "loss.label_smoothing=0.2"), tmp_path / "run", resume=True)
     assert "seed was 0, is now 1" in str(caught.value)
-    assert "loss.smoothing was 0.1, is now 0.2" in str(caught.value)
-    kept = recipes.load(tmp_path / "run" / "recipe.yaml", [])
+    assert "loss.label_smoothing was 0.1, is now 0.2" in str(caught.value)
+    kept = recipes.load_recipe(tmp_path / "run" / "recipe.yaml", [])
     assert kept == tiny(), "a refused resume leaves the run folder as it was"
     run(tiny("schedule.steps=9", "log_every=2"), tmp_path / "run", resume=True)
     assert last(tmp_path / "run")["step"] == 9
@@ -498,7 +500,7 @@ def test_an_unreadable_file_may_have_any_name(tiny, folder, tmp_path):
     torn.write_bytes(b"")
     recipe = tiny(f"data.root={folder}", "model.classes=auto", "data.max_unreadable=1")
     console = Console(record=True, width=500, file=open(os.devnull, "w"))  # noqa: SIM115
-    loop.train(recipe, Place(tmp_path / "run", device="cpu", workers=0), console)
+    loop.train(recipe, RunOptions(tmp_path / "run", device="cpu", workers=0), console)
     assert (tmp_path / "run" / "unreadable.txt").read_bytes() == os.fsencode(torn) + b"\n"
     assert "caf\\udce9.jpg" in console.export_text()
 
@@ -506,7 +508,7 @@ def test_an_unreadable_file_may_have_any_name(tiny, folder, tmp_path):
 def test_two_processes_do_not_train_in_one_folder(tiny, tmp_path):
     folder = tmp_path / "run"
     run(tiny(), folder)
-    hold = "import pathlib, sys; from cspnet.train.lock import RunLock; c = RunLock(); "
+    hold = "import pathlib, sys; from cspnet.run.lock import RunLock; c = RunLock(); "
     hold += "c.take(pathlib.Path(sys.argv[1])); print('taken', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", hold, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
@@ -558,15 +560,15 @@ def test_bf16_trains_and_keeps_float32_state(tiny, tmp_path):
 def test_bf16_on_a_cpu_without_it_is_told_to_be_slow(tiny, tmp_path, monkeypatch, capability, slow):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     console = Console(record=True, width=500)
-    job.start(job.prepare(tiny("precision=bf16"), Place(tmp_path / "run"), console))
+    setup.start(setup.prepare(tiny("precision=bf16"), RunOptions(tmp_path / "run"), console))
     told = console.export_text()
     assert "bf16 (asked for" in told and ("fp32 is ten times as fast" in told) == slow
 
 
 def test_a_net_trained_in_fp16_can_be_looked_at_on_a_cpu():
-    found = precision_to_look("fp16", torch.device("cpu"))
+    found = inference_precision("fp16", torch.device("cpu"))
     assert found.name == "fp32" and found.reason.endswith("trained in fp16")
-    assert precision_to_look("bf16", torch.device("cpu")).name == "bf16"
+    assert inference_precision("bf16", torch.device("cpu")).name == "bf16"
 
 
 def test_the_seed_makes_the_first_weights(tiny):

@@ -9,18 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from cspnet import recipe as recipes
 from cspnet.cli.training import _done
-from cspnet.data import fetch, layout
-from cspnet.data.members import Unfit
-from cspnet.data.shards import Shards
-from cspnet.data.sources import places
-from cspnet.display import sentence
-from cspnet.export import export
-from cspnet.report.history import read_run
-from cspnet.report.verdict import judge
-from cspnet.shell import command, quote
-from cspnet.trained import Trained, build_net
+from cspnet.datasets import download
+from cspnet.recipe import load as recipes
+from cspnet.report.evaluation import evaluate_run
+from cspnet.run.reader import read_run
+from cspnet.shell import command_line, shell_quote
+from cspnet.sources import messages
+from cspnet.sources.data_root import places
+from cspnet.sources.tar_members import TarError
+from cspnet.sources.tar_set import TarSource
+from cspnet.text import end_sentence
+from cspnet.weights.export import export_network
+from cspnet.weights.load import Trained, build_net
 from tests.conftest import ROOT, TINY, call
 
 ODD = 'it\'s my $HOME; `a` & "b" *'
@@ -45,7 +46,7 @@ def copied(text: str, first: str = "cspnet") -> list[str]:
 
 
 def test_a_shell_reads_every_quoted_word_back():
-    line = "printf '%s\\0' " + " ".join(map(quote, WORDS))
+    line = "printf '%s\\0' " + " ".join(map(shell_quote, WORDS))
     done = subprocess.run(["bash", "-c", line.encode()], capture_output=True, check=True)
     read = done.stdout.decode("utf-8", "surrogateescape").split("\0")[:-1]
     assert read == WORDS
@@ -53,17 +54,17 @@ def test_a_shell_reads_every_quoted_word_back():
 
 def test_a_quoted_word_has_nothing_that_a_terminal_would_obey():
     for word in WORDS:
-        assert quote(word).isprintable() and quote(word).encode("utf-8")
+        assert shell_quote(word).isprintable() and shell_quote(word).encode("utf-8")
 
 
 def test_a_plain_command_stays_plain():
     line = "cspnet-eval --checkpoint runs/a/checkpoints/best.pt --data data/imagenet"
-    assert command(*line.split()) == line
-    assert command("cspnet", "report", Path("r un")) == "cspnet report 'r un'"
+    assert command_line(*line.split()) == line
+    assert command_line("cspnet", "report", Path("r un")) == "cspnet report 'r un'"
 
 
 def test_the_commands_after_training():
-    recipe = recipes.load(None, [], "da ta")
+    recipe = recipes.load_recipe(None, [], "da ta")
     *_, one, other = _done(recipe, Path(ODD), None)
     best = f"{ODD}/checkpoints/best.pt"
     assert copied(one) == ["cspnet-eval", "--checkpoint", best, "--data", "da ta"]
@@ -80,17 +81,17 @@ def test_the_command_after_training_as_it_is_printed(command, tmp_path):
 
 
 def test_the_command_after_a_download(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch, "fetch", lambda *_: True)
+    monkeypatch.setattr(download, "fetch", lambda *_: True)
     done = command("main", "data", "imagenette", "--to", "my data", cwd=tmp_path)
     assert copied(done.stdout.strip()) == ["cspnet", "check", "my data"]
 
 
 def test_the_command_that_runs_an_export_in_darknet(tmp_path):
-    recipe = recipes.load(None, ["model.width=0.125", "data.size=32"])
+    recipe = recipes.load_recipe(None, ["model.width=0.125", "data.image_size=32"])
     names = [str(number) for number in range(10)]
     net = Trained(build_net(recipe, 10).eval(), recipe, names, 1, False, 128)
     file = tmp_path / "my net.weights"
-    line = next(line for line in export(net, file) if line.startswith("darknet "))
+    line = next(line for line in export_network(net, file) if line.startswith("darknet "))
     files = [str(file.with_suffix(suffix)) for suffix in (".data", ".cfg", ".weights")]
     assert copied(line, "darknet") == ["darknet", "classifier", "predict", *files]
 
@@ -99,7 +100,7 @@ def test_the_command_that_unpacks_imagenet(tmp_path):
     root = tmp_path / "my data"
     root.mkdir()
     (root / "ILSVRC2012_img_train.tar").touch()
-    assert copied(layout.no_training(root))[-2:] == ["--to", str(root)]
+    assert copied(messages.no_training_folder(root))[-2:] == ["--to", str(root)]
 
 
 def test_the_command_that_makes_an_index(folder, capsys):
@@ -108,32 +109,36 @@ def test_the_command_that_makes_an_index(folder, capsys):
         with tarfile.open(root / f"{split}.tar", "w") as tar:
             tar.add(root / split, split)
         (root / split).rename(folder.with_name(split))
-    Shards(places(str(root))["train"])
+    TarSource(places(str(root))["train"])
     told = "".join(capsys.readouterr())
     assert copied(told.strip().splitlines()[-1]) == ["cspnet", "index", str(root)]
 
 
 def test_a_sentence_ends_in_one_full_stop():
-    assert sentence("one") == "one." and sentence("one.") == "one." and sentence("one. ") == "one."
-    assert sentence("one?") == "one?" and sentence(ValueError("one …")) == "one …"
+    assert (
+        end_sentence("one") == "one."
+        and end_sentence("one.") == "one."
+        and end_sentence("one. ") == "one."
+    )
+    assert end_sentence("one?") == "one?" and end_sentence(ValueError("one …")) == "one …"
 
 
 def test_tar_files_that_cannot_be_used_end_in_one_full_stop():
-    assert str(Unfit("here", ["wrong."])) == "here: wrong."
-    assert str(Unfit("here", ["wrong", "and this"])).startswith("here: wrong. And 1 more")
+    assert str(TarError("here", ["wrong."])) == "here: wrong."
+    assert str(TarError("here", ["wrong", "and this"])).startswith("here: wrong. And 1 more")
 
 
 def test_a_report_without_data_has_single_full_stops(tmp_path):
     run = ["cspnet-train", "--recipe", "digits", "--device", "cpu", "--output", tmp_path / "run"]
     steps = ["schedule.steps=1", "schedule.warmup_steps=0"]
-    assert call(command(*run, *TINY, *steps)) == 0
+    assert call(command_line(*run, *TINY, *steps)) == 0
     found = read_run(tmp_path / "run")
     recipe = (tmp_path / "run" / "checkpoints" / "last.pt").read_bytes()
     for name in ("best.pt", "last.pt"):
         file = tmp_path / "run" / "checkpoints" / name
         file.unlink()
         file.write_bytes(recipe[:100])
-    _, remarks = judge(found, device="cpu")
+    _, remarks = evaluate_run(found, device="cpu")
     assert remarks and not any(".." in remark for remark in remarks), remarks
 
 
@@ -153,7 +158,7 @@ def test_no_command_is_put_together_without_quoting():
                     if isinstance(part, ast.FormattedValue):
                         line = f"{path.name}:{node.lineno}"
                         quoted = re.match(r"(shlex\.)?(quote|command)\(", ast.unparse(part.value))
-                        told = f"{line}: use cspnet.shell.command"
+                        told = f"{line}: use cspnet.shell.command_line"
                         assert quoted or not begun.search(text), told
                         text += "\0"
                     else:
@@ -169,19 +174,19 @@ def test_no_full_stop_is_put_after_an_error():
                     named = isinstance(part, ast.FormattedValue) and ast.unparse(part.value)
                     stop = isinstance(following, ast.Constant) and following.value.startswith(".")
                     line = f"{path.name}:{node.lineno}"
-                    assert not (named == "error" and stop), f"{line}: use cspnet.display.sentence"
+                    assert not (named == "error" and stop), f"{line}: use cspnet.text.end_sentence"
 
 
 @pytest.mark.parametrize("ending", ["", "."])
 def test_a_save_that_failed_is_told_with_one_full_stop(ending, tmp_path):
     from types import SimpleNamespace
 
-    from cspnet.report.metrics import Report
+    from cspnet.train.reporter import Reporter
 
     told = []
     report = SimpleNamespace(
         state=SimpleNamespace(step=3),
         console=SimpleNamespace(print=lambda text, style: told.append(text)),
     )
-    Report.unsaved(report, f"the disk is full{ending}")
+    Reporter.unsaved(report, f"the disk is full{ending}")
     assert "the disk is full. The run continues" in told[0]

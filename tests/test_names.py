@@ -11,19 +11,19 @@ import pytest
 import torch
 from rich.console import Console
 
-from cspnet import recipe as recipes
-from cspnet.data import shards, sources
-from cspnet.data.check import check, quick
-from cspnet.display import from_line, printable, sentence, to_line
+from cspnet.datasets.check import check_dataset, preflight
 from cspnet.errors import DataError, RecipeError
+from cspnet.inference.confusion import Pair, to_markdown
+from cspnet.recipe import load as recipes
 from cspnet.report import classes, preview
-from cspnet.report.confusion import Pair, to_markdown
-from cspnet.report.history import read_run
+from cspnet.report.evaluation import evaluate_run
 from cspnet.report.publish import publish
-from cspnet.report.verdict import judge
-from cspnet.train.checkpoint import load
+from cspnet.run.checkpoint import load_checkpoint
+from cspnet.run.reader import read_run
+from cspnet.runtime.device import RunOptions
+from cspnet.sources import data_root, tar_set
+from cspnet.text import end_sentence, escape_line, printable, unescape_line
 from cspnet.train.loop import train
-from cspnet.train.runtime import Place
 from tests.conftest import picture
 
 LATIN = os.fsdecode(b"p\xeache")
@@ -57,14 +57,14 @@ def test_what_is_printable_stays_and_all_else_is_escaped():
 
 def test_any_name_has_a_line_of_its_own():
     for name in (*ODD, "a\\n", "a\\\nb", "\r\n", "\\", "\\\\r", "c:\\new"):
-        assert from_line(to_line(name)) == name
-        assert not {"\n", "\r"} & set(to_line(name))
+        assert unescape_line(escape_line(name)) == name
+        assert not {"\n", "\r"} & set(escape_line(name))
 
 
 def test_a_sentence_ends_once():
     ended = ("a.", "a!", "a …")
-    assert [sentence(text) for text in ended] == list(ended)
-    assert sentence(OSError("no room")) == "no room."
+    assert [end_sentence(text) for text in ended] == list(ended)
+    assert end_sentence(OSError("no room")) == "no room."
 
 
 def test_a_run_on_classes_and_a_root_of_any_bytes(odd, tiny, tmp_path):
@@ -75,17 +75,17 @@ def test_a_run_on_classes_and_a_root_of_any_bytes(odd, tiny, tmp_path):
     run = tmp_path / "run"
     shown = io.StringIO()
     console = Console(file=shown, width=400, soft_wrap=True, markup=False, highlight=False)
-    train(recipe, Place(run, device="cpu", workers=0), console)
-    stored = load(run / "checkpoints" / "last.pt")
+    train(recipe, RunOptions(run, device="cpu", workers=0), console)
+    stored = load_checkpoint(run / "checkpoints" / "last.pt")
     assert stored["classes"] == ODD
-    assert recipes.from_text(stored["recipe"]) == recipe
-    assert recipes.from_text((run / "recipe.yaml").read_text(encoding="utf-8")) == recipe
+    assert recipes.recipe_from_yaml(stored["recipe"]) == recipe
+    assert recipes.recipe_from_yaml((run / "recipe.yaml").read_text(encoding="utf-8")) == recipe
     assert (run / "preview" / "step-0000000.png").is_file() and list((run / "tb").iterdir())
     for name in ("history.jsonl", "env.json", "metrics.jsonl"):
         (run / name).read_bytes().decode("ascii")
-    assert train(recipe, Place(run, device="cpu", workers=0, resume=True), console) is None
+    assert train(recipe, RunOptions(run, device="cpu", workers=0, resume=True), console) is None
     opened = read_run(run)
-    verdict, remarks = judge(opened, device="cpu")
+    verdict, remarks = evaluate_run(opened, device="cpu")
     assert not remarks and verdict.names == [printable(name) for name in ODD]
     page = publish(opened, verdict, remarks, tmp_path / "report").read_text(encoding="utf-8")
     assert "p\\udceache" in page and "apple\\n2" in page and "\x1b" not in page
@@ -95,24 +95,26 @@ def test_a_run_on_classes_and_a_root_of_any_bytes(odd, tiny, tmp_path):
 
 def test_a_recipe_keeps_a_root_of_any_bytes(tmp_path):
     for root in (os.fsdecode(b"donn\xe9es/${x}"), "two\nlines", "caf\u00e9", "${x}", "~/a b"):
-        recipe = recipes.load(None, [], root)
-        text = recipes.to_text(recipe)
+        recipe = recipes.load_recipe(None, [], root)
+        text = recipes.recipe_to_yaml(recipe)
         (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
-        assert recipes.from_text(text) == recipe
-        assert recipes.load(tmp_path / "recipe.yaml", []) == recipe
+        assert recipes.recipe_from_yaml(text) == recipe
+        assert recipes.load_recipe(tmp_path / "recipe.yaml", []) == recipe
         assert recipe.data.root == root
     typed = os.fsdecode(b"donn\xe9es")
-    assert recipes.load(None, [f"data.root={typed}"]).data.root == typed
+    assert recipes.load_recipe(None, [f"data.root={typed}"]).data.root == typed
 
 
 def test_sheets_and_tables_take_any_name():
     images = torch.zeros(2, 3, 32, 32)
-    page = preview.sheet(images, torch.eye(3)[:2], None, ODD, 0.0, f"title {LATIN}\n")
+    page = preview.render_sheet(images, torch.eye(3)[:2], None, ODD, 0.0, f"title {LATIN}\n")
     assert page.dtype == np.uint8
     table = to_markdown([Pair("a|b", TWO_LINES, 1, 2), Pair(LATIN, RED, 1, 2)])
     assert len(table.splitlines()) == 4 and "a\\|b" in table
     assert table.encode("utf-8") and "\x1b" not in table
-    assert classes.labels(ODD, sources.display_names(ODD)) == [printable(name) for name in ODD]
+    assert classes.class_labels(ODD, data_root.display_names(ODD)) == [
+        printable(name) for name in ODD
+    ]
 
 
 def test_the_data_commands_write_no_control_character(odd, command, tmp_path):
@@ -130,10 +132,10 @@ def test_the_data_commands_write_no_control_character(odd, command, tmp_path):
         (done.stdout + done.stderr).encode("utf-8")
     (tmp_path / "one").mkdir()
     os.rename(odd / "val" / RED, tmp_path / "one" / RED)
-    report = check(str(tmp_path / "one"))
+    report = check_dataset(str(tmp_path / "one"))
     assert all("\x1b" not in line and "\n" not in line for _, line in report.lines())
-    train_part = sources.open_training(str(odd))
-    assert all(line.isprintable() for line in quick(train_part, train_part))
+    train_part = data_root.open_training(str(odd))
+    assert all(line.isprintable() for line in preflight(train_part, train_part))
 
 
 def test_labels_in_tar_files_are_kept_byte_for_byte(tmp_path):
@@ -149,12 +151,12 @@ def test_labels_in_tar_files_are_kept_byte_for_byte(tmp_path):
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-    source = shards.Shards(shards.inside(tmp_path / "train"), save=True)
+    source = tar_set.TarSource(tar_set.inside(tmp_path / "train"), save=True)
     assert list(map(os.fsencode, source.classes)) == [b"p\xe8che", b"p\xeache", b"p\xebche"]
-    assert shards.Shards(shards.inside(tmp_path / "train")).classes == source.classes
+    assert tar_set.TarSource(tar_set.inside(tmp_path / "train")).classes == source.classes
     (tmp_path / "train" / "classes.txt").write_bytes(b"p\xeache\n")
     with pytest.raises(DataError, match=r"classes\.txt is not UTF-8 \(byte 1\)"):
-        sources.open_training(str(tmp_path))
+        data_root.open_training(str(tmp_path))
 
 
 def test_pack_takes_every_name_that_is_a_line(folder, tmp_path, command):
@@ -162,7 +164,7 @@ def test_pack_takes_every_name_that_is_a_line(folder, tmp_path, command):
         (folder / part / "bear").rename(folder / part / "b\u00a0ä\u200dr")
     done = command("main", "pack", folder, "--to", tmp_path / "packed", "--short", 64)
     assert done.returncode == 0, done.stderr
-    assert sources.open_training(str(tmp_path / "packed")).classes[1] == "b\u00a0ä\u200dr"
+    assert data_root.open_training(str(tmp_path / "packed")).classes[1] == "b\u00a0ä\u200dr"
 
 
 def test_the_list_of_unreadable_files_has_a_line_for_each(odd, tiny, tmp_path):
@@ -177,8 +179,8 @@ def test_the_list_of_unreadable_files_has_a_line_for_each(odd, tiny, tmp_path):
         recipe = tiny(f"data.root={odd}", *limits[:2], f"schedule.steps={steps}")
         train(
             recipe,
-            Place(tmp_path / "run", device="cpu", workers=0, resume=resume),
+            RunOptions(tmp_path / "run", device="cpu", workers=0, resume=resume),
             Console(quiet=True),
         )
         (line,) = listed.read_bytes().split(b"\n")[:-1]
-        assert from_line(os.fsdecode(line)) == str(torn)
+        assert unescape_line(os.fsdecode(line)) == str(torn)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from cspnet.nets import create, csp, layers
 from cspnet.nets import mish as mish_module
-from cspnet.nets.csp import ACTIVATIONS, NAMES
+from cspnet.nets.csp import ACTIVATIONS, ARCHITECTURE_NAMES
 from cspnet.nets.layers import ConvNormAct, GroupBatchNorm2d, GroupedNorm, NormMish, fold
 from cspnet.nets.mish import AlgebraicMish, Mish, mish
 
@@ -41,7 +41,7 @@ def live(net: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ARCHITECTURE_NAMES)
 def test_timm_parity(name, activation):
     act_layer = {"mish": "mish", "leaky": "leaky_relu"}[activation]
     ours = live(create(name, activation=activation, leaky_slope=0.01, norm_momentum=1.0))
@@ -82,8 +82,10 @@ def test_parameter_count(name, count):
 @pytest.fixture(params=["kernel", "pieces", "algebraic"])
 def function(request, monkeypatch):
     """A form of Mish: torch's kernel, the pieces of a CPU (several of them), the compiled one."""
-    monkeypatch.setattr(mish_module, "SMALL", 0 if request.param == "pieces" else math.inf)
-    monkeypatch.setattr(mish_module, "PIECE", 13 if request.param == "pieces" else 1)
+    monkeypatch.setattr(
+        mish_module, "MIN_CHUNKED_ELEMENTS", 0 if request.param == "pieces" else math.inf
+    )
+    monkeypatch.setattr(mish_module, "CHUNK", 13 if request.param == "pieces" else 1)
     return AlgebraicMish.apply if request.param == "algebraic" else mish
 
 
@@ -96,7 +98,7 @@ def mish_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_mish_accuracy(function, dtype, monkeypatch):
-    monkeypatch.setattr(mish_module, "PIECE", 1 << 15)
+    monkeypatch.setattr(mish_module, "CHUNK", 1 << 15)
     x = torch.linspace(-90, 90, 200_001).to(dtype).requires_grad_()
     upstream = torch.randn(200_001).to(dtype)
     y = function(x)
@@ -133,8 +135,8 @@ def test_mish_gradient_and_what_it_saves(function):
 
 
 def test_mish_in_pieces_of_any_layout(monkeypatch):
-    monkeypatch.setattr(mish_module, "SMALL", 0)
-    monkeypatch.setattr(mish_module, "PIECE", 7)
+    monkeypatch.setattr(mish_module, "MIN_CHUNKED_ELEMENTS", 0)
+    monkeypatch.setattr(mish_module, "CHUNK", 7)
     dense = torch.randn(4, 6, 5, 3, dtype=torch.float64).mul_(5)
     channels_last = dense.contiguous(memory_format=torch.channels_last)
     values = [
@@ -287,8 +289,8 @@ PATTERNS = [p for p in itertools.product([True, False], repeat=3) if any(p)]
 @pytest.mark.parametrize("group", [None, 2, 4])
 @pytest.mark.parametrize("small", [0, math.inf], ids=["pieces", "kernel"])
 def test_norm_mish_is_norm_then_mish(group, training, small, monkeypatch):
-    monkeypatch.setattr(mish_module, "SMALL", small)
-    monkeypatch.setattr(mish_module, "PIECE", 101)
+    monkeypatch.setattr(mish_module, "MIN_CHUNKED_ELEMENTS", small)
+    monkeypatch.setattr(mish_module, "CHUNK", 101)
     images = torch.randn(8, 3, 5, 6, dtype=torch.float64).mul_(3).add_(2)
     upstream = torch.randn_like(images)
     for memory_format, pattern in itertools.product(
@@ -328,7 +330,7 @@ def test_norm_mish_gradients_by_differences(training):
 @pytest.mark.parametrize("small", [0, math.inf], ids=["pieces", "kernel"])
 def test_norm_mish_of_every_type(group, dtype, small, monkeypatch):
     """The forward pass is that of the two modules bit for bit."""
-    monkeypatch.setattr(mish_module, "SMALL", small)
+    monkeypatch.setattr(mish_module, "MIN_CHUNKED_ELEMENTS", small)
     images = torch.randn(8, 16, 5, 6).mul_(3).add_(2).to(dtype)
     images = images.contiguous(memory_format=torch.channels_last)
     upstream = torch.randn(8, 16, 5, 6).to(dtype)
@@ -422,8 +424,8 @@ def test_without_gradients_norm_and_mish_take_the_memory_of_the_convolution(
     dtype, small, width, monkeypatch
 ):
     """In evaluation, before and after folding; against the modules one by one in float64."""
-    monkeypatch.setattr(mish_module, "SMALL", small)
-    monkeypatch.setattr(mish_module, "PIECE", 101)
+    monkeypatch.setattr(mish_module, "MIN_CHUNKED_ELEMENTS", small)
+    monkeypatch.setattr(mish_module, "CHUNK", 101)
     images = torch.randn(4, 3, 9, 7, dtype=torch.float64)
     block = layer().eval()
     used(block.bn)
@@ -653,7 +655,7 @@ def test_compiled_memory():
 # --- the nets
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ARCHITECTURE_NAMES)
 def test_initialisation_is_darknets(name):
     net = create(name, width=0.5)
     everything = []
@@ -690,7 +692,7 @@ def test_options_reach_the_layers():
     assert create("darknet53", **TINY).stem.conv1.bn.momentum == 0.01
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ARCHITECTURE_NAMES)
 @pytest.mark.parametrize("width", [0.01, 0.125, 0.3])
 def test_width(name, width):
     net = create(name, width=width, classes=7)
@@ -720,9 +722,9 @@ def test_width(name, width):
 
 def test_compiles_in_one_graph(monkeypatch):
     # Its stem with a pool, a stage with a stride and one without; a block of each kind is enough.
-    plan = csp.NETS["cspresnet50"]
+    plan = csp.ARCHITECTURES["cspresnet50"]
     stages = tuple(replace(stage, depth=1) for stage in plan.stages[:2])
-    monkeypatch.setitem(csp.NETS, "cspresnet50", replace(plan, stages=stages))
+    monkeypatch.setitem(csp.ARCHITECTURES, "cspresnet50", replace(plan, stages=stages))
     # float64: BatchNorm over 2 images of 2 x 2 magnifies float32 rounding beyond a useful tolerance
     images = torch.randn(4, 3, 64, 64, dtype=torch.float64)
     images = images.contiguous(memory_format=torch.channels_last)
@@ -752,7 +754,7 @@ def test_what_there_is_not():
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ARCHITECTURE_NAMES)
 def test_folded_net_is_the_net(name, activation):
     net = live(create(name, activation=activation, norm_momentum=1.0, **TINY))
     before = {key: value.clone() for key, value in net.state_dict().items()}

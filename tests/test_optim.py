@@ -2,15 +2,15 @@ import pytest
 import torch
 
 from cspnet.nets import create
-from cspnet.recipe import load
-from cspnet.schema import Optim
-from cspnet.train.optim import Average, build_optimizer, learning_rate, parameter_groups
+from cspnet.recipe.load import load_recipe
+from cspnet.recipe.schema import Optim
+from cspnet.train.optim import EMA, build_optimizer, learning_rate, parameter_groups
 
 
 @pytest.mark.parametrize("steps", [800_000, 1_200_000, 8_000_000])
 def test_learning_rate_is_darknets(steps):
     """get_current_rate: 0.1 (n / 1000)^4, then 0.1 (1 - n / max_batches)^4 counted from 0."""
-    recipe = load(None, [f"schedule.steps={steps}"])
+    recipe = load_recipe(None, [f"schedule.steps={steps}"])
     expected = {
         1: 1e-13,
         500: 0.00625,
@@ -28,7 +28,7 @@ def test_learning_rate_is_darknets(steps):
 
 
 def test_a_warm_up_longer_than_the_run_only_rises():
-    recipe = load(None, ["schedule.steps=2"])
+    recipe = load_recipe(None, ["schedule.steps=2"])
     assert learning_rate(1, recipe) == pytest.approx(1e-13)
     assert learning_rate(2, recipe) == pytest.approx(1.6e-12)
 
@@ -49,7 +49,7 @@ def test_which_parameters_decay(name):
 
 def test_updates_are_darknets():
     """u ← u − decay·B·w;  w ← w + (lr/B)·u;  u ← momentum·u; u sums negative gradients."""
-    recipe = load(None, ["optim.weight_decay=0.1"])
+    recipe = load_recipe(None, ["optim.weight_decay=0.1"])
     net = torch.nn.Linear(3, 2).double()
     optimizer = build_optimizer(net, recipe.optim)
     batch, decay, momentum = 128, 0.1, 0.9
@@ -72,7 +72,7 @@ def test_updates_are_darknets():
 
 def test_average_follows_weights_and_statistics():
     net = create("cspdarknet53", classes=10, width=0.125, group=4)
-    average = Average(net, decay=0.5)
+    average = EMA(net, decay=0.5)
     key, statistic = "head.fc.weight", "stem.conv1.bn.running_mean"
     expected = {name: net.state_dict()[name].clone() for name in (key, statistic)}
     for step in (1, 2, 30):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from cspnet.console import RunOutput, SurvivingStream
+from cspnet.console import RunOutput, TolerantStream
 from tests.conftest import HIDDEN, TINY
 from tests.test_loop import last, metrics, numbers, same
 from tests.test_signals import begin
@@ -91,7 +91,7 @@ def test_the_stream_of_a_lost_pipe_drops_its_text():
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as file:
-        stream = SurvivingStream(file)
+        stream = TolerantStream(file)
         assert not stream.isatty() and stream.lost is None
         for _ in range(3):
             print("text", file=stream, flush=True)

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cspnet.data import pack as packing
-from cspnet.data import sources
-from cspnet.data.decode import Unreadable, decode
-from cspnet.data.loader import Groups
-from cspnet.data.pack import Settings, pack, shrink
+from cspnet.data.loader import TrainGroups
+from cspnet.datasets import pack as packing
+from cspnet.datasets.pack import Settings, pack, shrink
 from cspnet.errors import CspnetError, DataError
-from cspnet.recipe import load
+from cspnet.images.decode import UnreadableError, decode
+from cspnet.recipe.load import load_recipe
+from cspnet.sources import data_root
 from tests.conftest import ROOT, picture
 
 # Pictures of 80×60 are scaled; of one MB or so a tar file, which nothing here reaches.
@@ -80,7 +80,7 @@ def test_an_image_is_scaled_to_its_shorter_side_or_left_as_it_is():
     turned = shrink(encoded("JPEG", exif=exif), 40, 90)
     assert decode(turned).shape == (53, 40, 3) and not Image.open(io.BytesIO(turned)).getexif()
     for bad in (b"", data[:50], encoded("PNG", Image.new("L", (40_000, 1)))):
-        with pytest.raises(Unreadable):
+        with pytest.raises(UnreadableError):
             shrink(bad, 40, 90)
 
 
@@ -88,7 +88,7 @@ def test_any_reader_opens_the_samples(folder, tmp_path):
     (folder / "train" / "bear" / "a.b.JPEG").write_bytes(encoded("JPEG"))
     (folder / "train" / "bear" / "ü.png").write_bytes(encoded("PNG", Image.new("RGB", (30, 20))))
     report = pack(str(folder), tmp_path / "out", SMALL)
-    plain = sources.open_training(str(folder))
+    plain = data_root.open_training(str(folder))
     found = samples(tmp_path / "out" / "train" / "000000.tar")
     assert len(found) == 38 and list(found) == sorted(found)
     for index, (key, sample) in enumerate(found.items()):
@@ -114,9 +114,11 @@ def test_the_stream_is_that_of_the_folder(folder, tmp_path, monkeypatch):
         pack(str(folder), tmp_path / name, Settings(short, 95, 1, "name"))
     assert snapshot(folder) == before and times(folder) == then
     assert len(list((tmp_path / "copied" / "train").glob("*.tar"))) > 2
-    recipe = load(None, ["data.size=32", "batch=8", "group=4", "mix.share=2"])
+    recipe = load_recipe(
+        None, ["data.image_size=32", "batch=8", "group=4", "mix.images_per_draw=2"]
+    )
     plain, copied, scaled = (
-        Groups(sources.open_training(str(root)), recipe)
+        TrainGroups(data_root.open_training(str(root)), recipe)
         for root in (folder, tmp_path / "copied", tmp_path / "scaled")
     )
     for step in range(9):
@@ -125,7 +127,7 @@ def test_the_stream_is_that_of_the_folder(folder, tmp_path, monkeypatch):
         assert one.labels.equal(other.labels)
         difference = (one.images.int() - other.images.int()).abs().float().mean()
         assert 0 < difference < 4, "the same pictures, in nearly the same pixels"
-    assert len(sources.open_validation(str(tmp_path / "scaled"), ["apple", "bear", "cat"])) == 9
+    assert len(data_root.open_validation(str(tmp_path / "scaled"), ["apple", "bear", "cat"])) == 9
 
 
 def test_the_number_of_threads_changes_nothing(folder, tmp_path, monkeypatch):
@@ -144,7 +146,7 @@ def test_tar_files_are_packed_again_and_not_written_to(folder, tmp_path):
     before = times(tmp_path / "a")
     pack(str(tmp_path / "a"), tmp_path / "b", SMALL)
     assert times(tmp_path / "a") == before
-    plain, packed = (sources.open_training(str(root)) for root in (folder, tmp_path / "b"))
+    plain, packed = (data_root.open_training(str(root)) for root in (folder, tmp_path / "b"))
     assert packed.labels.tolist() == plain.labels.tolist()
     assert packed.name(35).endswith(":00000035-00000035-9.jpg")
 
@@ -154,9 +156,9 @@ def test_classes_that_are_numbers_are_written_as_indices(folder, tmp_path):
         for old, new in (("apple", "10"), ("bear", "2"), ("cat", "0")):
             (folder / part / old).rename(folder / part / new)
     pack(str(folder), tmp_path / "a", SMALL)
-    source = sources.open_training(str(tmp_path / "a"))
+    source = data_root.open_training(str(tmp_path / "a"))
     assert source.classes == ["0", "10", "2"]
-    assert source.labels.tolist() == sources.open_training(str(folder)).labels.tolist()
+    assert source.labels.tolist() == data_root.open_training(str(folder)).labels.tolist()
     labels = [sample["cls"] for sample in samples(tmp_path / "a/val/000000.tar").values()]
     assert labels == [b"0"] * 3 + [b"1"] * 3 + [b"2"] * 3
 
@@ -165,7 +167,7 @@ def test_labels_by_index_for_readers_that_want_them(folder, tmp_path):
     pack(str(folder), tmp_path / "a", Settings(40, 90, 1, "index"))
     labels = [sample["cls"] for sample in samples(tmp_path / "a/val/000000.tar").values()]
     assert labels == [b"0"] * 3 + [b"1"] * 3 + [b"2"] * 3
-    assert len(sources.open_validation(str(tmp_path / "a"), ["apple", "bear", "cat"])) == 9
+    assert len(data_root.open_validation(str(tmp_path / "a"), ["apple", "bear", "cat"])) == 9
 
 
 def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(folder, tmp_path, monkeypatch):
@@ -197,7 +199,7 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(folder, tmp_path, mon
         monkeypatch.setattr(os, "replace", replace)
         if "train" not in os.listdir(out):
             with pytest.raises(DataError, match="has no folder train/"):
-                sources.open_training(str(out))
+                data_root.open_training(str(out))
         assert pack(str(folder), out, SMALL) == report
         assert snapshot(out) == whole
 
@@ -223,13 +225,13 @@ def test_what_is_packed_is_not_packed_again(folder, tmp_path, monkeypatch):
     second = json.loads((out / "pack.json").read_text())["parts"]["train"][1]["start"]
     pack(str(folder), out, SMALL)
     assert len(done) == 45 - second
-    assert len(sources.open_training(str(out))) == 36
+    assert len(data_root.open_training(str(out))) == 36
 
 
 def interrupted(folder, out):
     (out / ".train").mkdir(parents=True)
-    sized = {"train": sources.open_training(str(folder))}
-    sized["val"] = sources.open_validation(str(folder), sized["train"].classes)
+    sized = {"train": data_root.open_training(str(folder))}
+    sized["val"] = data_root.open_validation(str(folder), sized["train"].classes)
     packing._Journal(shutil.rmtree(out) or out, SMALL, sized)
 
 
@@ -284,7 +286,7 @@ def test_a_full_disk_is_told_and_survived(folder, tmp_path, monkeypatch):
         pack(str(folder), tmp_path / "out", SMALL, workers=2)
     assert told.value.exit_code == 1
     pack(str(folder), tmp_path / "out", SMALL)
-    assert len(sources.open_training(str(tmp_path / "out"))) == 36
+    assert len(data_root.open_training(str(tmp_path / "out"))) == 36
 
 
 def test_the_command_says_what_it_did_and_names_what_it_left_out(folder, command, tmp_path):
@@ -302,7 +304,7 @@ def test_the_command_says_what_it_did_and_names_what_it_left_out(folder, command
     for told in ("3.jpg: not a readable image", "5.jpg: No such file or directory"):
         assert f"error: train: left out: data/train/bear/{told}" in done.stdout
     assert done.stdout.count("left out") == 3
-    assert len(sources.open_training(str(tmp_path / "out"))) == 34
+    assert len(data_root.open_training(str(tmp_path / "out"))) == 34
     again = command("main", *arguments, cwd=tmp_path)
     assert again.returncode == 2 and "holds a finished pack" in again.stderr
     for wrong in (("--short", 0), ("--quality", 101), ("--labels", "x"), ("-j", -1)):

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cspnet.data import parquet, sources
-from cspnet.data.loader import Groups, training_groups
+from cspnet.data.loader import TrainGroups, training_groups
 from cspnet.errors import DataError
-from cspnet.recipe import load
+from cspnet.recipe.load import load_recipe
+from cspnet.sources import data_root, parquet
 from tests.conftest import picture
 
 NAMES = ["dog", "ant", "cat"]  # by number, as ImageNet's on the Hub: not in the order of words
@@ -55,7 +55,7 @@ def root(tmp_path):
 
 def test_rows_are_images_with_classes_in_the_order_of_their_names(root):
     folder, data, labels = root
-    source = sources.open_training(str(folder))
+    source = data_root.open_training(str(folder))
     assert source.classes == ["ant", "cat", "dog"] and len(source) == 36
     assert source.labels.dtype == np.int32
     for index in (0, 35, 4, 5, 22, 23, 24, 27, 28):
@@ -63,15 +63,21 @@ def test_rows_are_images_with_classes_in_the_order_of_their_names(root):
         assert source.read(index) == (data[index], want) and source.labels[index] == want
     assert source.name(22).endswith("train-00000-of-00002.parquet:22")
     assert source.name(23).endswith("train-00001-of-00002.parquet:0")
-    validation = sources.open_validation(str(folder), source.classes)
+    validation = data_root.open_validation(str(folder), source.classes)
     assert [validation.read(i)[0] for i in range(7)] == data[36:]
 
 
 def test_any_number_of_workers_reads_the_same_groups(root):
     """After the main process has read: a fork shares neither its readers nor its lock."""
-    small = ["data.size=32", "batch=8", "group=4", "mix.share=2", "schedule.steps=10"]
-    recipe = load(None, [f"data.root={root[0]}", *small])
-    source = sources.open_training(str(root[0]))
+    small = [
+        "data.image_size=32",
+        "batch=8",
+        "group=4",
+        "mix.images_per_draw=2",
+        "schedule.steps=10",
+    ]
+    recipe = load_recipe(None, [f"data.root={root[0]}", *small])
+    source = data_root.open_training(str(root[0]))
     source.read(0)
     source._lock.acquire()  # as a thread may hold it in the moment of the fork
     found = [list(training_groups(source, recipe, 7, workers, False)) for workers in (2, 1)]
@@ -84,9 +90,15 @@ def test_any_number_of_workers_reads_the_same_groups(root):
 
 def test_a_group_reads_the_row_groups_that_it_needs_and_no_other(root, monkeypatch):
     """So a run that resumes in the middle of an epoch begins at once."""
-    small = ["data.size=32", "batch=8", "group=4", "mix.share=2", "schedule.steps=1000"]
-    recipe = load(None, [f"data.root={root[0]}", *small])
-    source = sources.open_training(str(root[0]))
+    small = [
+        "data.image_size=32",
+        "batch=8",
+        "group=4",
+        "mix.images_per_draw=2",
+        "schedule.steps=1000",
+    ]
+    recipe = load_recipe(None, [f"data.root={root[0]}", *small])
+    source = data_root.open_training(str(root[0]))
     opened, read = source._open, []
 
     class Counting:
@@ -98,7 +110,7 @@ def test_a_group_reads_the_row_groups_that_it_needs_and_no_other(root, monkeypat
             return opened(self.number).read_row_group(within, *rest, **options)
 
     monkeypatch.setattr(source, "_open", Counting)
-    batch = Groups(source, recipe)[900, 1]
+    batch = TrainGroups(source, recipe)[900, 1]
     assert len(batch.labels) == 4 and 1 <= len(read) <= 4
 
 
@@ -167,7 +179,7 @@ def test_mistakes_have_a_message(root, mistake, told):
     folder = root[0]
     mistake(folder)
     with pytest.raises(DataError) as caught:
-        sources.open_training(str(folder))
+        data_root.open_training(str(folder))
     message = str(caught.value)
     assert told in message and ".." not in message and "\n" not in message
 
@@ -189,14 +201,14 @@ WORDS = pa.array(["b", "a", "b"])
 def test_strings_of_any_encoding_are_names(tmp_path, words):
     (tmp_path / "data").mkdir()
     write(tmp_path, "train.parquet", labels=words, names=None)
-    source = sources.open_training(str(tmp_path))
+    source = data_root.open_training(str(tmp_path))
     assert source.classes == ["a", "b"] and source.labels.tolist() == [1, 0, 1]
 
 
 def test_a_path_may_have_any_bytes(root):
     odd = root[0].with_name(os.fsdecode(b"donn\xe9es"))
     root[0].rename(odd)
-    source = sources.open_training(str(odd))
+    source = data_root.open_training(str(odd))
     index = 30
     assert source.read(index)[0] == root[1][index]
     again = pickle.loads(pickle.dumps(source))
@@ -208,16 +220,16 @@ def test_a_class_without_images_and_words_for_labels(tmp_path):
     images = jpegs(3)
     write(tmp_path, "train.parquet", images=images, labels=[0, 0, 2])
     with pytest.raises(DataError, match="no image of 1 class \\(ant\\)"):
-        sources.open_training(str(tmp_path))
+        data_root.open_training(str(tmp_path))
     write(tmp_path, "train.parquet", images=images, labels=["b", "a", "b"], names=None)
-    source = sources.open_training(str(tmp_path))
+    source = data_root.open_training(str(tmp_path))
     assert source.classes == ["a", "b"] and source.labels.tolist() == [1, 0, 1]
 
 
 def test_a_row_without_an_image_is_unreadable(tmp_path):
     (tmp_path / "data").mkdir()
     write(tmp_path, "train.parquet", images=[jpegs(1)[0], None, b""], labels=[0, 1, 2])
-    source = sources.open_training(str(tmp_path))
+    source = data_root.open_training(str(tmp_path))
     for index in (1, 2):
         with pytest.raises(OSError, match=f"the row has no image: .*:{index}"):
             source.read(index)
@@ -232,8 +244,8 @@ def test_check_pack_and_index_take_them(root, tmp_path, command):
     assert "train: parquet files, which need no index" in done.stdout
     done = command("main", "pack", folder, "--to", tmp_path / "packed", "--short", "96")
     assert done.returncode == 0, done.stdout + done.stderr
-    packed = sources.open_training(str(tmp_path / "packed"))
-    source = sources.open_training(str(folder))
+    packed = data_root.open_training(str(tmp_path / "packed"))
+    source = data_root.open_training(str(folder))
     assert packed.classes == source.classes
     assert sorted(packed.read(i) for i in range(36)) == sorted(source.read(i) for i in range(36))
 
@@ -242,6 +254,6 @@ def test_without_pyarrow_it_says_what_to_install(root, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(DataError, match="pip install pyarrow"):
-        sources.open_training(str(root[0]))
+        data_root.open_training(str(root[0]))
     shutil.rmtree(root[0] / "data")
     assert parquet.beside(root[0], ("train",)) is None

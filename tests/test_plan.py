@@ -9,27 +9,32 @@ import time
 import pytest
 import torch
 
-from cspnet import recipe as recipes
-from cspnet.data.sources import Digits
-from cspnet.errors import Incomplete, RecipeError
+from cspnet.errors import PartialResultError, RecipeError
 from cspnet.nets import create
-from cspnet.report.outlook import find_bottleneck, spell
-from cspnet.train import forecast
-from cspnet.train.adversarial import attacked
+from cspnet.plan import forecast
+from cspnet.plan.activations import conv_costs
+from cspnet.plan.measure import count_validations_and_saves, measure_plan
+from cspnet.recipe import load as recipes
+from cspnet.recipe.eta import find_bottleneck, format_duration
+from cspnet.runtime.device import RunOptions
+from cspnet.sources.data_root import Digits
+from cspnet.train.adversarial import attack_mask
 from cspnet.train.loop import is_save_due, is_validation_due
-from cspnet.train.plan import occasions, plan
-from cspnet.train.runtime import Place
-from cspnet.train.saved import convolutions
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
         [],
-        ["data.start_size=32", "data.size=96", "schedule.steps=101"],
-        ["data.start_size=32", "data.size=64", "data.full_size_from=0", "schedule.steps=50"],
+        ["data.start_image_size=32", "data.image_size=96", "schedule.steps=101"],
+        [
+            "data.start_image_size=32",
+            "data.image_size=64",
+            "data.full_size_from=0",
+            "schedule.steps=50",
+        ],
         ["save_every=7", "archive_every=20", "evaluate.every=11", "schedule.steps=107"],
-        ["adversarial.strength=2", "adversarial.probability=0.3", "schedule.steps=500"],
+        ["adversarial.step_size=2", "adversarial.probability=0.3", "schedule.steps=500"],
     ],
 )
 def test_what_a_schedule_holds_is_counted_right(tiny, overrides):
@@ -37,7 +42,7 @@ def test_what_a_schedule_holds_is_counted_right(tiny, overrides):
     steps = range(recipe.schedule.steps)
     sizes = [recipe.size_at(step) for step in steps]
     assert list(recipe.stages()) == [(s, sizes.count(s)) for s in dict.fromkeys(sizes)]
-    coins = [attacked(recipe, step, range(recipe.groups)).mean() for step in steps]
+    coins = [attack_mask(recipe, step, range(recipe.groups)).mean() for step in steps]
     assert forecast.attacked_share(recipe) == pytest.approx(sum(coins) / len(coins))
 
     class State:
@@ -49,13 +54,13 @@ def test_what_a_schedule_holds_is_counted_right(tiny, overrides):
         saves += is_save_due(state) or is_validation_due(state)
         validations += is_validation_due(state)
         saves += is_validation_due(state)
-    assert occasions(recipe) == (validations, saves)
+    assert count_validations_and_saves(recipe) == (validations, saves)
 
 
 def test_the_roofline_is_that_of_the_layers():
     """6.533 G multiply-adds and 16.81 M outputs an image; the floors that were worked out by hand,
     layer by layer: 487 images/s on an RTX 2070, 3,207 on an A100."""
-    layers = convolutions(lambda: create("cspdarknet53"), 2, 256)
+    layers = conv_costs(lambda: create("cspdarknet53"), 2, 256)
     assert len(layers) == 67
     assert sum(layer.macs for layer in layers) == pytest.approx(6.533e9, rel=1e-3)
     assert sum(layer.outputs for layer in layers) == pytest.approx(16.81e6, rel=1e-3)
@@ -78,7 +83,7 @@ def test_cards_go_by_what_people_call_them():
 
 
 def test_a_prediction_adds_up(tiny):
-    recipe = tiny("batch=16", "group=4", "average.decay=0.9", "schedule.steps=1000")
+    recipe = tiny("batch=16", "group=4", "ema.decay=0.9", "schedule.steps=1000")
     card = forecast.CARDS["rtx2070"]
     found = forecast.forecast(recipe, card, 10)
     parameters = sum(
@@ -96,13 +101,13 @@ def test_a_prediction_adds_up(tiny):
     with pytest.raises(RecipeError, match="precision is bf16: of GeForce RTX 2070 the figures are"):
         forecast.forecast(tiny("precision=bf16"), card, 10)
     with pytest.raises(RecipeError, match="the nets of cspnet only"):
-        forecast.forecast(recipes.load(None, ["model.name=timm/resnet18"]), card, 10)
+        forecast.forecast(recipes.load_recipe(None, ["model.name=timm/resnet18"]), card, 10)
 
 
 def test_frozen_layers_keep_nothing_and_are_passed_once(tiny):
     """At 256² the stem and two stages have 10.75 M of the net's 16.81 M outputs."""
-    whole = recipes.load(None, [])
-    frozen = recipes.load(None, ["model.weights=w.pt", "model.freeze=2"])
+    whole = recipes.load_recipe(None, [])
+    frozen = recipes.load_recipe(None, ["model.init_from=w.pt", "model.freeze_stages=2"])
     card = forecast.CARDS["rtx2070"]
     before, after = (forecast.forecast(recipe, card, 1000) for recipe in (whole, frozen))
     share = after.saved_mb["compiled"] / before.saved_mb["compiled"]
@@ -114,11 +119,16 @@ def test_frozen_layers_keep_nothing_and_are_passed_once(tiny):
 
 def test_a_plan_measures_and_leaves_nothing_behind(tiny, tmp_path):
     recipe = tiny(
-        *("schedule.steps=1000", "data.start_size=32", "data.size=64", "evaluate.every=300"),
-        *("adversarial.strength=1", "save_every=200"),
+        *(
+            "schedule.steps=1000",
+            "data.start_image_size=32",
+            "data.image_size=64",
+            "evaluate.every=300",
+        ),
+        *("adversarial.step_size=1", "save_every=200"),
     )
     told = []
-    found = plan(recipe, Place(tmp_path / "runs" / "new"), 0.2, told.append)
+    found = measure_plan(recipe, RunOptions(tmp_path / "runs" / "new"), 0.2, told.append)
     assert list(tmp_path.iterdir()) == []
     assert told == [
         *("steps of 16 images, 64×64", "steps of 16 images, 32×32"),
@@ -143,11 +153,11 @@ def test_a_plan_measures_and_leaves_nothing_behind(tiny, tmp_path):
 
 def test_a_slow_loader_is_named_and_a_fast_one_is_not(tiny, tmp_path, monkeypatch):
     recipe = tiny("schedule.steps=1000")
-    found = plan(recipe, Place(tmp_path / "run"), 0.2)
+    found = measure_plan(recipe, RunOptions(tmp_path / "run"), 0.2)
     assert found.bottleneck.startswith("the net")
     read = Digits.read
     monkeypatch.setattr(Digits, "read", lambda *given: (time.sleep(0.05), read(*given))[1])
-    found = plan(recipe, Place(tmp_path / "run"), 0.2)
+    found = measure_plan(recipe, RunOptions(tmp_path / "run"), 0.2)
     assert found.bottleneck.startswith("the loader: the net waits for it")
     assert found.data_wait > 0.5 and found.loader_rate < 20
     assert "cspnet pack" in found.advice
@@ -158,8 +168,8 @@ def test_a_plan_tells_of_a_net_that_could_not_be_compiled(tiny, tmp_path, monkey
         raise RuntimeError("no C compiler found")
 
     monkeypatch.setattr(torch, "compile", compile)
-    place = Place(tmp_path / "run", device="cpu", workers=0, compile=True, passes="auto")
-    found = plan(tiny("schedule.steps=10"), place, 0.2)
+    place = RunOptions(tmp_path / "run", device="cpu", workers=0, compile=True, passes="auto")
+    found = measure_plan(tiny("schedule.steps=10"), place, 0.2)
     passes, failure = sorted(found.kernels)
     assert passes.startswith("2 groups of 8 images at once, 1 passes")
     assert failure.startswith("NOT COMPILED: torch.compile failed (no C compiler found)")
@@ -169,8 +179,8 @@ def test_a_signal_breaks_a_plan_off_and_leaves_nothing_behind(tiny, tmp_path):
     recipe = tiny("schedule.steps=100000")
     timer = threading.Timer(3, os.kill, (os.getpid(), signal.SIGTERM))
     timer.start()
-    with pytest.raises(Incomplete, match="broken off"):
-        plan(recipe, Place(tmp_path / "run"), 60)
+    with pytest.raises(PartialResultError, match="broken off"):
+        measure_plan(recipe, RunOptions(tmp_path / "run"), 60)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -182,7 +192,7 @@ def test_advice_fits_the_place():
 
 
 def test_durations_for_people():
-    spelt = [spell(s) for s in (0, 9.99, 59.9, 60, 3599, 86_399, 86_400, 1e6)]
+    spelt = [format_duration(s) for s in (0, 9.99, 59.9, 60, 3599, 86_399, 86_400, 1e6)]
     expected = "0.0 s, 10.0 s, 59.9 s, 0:01:00, 0:59:59, 23:59:59, 1d 00h, 11d 13h"
     assert ", ".join(spelt) == expected
 
@@ -190,7 +200,7 @@ def test_durations_for_people():
 def test_the_command_prints_a_table_and_writes_json(tmp_path, command):
     done = command(
         *("main", "plan", "--recipe", "digits", "--gpu", "RTX 2070", "--json", tmp_path / "p.json"),
-        *("model.width=0.125", "data.size=32"),
+        *("model.width=0.125", "data.image_size=32"),
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cspnet.errors import RecipeError
-from cspnet.train.runtime import find_precision, precision_to_look
+from cspnet.runtime.device import choose_precision, inference_precision
 
 CUDA = torch.device("cuda", 0)
 WITHOUT_TENSOR_CORES = [
@@ -52,7 +52,7 @@ def card(monkeypatch):
 @pytest.mark.parametrize("name", WITHOUT_TENSOR_CORES)
 def test_auto_is_fp32_on_turing_without_tensor_cores(card, name):
     card(name)
-    found = find_precision("auto", CUDA)
+    found = choose_precision("auto", CUDA)
     assert found.name == "fp32" and not found.scales_loss
     assert name in found.reason and "no tensor cores" in found.reason and "NaN" in found.reason
 
@@ -60,7 +60,7 @@ def test_auto_is_fp32_on_turing_without_tensor_cores(card, name):
 @pytest.mark.parametrize("name", WITH_TENSOR_CORES)
 def test_auto_is_fp16_on_turing_with_tensor_cores(card, name):
     card(name)
-    found = find_precision("auto", CUDA)
+    found = choose_precision("auto", CUDA)
     assert found.name == "fp16" and found.scales_loss and "fp16 tensor cores" in found.reason
 
 
@@ -77,16 +77,16 @@ def test_auto_is_fp16_on_turing_with_tensor_cores(card, name):
 )
 def test_auto_on_other_generations(card, name, capability, precision):
     card(name, capability)
-    assert find_precision("auto", CUDA).name == precision
+    assert choose_precision("auto", CUDA).name == precision
 
 
 def test_fp16_that_is_asked_for_is_kept_with_a_warning(card):
     card("NVIDIA GeForce GTX 1660 Ti")
-    found = find_precision("fp16", CUDA)
+    found = choose_precision("fp16", CUDA)
     assert found.name == "fp16"
     assert "WARNING" in found.reason and "precision=fp32 is safe" in found.reason
     card("NVIDIA GeForce RTX 2070")
-    assert "WARNING" not in find_precision("fp16", CUDA).reason
+    assert "WARNING" not in choose_precision("fp16", CUDA).reason
 
 
 def test_bf16_is_refused_with_the_precision_that_the_card_can_use(card):
@@ -97,12 +97,12 @@ def test_bf16_is_refused_with_the_precision_that_the_card_can_use(card):
     ):
         card(name, capability)
         with pytest.raises(RecipeError, match=f"Use precision={other}"):
-            find_precision("bf16", CUDA)
+            choose_precision("bf16", CUDA)
 
 
 def test_a_net_trained_in_fp16_is_evaluated_in_fp32_without_tensor_cores(card):
     card("NVIDIA GeForce GTX 1660 Ti")
-    assert precision_to_look("fp16", CUDA).name == "fp32"
-    assert precision_to_look("bf16", CUDA).name == "fp32"
+    assert inference_precision("fp16", CUDA).name == "fp32"
+    assert inference_precision("bf16", CUDA).name == "fp32"
     card("NVIDIA GeForce RTX 2070")
-    assert precision_to_look("fp16", CUDA).name == "fp16"
+    assert inference_precision("fp16", CUDA).name == "fp16"

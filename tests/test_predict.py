@@ -11,15 +11,15 @@ import cv2
 import pytest
 import torch
 
-from cspnet.data import decode
-from cspnet.data.sources import Files, Folder, find_images
 from cspnet.errors import DataError
-from cspnet.evaluate import evaluate
-from cspnet.export import export
-from cspnet.predict import predict, to_csv, to_json
-from cspnet.recipe import load as load_recipe
-from cspnet.train.runtime import Precision
-from cspnet.trained import Trained, build_net
+from cspnet.images import decode
+from cspnet.inference.evaluate import evaluate_network
+from cspnet.inference.predict import predict_files, predictions_to_csv, predictions_to_json
+from cspnet.recipe.load import load_recipe
+from cspnet.runtime.device import Precision
+from cspnet.sources.data_root import Files, Folder, find_images
+from cspnet.weights.export import export_network
+from cspnet.weights.load import Trained, build_net
 from tests.conftest import picture
 
 FP32 = Precision("fp32", "")
@@ -28,7 +28,7 @@ DIGITS = [str(digit) for digit in range(10)]
 
 def trained(classes=DIGITS, *overrides):
     """A net with BatchNorm statistics and a classifier that tell images apart."""
-    recipe = load_recipe(None, ["data.size=32", "model.width=0.125", "seed=5", *overrides])
+    recipe = load_recipe(None, ["data.image_size=32", "model.width=0.125", "seed=5", *overrides])
     net = build_net(recipe, len(classes))
     generator = torch.Generator().manual_seed(1)
     for module in net.modules():
@@ -56,14 +56,18 @@ def photos(tmp_path):
     return paths
 
 
-@pytest.mark.parametrize("normalize, resize", [("none", "corners"), ("imagenet", "antialias")])
+@pytest.mark.parametrize(
+    "normalize, resize", [("none", "align_corners"), ("imagenet", "antialias")]
+)
 @pytest.mark.parametrize("batch, workers", [(None, 0), (3, 2), (1, 0)])
 def test_probabilities_order_and_names_are_those_of_one_image_at_a_time(
     photos, normalize, resize, batch, workers
 ):
-    out = trained(DIGITS, f"data.normalize={normalize}", f"evaluate.resize={resize}")
-    out = replace(out, recipe=replace(out.recipe, evaluate=replace(out.recipe.evaluate, crop=0.8)))
-    got = list(predict(out, Files(photos), FP32, workers, top=10, batch=batch))
+    out = trained(DIGITS, f"data.normalize={normalize}", f"evaluate.interpolation={resize}")
+    out = replace(
+        out, recipe=replace(out.recipe, evaluate=replace(out.recipe.evaluate, crop_pct=0.8))
+    )
+    got = list(predict_files(out, Files(photos), FP32, workers, top=10, batch=batch))
     assert [prediction.file for prediction in got] == photos
     assert [prediction.error for prediction in got] == [*[None] * 3, got[3].error, *[None] * 3]
     assert "not a readable image" in got[3].error and got[3].guesses == []
@@ -91,9 +95,9 @@ def test_it_is_what_evaluate_scores(folder, precision, tolerance):
     """Top-1 and the mean of -log p of the right class, on a folder that both read."""
     source = Folder(folder / "val")
     out = trained(source.classes)
-    scores = evaluate(out.net, source, out.recipe, Precision(precision, ""), 0, batch=4)
+    scores = evaluate_network(out.net, source, out.recipe, Precision(precision, ""), 0, batch=4)
     files = Files(find_images([str(folder / "val")]))
-    got = list(predict(out, files, Precision(precision, ""), 0, top=3, batch=4))
+    got = list(predict_files(out, files, Precision(precision, ""), 0, top=3, batch=4))
     assert [item.file for item in got] == [source.name(index) for index in range(9)]
     right = [Path(prediction.file).parent.name for prediction in got]
     hits = [item.guesses[0].label == label for item, label in zip(got, right, strict=True)]
@@ -108,13 +112,13 @@ def test_it_is_what_evaluate_scores(folder, precision, tolerance):
 
 def test_names_of_synsets_and_of_classes_without_names(photos):
     out = trained(["n01440764", "n02012849", "n03126707"])  # the bird and the machine are cranes
-    (got,) = predict(out, Files(photos[:1]), FP32, 0, top=99)
+    (got,) = predict_files(out, Files(photos[:1]), FP32, 0, top=99)
     assert {guess.label: guess.name for guess in got.guesses} == {
         "n01440764": "tench",
         "n02012849": "crane",
         "n03126707": "crane",
     }
-    (bare,) = predict(replace(out, classes=None), Files(photos[:1]), FP32, 0, top=2)
+    (bare,) = predict_files(replace(out, classes=None), Files(photos[:1]), FP32, 0, top=2)
     order = [str(sorted(out.classes).index(guess.label)) for guess in got.guesses]
     assert [guess.label for guess in bare.guesses] == order[:2] == [g.name for g in bare.guesses]
 
@@ -143,13 +147,16 @@ def test_names_of_files_survive_every_format(photos, tmp_path):
     odd = os.fsdecode(b'a "b", c\n\xff.png')
     odd = os.path.join(tmp_path, odd)
     os.rename(photos[0], odd)
-    (got,) = predict(trained(), Files([odd]), FP32, 0, top=2)
-    assert json.loads(to_json([got]))[0]["file"] == odd
-    assert [row["file"] for row in csv.DictReader(to_csv([got]).splitlines(True))] == [odd, odd]
+    (got,) = predict_files(trained(), Files([odd]), FP32, 0, top=2)
+    assert json.loads(predictions_to_json([got]))[0]["file"] == odd
+    assert [row["file"] for row in csv.DictReader(predictions_to_csv([got]).splitlines(True))] == [
+        odd,
+        odd,
+    ]
 
 
 def test_the_command_in_all_its_formats(photos, tmp_path, process):
-    export(trained(), tmp_path / "net.safetensors")
+    export_network(trained(), tmp_path / "net.safetensors")
     wrong = tmp_path / os.fsdecode(b"\xff.jpg")
     wrong.write_text("no image")
     call = ("main", "predict", *photos, wrong, "--checkpoint", "net.safetensors")
@@ -184,7 +191,7 @@ def test_the_command_in_all_its_formats(photos, tmp_path, process):
 
 
 def test_json_alone_on_stdout_with_more_ranks_than_classes(photos, tmp_path, command):
-    export(trained(), tmp_path / "net.safetensors")
+    export_network(trained(), tmp_path / "net.safetensors")
     deep = tmp_path / "album" / "2024"
     deep.mkdir(parents=True)
     os.rename(photos[0], deep / "first.png")

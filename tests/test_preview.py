@@ -3,13 +3,13 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from cspnet.data.augment import augment, draw
-from cspnet.data.loader import Groups
-from cspnet.data.sources import display_names, open_training
+from cspnet.data.augment import augment, sample_params
+from cspnet.data.loader import TrainGroups
 from cspnet.report import preview
-from cspnet.train import job, loop
-from cspnet.train.runtime import Place
-from cspnet.trained import build_net
+from cspnet.runtime.device import RunOptions
+from cspnet.sources.data_root import display_names, open_training
+from cspnet.train import loop, setup
+from cspnet.weights.load import build_net
 from tests.conftest import TINY
 
 
@@ -33,8 +33,8 @@ def test_the_sheet_shows_the_very_tensor_of_the_step(tiny, folder, tmp_path, com
     page = cv2.imread(str(tmp_path / "look.png"))[:, :, ::-1]
     assert cv2.imread(str(tmp_path / "look-schedule.png")).shape[2] == 3
     recipe = tiny(f"data.root={folder}", "model.classes=3")
-    batch = Groups(open_training(str(folder)), recipe)[3, 0]
-    draws = draw(recipe, 3, range(1))
+    batch = TrainGroups(open_training(str(folder)), recipe)[3, 0]
+    draws = sample_params(recipe, 3, range(1))
     images, _ = augment(batch.images, batch.labels, draws, recipe, 3)
     for number in range(8):
         expected = (images[number].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
@@ -54,16 +54,16 @@ def test_synsets_get_their_words_and_other_names_stay():
 
 
 def test_rows_before_and_after_the_attack(tiny, tmp_path):
-    recipe = tiny("adversarial.strength=50")
-    place = Place(tmp_path, device="cpu")
-    work = job.prepare(recipe, place, Console(quiet=True))
+    recipe = tiny("adversarial.step_size=50")
+    place = RunOptions(tmp_path, device="cpu")
+    work = setup.prepare(recipe, place, Console(quiet=True))
     net = build_net(recipe, 10)
     net(torch.rand(8, 3, 32, 32))  # running statistics with which logits are not all alike
     images, targets, changed = loop.look(work, net, 0)
     assert changed is not None and not torch.equal(images, changed)
     names = [str(n) for n in range(10)]
-    plain = preview.sheet(images, targets, None, names, 0.1, "")
-    rows = preview.sheet(images, targets, changed, names, 0.1, "")
+    plain = preview.render_sheet(images, targets, None, names, 0.1, "")
+    rows = preview.render_sheet(images, targets, changed, names, 0.1, "")
     side = 128 + preview.LINE + 2 * preview.GAP
     assert rows.shape[0] == plain.shape[0] + 3 * side
     after = rows[plain.shape[0] + preview.GAP + side :]

@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import ROOT, call, picture
 
 SMALL = [
-    *("batch=8", "group=4", "data.size=32", "model.width=0.125"),
+    *("batch=8", "group=4", "data.image_size=32", "model.width=0.125"),
     *("schedule.steps=2", "schedule.warmup_steps=1"),
 ]
 DOCUMENTS = ["README.md", "data/README.md"]

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from cspnet.errors import CheckpointError, Crash, DataError, SaveError, Stopped
-from cspnet.train import checkpoint, loop
-from cspnet.train.checkpoint import Checkpoints, load
-from cspnet.train.lock import RunLock
+from cspnet.errors import CheckpointError, CrashError, DataError, SaveError, StoppedError
+from cspnet.run import checkpoint
+from cspnet.run.checkpoint import CheckpointFiles, load_checkpoint
+from cspnet.run.lock import RunLock
+from cspnet.train import loop
 from tests.conftest import TINY
 from tests.test_loop import die_at, history, in_process, last, metrics, numbers, run, same
 
@@ -30,7 +31,7 @@ def test_an_unexpected_exception_saves_what_is_consistent(
     with monkeypatch.context() as patch:
         # The sample page of the first step calls it once more.
         die_at(patch, name, call + (name == "to_device"), MemoryError)
-        with pytest.raises(Crash, match=r"unexpected MemoryError: on purpose") as crash:
+        with pytest.raises(CrashError, match=r"unexpected MemoryError: on purpose") as crash:
             run(recipe, tmp_path / "cut")
     assert (f"saved at step {saved}" in str(crash.value)) == (saved > 0)
     assert (tmp_path / "cut/checkpoints/last.pt").exists() == (saved > 0)
@@ -118,7 +119,7 @@ def test_a_run_folder_is_enough_from_any_directory(folder, tmp_path, command):
     more = ("schedule.steps=3", "--quiet")
     done = command("main_train", "--resume", "--output", run, *more, cwd=other)
     assert done.returncode == 0, done.stderr
-    assert load(run / "checkpoints/last.pt")["step"] == 3
+    assert load_checkpoint(run / "checkpoints/last.pt")["step"] == 3
     done = command("main", "report", run, cwd=other)
     assert done.returncode == 0 and "9 images" in done.stdout, done.stdout + done.stderr
     # Without a checkpoint yet, too.
@@ -132,7 +133,7 @@ def test_a_stop_in_a_validation_saves_what_a_full_disk_has_refused(tiny, tmp_pat
     """The save before the validation failed, and the run continued."""
     recipe = tiny("save_every=1000", "evaluate.every=4", "schedule.steps=8")
     run(recipe, tmp_path / "whole")
-    original, calls = Checkpoints.save, []
+    original, calls = CheckpointFiles.save, []
 
     def save(checkpoints, content, best=False):
         calls.append(content["step"])
@@ -144,9 +145,12 @@ def test_a_stop_in_a_validation_saves_what_a_full_disk_has_refused(tiny, tmp_pat
         os.kill(os.getpid(), signal.SIGTERM)
         progress(1)
 
-    with monkeypatch.context() as patch, pytest.raises(Stopped, match="SIGTERM: saved at step 4"):
-        patch.setattr(Checkpoints, "save", save)
-        patch.setattr(loop, "evaluate", signalled)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(StoppedError, match="SIGTERM: saved at step 4"),
+    ):
+        patch.setattr(CheckpointFiles, "save", save)
+        patch.setattr(loop, "evaluate_network", signalled)
         run(recipe, tmp_path / "cut")
     assert calls == [4, 4] and last(tmp_path / "cut")["step"] == 4
     run(recipe, tmp_path / "cut", resume=True)
@@ -158,7 +162,7 @@ def test_a_crash_after_a_validation_validates_again(tiny, tmp_path, monkeypatch,
     """Neither the line of the validation nor best.pt may be lost."""
     recipe = tiny("save_every=1000", "evaluate.every=4", "schedule.steps=8")
     run(recipe, tmp_path / "whole")
-    original = checkpoint.write
+    original = checkpoint.write_checkpoint
 
     def write(content, path):
         if content["validated"] == 4 and content["best_top1"] >= 0:
@@ -168,17 +172,17 @@ def test_a_crash_after_a_validation_validates_again(tiny, tmp_path, monkeypatch,
     def validation(*_):
         raise MemoryError("on purpose")
 
-    with monkeypatch.context() as patch, pytest.raises(Crash, match="saved at step 4"):
+    with monkeypatch.context() as patch, pytest.raises(CrashError, match="saved at step 4"):
         if place == "report":
-            patch.setattr(loop.Report, "validation", validation)
+            patch.setattr(loop.Reporter, "validation", validation)
         else:
-            patch.setattr(checkpoint, "write", write)
+            patch.setattr(checkpoint, "write_checkpoint", write)
         run(recipe, tmp_path / "cut")
     saved = last(tmp_path / "cut")
     assert saved["validated"] == 0 and saved["best_top1"] == -1
     run(recipe, tmp_path / "cut", resume=True)
     assert numbers(metrics(tmp_path / "cut")) == numbers(metrics(tmp_path / "whole"))
-    ours, theirs = (load(tmp_path / n / "checkpoints/best.pt") for n in ("cut", "whole"))
+    ours, theirs = (load_checkpoint(tmp_path / n / "checkpoints/best.pt") for n in ("cut", "whole"))
     assert ours["step"] == theirs["step"] and same(ours["state_dict"], theirs["state_dict"])
 
 
@@ -192,7 +196,7 @@ def test_a_traceback_that_cannot_be_written_goes_to_stderr(tiny, tmp_path, monke
 
     monkeypatch.setattr(Path, "write_text", full)
     die_at(monkeypatch, "to_device", 4, MemoryError)
-    with pytest.raises(Crash, match="The traceback is on stderr"):
+    with pytest.raises(CrashError, match="The traceback is on stderr"):
         run(tiny(), tmp_path / "run")
     assert "Traceback (most recent call last)" in capsys.readouterr().err
     assert "Traceback (most recent call last)" in (tmp_path / "run/train.log").read_text()
@@ -206,7 +210,7 @@ def test_other_validation_images_select_best_anew(tiny, folder, tmp_path):
     run(tiny(*data_of(folder), "schedule.steps=8"), tmp_path / "run", resume=True)
     remarks = history(tmp_path / "run")[-2]["remarks"]
     assert "the validation images changed: best.pt is selected anew" in remarks
-    assert load(tmp_path / "run/checkpoints/best.pt")["step"] == 8
+    assert load_checkpoint(tmp_path / "run/checkpoints/best.pt")["step"] == 8
 
 
 def test_the_lock_comes_before_anything_is_written(tiny, tmp_path):

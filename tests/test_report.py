@@ -13,23 +13,23 @@ import pytest
 import torch
 from rich.console import Console
 
-from cspnet import recipe as recipes
-from cspnet.cli.reports import report
-from cspnet.data.loader import Batches
-from cspnet.data.sources import open_validation
+from cspnet.cli.reports import report_command
+from cspnet.data.loader import EvalBatches
 from cspnet.errors import CheckpointError, DataError, RecipeError
-from cspnet.evaluate import Scores
+from cspnet.inference.evaluate import Scores
+from cspnet.recipe import load as recipes
 from cspnet.report import classes, curves, figures
-from cspnet.report import verdict as verdicts
-from cspnet.report.history import periods, read_run
-from cspnet.report.mistakes import MOST, Mistake, Surest, percent, view
-from cspnet.report.origins import notes, sources
+from cspnet.report import evaluation as verdicts
+from cspnet.report.evaluation import Evaluation, evaluate_run
+from cspnet.report.mistakes import MAX_MISTAKES, Mistake, TopMistakes, percent, view
 from cspnet.report.page import render
 from cspnet.report.publish import publish, require_place
-from cspnet.report.verdict import Verdict, judge
+from cspnet.report.recipe_sources import parse_notes, value_sources
+from cspnet.run.reader import read_run, running_periods
+from cspnet.runtime.device import RunOptions
+from cspnet.sources.data_root import open_validation
 from cspnet.train.loop import train
-from cspnet.train.runtime import Place
-from cspnet.trained import open_trained
+from cspnet.weights.load import load_weights
 from tests.conftest import ROOT, TINY, picture
 
 NASTY = '<b>&"'
@@ -76,19 +76,19 @@ def trained(tmp_path_factory):
             for i in range(count):
                 pixels = picture(100 * number + 50 * (split == "val") + i)[:, :, ::-1]
                 cv2.imwrite(str(folder / f"{i}.jpg"), pixels)
-    recipe = recipes.load(
+    recipe = recipes.load_recipe(
         ROOT / "recipes" / "digits.yaml",
         [*TINY, "model.classes=3", "evaluate.every=2", "schedule.steps=4", "save_every=2"],
         str(base / "data"),
     )
-    train(recipe, Place(base / "run", device="cpu", workers=0), Console(quiet=True))
+    train(recipe, RunOptions(base / "run", device="cpu", workers=0), Console(quiet=True))
     return base / "run"
 
 
 @pytest.fixture(scope="module")
 def judged(trained):
     run = read_run(trained)
-    verdict, remarks = judge(run, device="cpu")
+    verdict, remarks = evaluate_run(run, device="cpu")
     assert remarks == []
     return run, verdict
 
@@ -124,7 +124,7 @@ def test_report_writes_one_page_that_needs_nothing(trained, command, tmp_path):
     assert list(page.sections) == [
         *("summary", "curves", "time", "confusion", "mistakes", "classes", "recipe", "environment")
     ]
-    assert read_run(trained).fields["loss.smoothing"] == 0.1
+    assert read_run(trained).fields["loss.label_smoothing"] == 0.1
     assert "smoothed labels, which cannot all be met" in page.sections["curves"]
     assert NASTY in page.sections["classes"] and NASTY in page.sections["confusion"]
     assert NASTY not in text and "&lt;b&gt;&amp;&quot;" in text
@@ -133,13 +133,13 @@ def test_report_writes_one_page_that_needs_nothing(trained, command, tmp_path):
 
 def test_the_numbers_are_those_of_a_slow_recount(judged):
     run, verdict = judged
-    trained = open_trained(str(run.folder / "checkpoints" / "best.pt"))
+    trained = load_weights(str(run.folder / "checkpoints" / "best.pt"))
     source = open_validation(verdict.data, trained.classes)
     net, recipe = trained.net.eval(), trained.recipe
     counted, wrong = np.zeros((3, 3), int), []
     for index in range(15):
         image = torch.empty(1, 32, 32, 3, dtype=torch.uint8)
-        Batches(source, 1, 32, recipe.evaluate).make(index, image)
+        EvalBatches(source, 1, 32, recipe.evaluate).make(index, image)
         with torch.no_grad():
             shares = net(image.permute(0, 3, 1, 2).float() / 255).double().softmax(1)[0]
         true, taken = int(source.labels[index]), int(shares.argmax())
@@ -178,13 +178,13 @@ def test_the_surest_mistakes_are_found_whatever_the_batches():
     wrong = [i for i in range(500) if int(shares[i].argmax()) != int(labels[i])]
     order = sorted(wrong, key=lambda i: (-float(shares[i].max()), i))
     for batch in (1, 64, 500):
-        surest = Surest()
+        surest = TopMistakes()
         for first in range(0, 500, batch):
             surest(first, logits[first : first + batch], labels[first : first + batch])
         found = surest.mistakes()
-        assert [mistake.index for mistake in found] == order[:MOST]
+        assert [mistake.index for mistake in found] == order[:MAX_MISTAKES]
         assert all(m.true == int(labels[m.index]) != m.taken_for for m in found)
-    assert Surest().mistakes() == []
+    assert TopMistakes().mistakes() == []
     assert percent(1 - 1e-9) == "99.99 %" and percent(0.5) == "50 %" and percent(1.0) == "100 %"
 
 
@@ -210,7 +210,7 @@ def test_a_torn_record_is_read_as_far_as_it_goes(copy):
 
 def test_what_is_missing_is_said_and_the_rest_is_there(copy, trained, tmp_path):
     run = read_run(copy)
-    verdict, remarks = judge(run, device="cpu")
+    verdict, remarks = evaluate_run(run, device="cpu")
     assert verdict is None and "has no checkpoint yet" in remarks[0]
     (copy / "report").mkdir()
     (copy / "report" / "mistakes.png").write_text("of the report before")
@@ -224,21 +224,21 @@ def test_what_is_missing_is_said_and_the_rest_is_there(copy, trained, tmp_path):
     }
     for missing in ("best", str(tmp_path / "none.pt")):
         with pytest.raises(CheckpointError, match="does not exist"):
-            judge(run, checkpoint=missing, device="cpu")
+            evaluate_run(run, checkpoint=missing, device="cpu")
 
     (copy / "checkpoints").mkdir()
     (copy / "checkpoints" / "best.pt").write_bytes(b"torn")
     os.link(trained / "checkpoints" / "last.pt", copy / "checkpoints" / "last.pt")
-    verdict, remarks = judge(run, device="cpu")
+    verdict, remarks = evaluate_run(run, device="cpu")
     assert verdict.checkpoint.endswith("last.pt") and "best.pt" in remarks[0]
     with pytest.raises(DataError, match="does not exist"):
-        judge(run, data=str(tmp_path / "nowhere"), device="cpu")
+        evaluate_run(run, data=str(tmp_path / "nowhere"), device="cpu")
     data = Path(verdict.data)
     data.rename(data.with_name("away"))
     try:
-        gone, remarks = judge(run, device="cpu")
+        gone, remarks = evaluate_run(run, device="cpu")
         assert gone is None and "--data DIR says where they are" in remarks[-1]
-        found, _ = judge(run, data=str(data.with_name("away")), device="cpu")
+        found, _ = evaluate_run(run, data=str(data.with_name("away")), device="cpu")
         assert (found.scores.confusion == verdict.scores.confusion).all()
     finally:
         data.with_name("away").rename(data)
@@ -272,12 +272,14 @@ def test_a_thousand_classes_and_a_long_record_stay_small(copy):
     confusion = rng.integers(0, 2, (1000, 1000))
     np.fill_diagonal(confusion, rng.integers(0, 600, 1000))
     names = [f"a rather long name of a class, number {k} (n{k:08})" for k in range(1000)]
-    pictures = list(rng.integers(0, 256, (MOST, 256, 256, 3), dtype=np.uint8))  # the worst of JPEG
-    verdict = Verdict(
+    pictures = list(
+        rng.integers(0, 256, (MAX_MISTAKES, 256, 256, 3), dtype=np.uint8)
+    )  # the worst of JPEG
+    verdict = Evaluation(
         *("best.pt", 1_200_000, False, "data"),
         Scores(70.0, 90.0, 1.0, 50_000, 0, 1.0, confusion),
         names,
-        [Mistake(i, i, i + 1, 0.9) for i in range(MOST)],
+        [Mistake(i, i, i + 1, 0.9) for i in range(MAX_MISTAKES)],
         pictures,
     )
     text = page_of(copy, verdict)
@@ -336,11 +338,11 @@ def test_ties_among_the_worst_classes_are_stated(copy, monkeypatch):
     assert classes.more_alike(scores[:3], classes.worst(scores[:3])) == 0
     assert classes.more_alike([], []) == 0
     totals = Scores(1.0, 1.0, 1.0, 80, 0, 1.0, confusion)
-    page = Page(page_of(copy, Verdict("best.pt", 1, False, "data", totals, names, [], [])))
+    page = Page(page_of(copy, Evaluation("best.pt", 1, False, "data", totals, names, [], [])))
     assert "lowest top-1, and 13 more with the same top-1 (50 %)." in page.sections["worst"]
 
     none = replace(totals, confusion=np.zeros_like(confusion))  # no class has an image
-    page = Page(page_of(copy, Verdict("best.pt", 1, False, "data", none, names, [], [])))
+    page = Page(page_of(copy, Evaluation("best.pt", 1, False, "data", none, names, [], [])))
     assert "lowest top-1." in page.sections["worst"]
 
     drawn = []
@@ -369,7 +371,7 @@ def test_the_time_axis_tells_stops_and_kills(copy):
             line = {"time": time, "event": event, "step": step, "remarks": remarks}
             file.write(json.dumps(line) + "\n")
     run = read_run(copy)
-    found = periods(run)
+    found = running_periods(run)
     assert [(p.begin.step, p.end and p.end.step, p.last) for p in found] == [
         (0, 40, False),
         (40, None, False),
@@ -384,41 +386,50 @@ def test_the_time_axis_tells_stops_and_kills(copy):
     assert "No stop was noted before: the run was killed. <i>careful</i>" in page.sections["time"]
     assert page.sections["summary"].split()[:3] == ["Summary", "state", "done"]
     running = replace(run, events=run.events[:4], written=run.events[3].time + timedelta(hours=2))
-    assert periods(running)[-1].until == running.written and periods(running)[-1].end is None
+    assert (
+        running_periods(running)[-1].until == running.written
+        and running_periods(running)[-1].end is None
+    )
 
 
 def test_values_stand_beside_their_sources(copy):
     text = (ROOT / "recipes" / "cspdarknet53.yaml").read_text()
-    assert notes(text)["group"].comment == "cfg: subdivisions=4, BatchNorm sees 128 / 4 images"
-    assert notes(text)["optim.weight_decay"].value == 5e-4
-    recipe = recipes.load(ROOT / "recipes" / "cspdarknet53.yaml", ["data.size=224"])
-    (copy / "recipe.yaml").write_text(recipes.to_text(recipe))
+    assert (
+        parse_notes(text)["group"].comment == "cfg: subdivisions=4, BatchNorm sees 128 / 4 images"
+    )
+    assert parse_notes(text)["optim.weight_decay"].value == 5e-4
+    recipe = recipes.load_recipe(ROOT / "recipes" / "cspdarknet53.yaml", ["data.image_size=224"])
+    (copy / "recipe.yaml").write_text(recipes.recipe_to_yaml(recipe))
     for command, named in (
         (["cspnet-train", "--recipe", "cspdarknet53"], True),
         (["cspnet-train", "--recipe=cspdarknet53.yaml"], True),
         (["cspnet-train", "--resume"], False),
     ):
         (copy / "env.json").write_text(json.dumps({"command": command}))
-        path, told, known = sources(read_run(copy))
+        path, told, known = value_sources(read_run(copy))
         assert path.name == "cspdarknet53.yaml" and known == named
         assert (
-            told["batch"] == "cfg: batch=128" and told["data.size"] == "this run's own; 256 there"
+            told["batch"] == "cfg: batch=128"
+            and told["data.image_size"] == "this run's own; 256 there"
         )
-        assert told["augment.resize"] == "cfg: min_crop=128, max_crop=448 at 256"
+        assert told["augment.scale"] == "cfg: min_crop=128, max_crop=448 at 256"
     assert "cfg: batch=128" in Page(page_of(copy)).sections["recipe"]
     (copy / "recipe.yaml").write_text("model: {name: other}\nbatch: 3\n")
-    assert sources(read_run(copy)) == (None, {}, False)
+    assert value_sources(read_run(copy)) == (None, {}, False)
     assert "batch: 3" in Page(page_of(copy)).sections["recipe"]
 
 
 def test_any_name_can_be_drawn_and_a_synset_keeps_its_id(tmp_path, copy):
-    assert classes.labels(["n01440764", "cat"], ["tench", "cat"]) == ["tench (n01440764)", "cat"]
+    assert classes.class_labels(["n01440764", "cat"], ["tench", "cat"]) == [
+        "tench (n01440764)",
+        "cat",
+    ]
     names = ["$x_{", "\udcff", "two\nlines", "猫", "_hidden", NASTY]
     confusion = np.arange(36).reshape(6, 6)
     pictures = [np.zeros((32, 32, 3), np.uint8)]
     scores = Scores(1.0, 1.0, 1.0, 630, 0, 1.0, confusion)
     mistakes = [Mistake(0, 0, 1, 0.5)]
-    verdict = Verdict("best.pt", 1, False, "data", scores, names, mistakes, pictures)
+    verdict = Evaluation("best.pt", 1, False, "data", scores, names, mistakes, pictures)
     page = publish(read_run(copy), verdict, [], tmp_path / "out").read_text(encoding="utf-8")
     assert "猫" in page and "two\nlines" in page
     classes.draw_worst(classes.class_scores(confusion, names), confusion, tmp_path / "worst.png")
@@ -428,7 +439,7 @@ def test_any_name_can_be_drawn_and_a_synset_keeps_its_id(tmp_path, copy):
 
 
 def test_the_record_alone_and_a_full_device(copy, trained, capsys, monkeypatch):
-    report(copy, record_only=True)
+    report_command(copy, record_only=True)
     told = capsys.readouterr().out.splitlines()
     assert "nothing was evaluated" in told[0] and told[-1] == str(copy / "report" / "report.html")
     assert "nothing was evaluated" in Page((copy / "report" / "report.html").read_text()).text
@@ -436,8 +447,8 @@ def test_the_record_alone_and_a_full_device(copy, trained, capsys, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(verdicts, "evaluate", full)
-    verdict, remarks = judge(read_run(trained), device="cpu")
+    monkeypatch.setattr(verdicts, "evaluate_network", full)
+    verdict, remarks = evaluate_run(read_run(trained), device="cpu")
     assert verdict is None and "--device cpu" in remarks[0]
 
 

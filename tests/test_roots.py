@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from cspnet.data import roots, sources
-from cspnet.data.check import check
+from cspnet.datasets.check import check_dataset
 from cspnet.errors import DataError
+from cspnet.sources import data_root, roots
 from tests.test_layout import flat, kaggle, tiny_imagenet
 
 
@@ -26,31 +26,31 @@ def deepen(root, name):
 
 
 @pytest.mark.parametrize("deep", [False, True])
-@pytest.mark.parametrize("name", roots.PARTS)
+@pytest.mark.parametrize("name", roots.SPLITS)
 def test_a_class_may_be_named_like_a_part(folder, name, deep, command, tmp_path):
     classes = rename_class(folder, name)
     if deep:
         deepen(folder, name)
     for part, count in (("train", 36), ("val", 9)):
-        (read,) = check(str(folder / part)).parts
+        (read,) = check_dataset(str(folder / part)).parts
         assert read.name == part and sorted(read.classes) == classes
         assert sum(read.classes.values()) == count
-        assert list(sources.places(str(folder / part))) == [part]
-    assert len(sources.open_validation(str(folder / "val"), classes)) == 9
-    training, validation = sources.open_parts(str(folder))
+        assert list(data_root.places(str(folder / part))) == [part]
+    assert len(data_root.open_validation(str(folder / "val"), classes)) == 9
+    training, validation = data_root.open_parts(str(folder))
     assert training.classes == validation.classes == classes
-    assert [part.name for part in check(str(folder)).parts] == ["train", "val"]
+    assert [part.name for part in check_dataset(str(folder)).parts] == ["train", "val"]
     with pytest.raises(DataError, match="It is a train folder itself: give the one above"):
-        sources.open_training(str(folder / "train"))
+        data_root.open_training(str(folder / "train"))
     with pytest.raises(DataError, match="holds the training images"):
-        sources.open_validation(str(folder / "train"), classes)
+        data_root.open_validation(str(folder / "train"), classes)
     done = command("main", "index", folder / "val")
     assert done.returncode == 0 and "val: class folders" in done.stdout
     done = command("main", "pack", folder / "train", "--to", tmp_path / "packed")
     assert done.returncode == 2 and "give the one above" in done.stderr
     done = command("main", "pack", folder, "--to", tmp_path / "packed", "--short", 64)
     assert done.returncode == 0, done.stderr
-    assert sources.open_training(str(tmp_path / "packed")).classes == classes
+    assert data_root.open_training(str(tmp_path / "packed")).classes == classes
 
 
 def test_two_classes_of_which_one_is_named_valid(folder):
@@ -62,8 +62,8 @@ def test_two_classes_of_which_one_is_named_valid(folder):
     away = folder.with_name("away")
     (folder / "val").rename(away)
     for path in (folder / "train", away):
-        assert check(str(path)).parts[0].classes.keys() == {"invalid", "valid"}
-    assert len(sources.open_validation(str(away), ["invalid", "valid"])) == 6
+        assert check_dataset(str(path)).parts[0].classes.keys() == {"invalid", "valid"}
+    assert len(data_root.open_validation(str(away), ["invalid", "valid"])) == 6
 
 
 @pytest.mark.parametrize("part", ["train", "val"])
@@ -74,8 +74,8 @@ def test_a_flat_part_beside_other_splits_is_no_class(folder, part):
     shutil.rmtree(folder / "train")
     (folder / "moving").rename(folder / part)
     shutil.copytree(folder / part, folder / "test1")
-    assert roots.parts(folder) == [part]
-    report = check(str(folder))
+    assert roots.split_names(folder) == [part]
+    report = check_dataset(str(folder))
     assert f"{folder / part} is flat" in " ".join(f.message for f in report.findings)
 
 
@@ -84,50 +84,54 @@ def test_a_whole_data_root_among_class_folders_is_refused(folder):
     shutil.copytree(folder, folder.with_name("again") / "train")
     (folder.with_name("again") / "train" / "docs").mkdir()
     with pytest.raises(DataError, match="holds train/ and val/, not class folders"):
-        sources.open_training(str(folder.with_name("again")))
+        data_root.open_training(str(folder.with_name("again")))
 
 
 def test_images_are_found_at_any_depth_by_check_and_messages(folder):
     for name in ("apple", "bear", "cat"):
         deepen(folder, name)
-    assert check(str(folder / "train")).parts[0].classes == dict.fromkeys(
+    assert check_dataset(str(folder / "train")).parts[0].classes == dict.fromkeys(
         ("apple", "bear", "cat"), 12
     )
     with pytest.raises(DataError, match="It is a train folder itself"):
-        sources.open_training(str(folder / "train"))
+        data_root.open_training(str(folder / "train"))
     for path in (folder / "train").iterdir():
         path.rename(folder / path.name)
     (folder / "train").rmdir()
     with pytest.raises(DataError, match=r"It has 3 class folders \(apple, bear, cat\) itself"):
-        sources.open_training(str(folder))
+        data_root.open_training(str(folder))
 
 
 def test_kaggle_is_recognised_at_every_level_and_its_list_found(folder):
     kaggle(folder)
     inner = folder / "ILSVRC" / "Data" / "CLS-LOC"
-    for opens in (sources.open_training, check, lambda root: sources.open_validation(root, ["a"])):
+    for opens in (
+        data_root.open_training,
+        check_dataset,
+        lambda root: data_root.open_validation(root, ["a"]),
+    ):
         for top in (folder, folder / "ILSVRC", folder / "ILSVRC" / "Data"):
             with pytest.raises(DataError) as caught:
                 opens(str(top))
             assert str(caught.value).endswith(f"give its data root, {inner}.")
-    assert len(sources.open_training(str(inner))) == 36
-    assert check(str(inner)).count("error") == 0
+    assert len(data_root.open_training(str(inner))) == 36
+    assert check_dataset(str(inner)).count("error") == 0
     shutil.rmtree(inner / "val")
     (inner / "val").mkdir()
     for number in (1, 2, 3):
         (inner / "val" / f"ILSVRC2012_val_{number:08}.JPEG").touch()
     (folder / "LOC_val_solution.csv").write_text("ImageId,PredictionString\n")
     for opens in (
-        lambda: sources.open_training(str(folder)),
-        lambda: sources.open_parts(str(inner)),
-        lambda: check(str(inner / "val")),
+        lambda: data_root.open_training(str(folder)),
+        lambda: data_root.open_parts(str(inner)),
+        lambda: check_dataset(str(inner / "val")),
     ):
         with pytest.raises(DataError) as caught:
             opens()
         told = str(caught.value)
         assert "val is flat: 3 validation images" in told and "data/README.md" in told
         assert f"by {folder / 'LOC_val_solution.csv'}, which names their classes" in told
-    (finding,) = (f for f in check(str(inner)).findings if f.kind == "layout")
+    (finding,) = (f for f in check_dataset(str(inner)).findings if f.kind == "layout")
     assert "LOC_val_solution.csv" in finding.message
 
 
@@ -139,12 +143,12 @@ def test_tiny_imagenet_is_recognised_in_check_and_training(folder):
         (folder / "moving").rename(folder / "train" / name / "images")
         (folder / "train" / name / f"{name}_boxes.txt").touch()
     (folder / "wnids.txt").touch()
-    report = check(str(folder))
+    report = check_dataset(str(folder))
     assert report.parts[0].classes == dict.fromkeys(("apple", "bear", "cat"), 12)
     (finding,) = (f for f in report.findings if f.kind == "layout")
     assert "Tiny-ImageNet" in finding.message
     with pytest.raises(DataError, match=r"val_annotations\.txt names their classes"):
-        sources.open_parts(str(folder))
+        data_root.open_parts(str(folder))
 
 
 def test_the_commands_of_data_readme_sort_what_is_recognised(folder, tmp_path):
@@ -163,7 +167,7 @@ def test_the_commands_of_data_readme_sort_what_is_recognised(folder, tmp_path):
         )
     )
     subprocess.run(["bash", "-ec", blocks["tiny"]], cwd=folder, check=True)
-    assert len(sources.open_validation(str(folder), ["apple", "bear", "cat"])) == 9
+    assert len(data_root.open_validation(str(folder), ["apple", "bear", "cat"])) == 9
 
     inner = tmp_path / "kaggle" / "ILSVRC" / "Data" / "CLS-LOC"
     (inner / "val").mkdir(parents=True)
@@ -175,7 +179,7 @@ def test_the_commands_of_data_readme_sort_what_is_recognised(folder, tmp_path):
         lines.append(f"{name},{image.parent.name} 1 2 3 4 {image.parent.name} 5 6 7 8 ")
     (tmp_path / "kaggle" / "LOC_val_solution.csv").write_text("\n".join(lines) + "\n")
     subprocess.run(["bash", "-ec", blocks["kaggle"]], cwd=tmp_path / "kaggle", check=True)
-    training, validation = sources.open_parts(str(inner))
+    training, validation = data_root.open_parts(str(inner))
     assert len(validation) == 9 and training.classes == ["apple", "bear", "cat"]
 
 
@@ -196,7 +200,7 @@ def _blocks(text):
 def test_a_root_in_a_folder_of_roots_is_named(folder):
     assert roots.is_misplaced(folder.parent) and not roots.is_misplaced(folder / "train")
     with pytest.raises(DataError, match=r"Its folder data/ has one: give"):
-        sources.open_training(str(Path(folder.parent)))
+        data_root.open_training(str(Path(folder.parent)))
 
 
 @pytest.mark.parametrize("inside", [False, True])
@@ -208,7 +212,7 @@ def test_a_split_of_another_name_is_named_even_if_it_is_flat(folder, inside):
         (folder / "Val").mkdir()
         (folder / "images").rename(folder / "Val" / "images")
     with pytest.raises(DataError, match="Is it Val/\\? Then rename it to val/"):
-        sources.open_parts(str(folder))
+        data_root.open_parts(str(folder))
 
 
 def test_a_class_that_begins_like_a_split_is_none(folder):
@@ -217,9 +221,9 @@ def test_a_class_that_begins_like_a_split_is_none(folder):
         (folder / part / "cat").rename(folder / part / "valve")
     classes = ["apple", "train_station", "valve"]
     with pytest.raises(DataError, match="It is a train folder itself"):
-        sources.open_training(str(folder / "train"))
-    (read,) = check(str(folder / "val")).parts
+        data_root.open_training(str(folder / "train"))
+    (read,) = check_dataset(str(folder / "val")).parts
     assert sorted(read.classes) == classes
     (folder / "train").rename(folder.with_name("set"))
     with pytest.raises(DataError, match=r"It has 3 class folders \(apple, train_station, valve\)"):
-        sources.open_training(str(folder.with_name("set")))
+        data_root.open_training(str(folder.with_name("set")))

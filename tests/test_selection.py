@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from cspnet.report.history import read_run
-from cspnet.report.verdict import judge, selection
+from cspnet.report.evaluation import evaluate_run, selection_note
+from cspnet.run.reader import read_run
 from tests.conftest import ROOT, TINY, call
 
 SELECTED = "selected on the same images"
@@ -56,11 +56,11 @@ def test_status_compare_and_report_say_so(runs, command, tmp_path):
 
 def test_other_weights_and_other_images_were_not_selected(runs):
     run = read_run(runs[0] / "three")
-    verdict, _ = judge(run, checkpoint="last", device="cpu")
-    assert selection(run, verdict) == ""
-    verdict, _ = judge(run, checkpoint="best", device="cpu")
-    assert "top-1 is optimistic" in selection(run, verdict)
-    assert selection(run, replace(verdict, data="other")) == ""
+    verdict, _ = evaluate_run(run, checkpoint="last", device="cpu")
+    assert selection_note(run, verdict) == ""
+    verdict, _ = evaluate_run(run, checkpoint="best", device="cpu")
+    assert "top-1 is optimistic" in selection_note(run, verdict)
+    assert selection_note(run, replace(verdict, data="other")) == ""
 
 
 def test_the_demo_reports_the_last_validation():

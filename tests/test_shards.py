@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from cspnet.data import members, shards, sources
-from cspnet.data.check import check
-from cspnet.data.loader import Groups, evaluation_batches, training_groups
+from cspnet.data.loader import TrainGroups, evaluation_batches, training_groups
+from cspnet.datasets.check import check_dataset
 from cspnet.errors import DataError
-from cspnet.recipe import load
-from cspnet.schema import Evaluate
+from cspnet.recipe.load import load_recipe
+from cspnet.recipe.schema import Evaluate
+from cspnet.runtime.device import RunOptions
+from cspnet.sources import data_root, tar_members, tar_set
 from cspnet.train import loop
-from cspnet.train.runtime import Place
 from tests.conftest import ROOT
 
 CLASSES = ["apple", "bear", "cat"]
@@ -43,15 +43,15 @@ def write_tar(file, *entries):
 
 def images(part):
     """Paths of the images of a part, in the order of a folder."""
-    source = sources.Folder(part)
+    source = data_root.Folder(part)
     return [Path(source.name(index)) for index in range(len(source))]
 
 
 def save_index(root):
     """As `cspnet index` does."""
-    for place in sources.places(str(root)).values():
-        if isinstance(place, shards.Tars):
-            shards.Shards(place, save=True)
+    for place in data_root.places(str(root)).values():
+        if isinstance(place, tar_set.TarSet):
+            tar_set.TarSource(place, save=True)
 
 
 def in_shards(paths, target, entries, count=3, prefix=""):
@@ -111,8 +111,14 @@ def sharded(folder, entries, listed="cat\napple\nbear\n"):
 
 
 def recipe_for(root):
-    small = ["data.size=32", "batch=8", "group=4", "mix.share=2", "schedule.steps=10"]
-    return load(None, [f"data.root={root}", *small])
+    small = [
+        "data.image_size=32",
+        "batch=8",
+        "group=4",
+        "mix.images_per_draw=2",
+        "schedule.steps=10",
+    ]
+    return load_recipe(None, [f"data.root={root}", *small])
 
 
 def content(batch):
@@ -122,13 +128,13 @@ def content(batch):
 @pytest.mark.parametrize("entries", LAYOUTS)
 def test_tar_files_give_the_stream_of_the_folder(folder, entries):
     root = sharded(folder, entries)
-    plain, source = sources.open_training(str(folder)), sources.open_training(str(root))
-    assert isinstance(source, shards.Shards) and len(source) == 36
+    plain, source = data_root.open_training(str(folder)), data_root.open_training(str(root))
+    assert isinstance(source, tar_set.TarSource) and len(source) == 36
     assert source.classes == plain.classes == CLASSES
     assert source.labels.dtype == np.int32 and source.labels.tolist() == plain.labels.tolist()
     assert all(source.read(index) == plain.read(index) for index in range(36))
     recipe = recipe_for(root)
-    one, other = Groups(plain, recipe), Groups(source, recipe)
+    one, other = TrainGroups(plain, recipe), TrainGroups(source, recipe)
     for step in range(9):  # two epochs
         assert content(one[step, step % 2]) == content(other[step, step % 2])
 
@@ -139,15 +145,15 @@ def test_a_step_in_the_middle_reads_its_own_images_and_nothing_else(folder, monk
     save_index(root)
     recipe, read, pread = recipe_for(root), [], os.pread
     monkeypatch.setattr(os, "pread", lambda *given: (read.append(given[1]), pread(*given))[1])
-    source = sources.open_training(str(root))
+    source = data_root.open_training(str(root))
     assert read == [], "a saved index needs no header"
-    images = Groups(source, recipe)[900, 1].labels
+    images = TrainGroups(source, recipe)[900, 1].labels
     assert len(read) == len(images) == 4
     assert set(read) <= set(source._index.sizes.tolist())
 
 
 def test_workers_read_from_files_that_the_main_process_has_opened(folder):
-    source = sources.open_training(str(sharded(folder, as_named_samples)))
+    source = data_root.open_training(str(sharded(folder, as_named_samples)))
     recipe = recipe_for(folder)
     source.read(0)
     want = [content(b) for b in training_groups(source, recipe, 0, 0, False)]
@@ -162,7 +168,7 @@ def test_losses_of_a_run_are_those_of_the_folder(tiny, folder, tmp_path):
         short = ("schedule.steps=4", "save_every=100", "data.normalize=imagenet")
         recipe = tiny(f"data.root={root}", "model.classes=3", *short)
         output = tmp_path / f"run-{len(losses)}"
-        loop.train(recipe, Place(output, device="cpu", workers=0), Console(quiet=True))
+        loop.train(recipe, RunOptions(output, device="cpu", workers=0), Console(quiet=True))
         lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
         losses.append([(line["step"], line.get("loss")) for line in lines])
     assert len(losses[0]) > 4 and losses[0] == losses[1] == losses[2]
@@ -179,7 +185,7 @@ def test_the_order_is_that_of_a_folder_for_any_names(folder):
     root.mkdir()
     with tarfile.open(root / "train.tar", "w") as tar:
         tar.add(folder / "train", "train")
-    plain, source = sources.open_training(str(folder)), sources.open_training(str(root))
+    plain, source = data_root.open_training(str(folder)), data_root.open_training(str(root))
     assert source.classes == plain.classes and source.labels.tolist() == plain.labels.tolist()
     assert len(source) == 36 + 49
     for index in range(len(plain)):
@@ -192,8 +198,8 @@ def test_files_beside_each_other_and_val_in_any_form(folder, capsys):
     root = folder.parent / "flat"
     in_shards(images(folder / "train"), root, as_class_folders, 2, "train-")
     in_shards(images(folder / "val"), root, as_named_samples, 1, "valid_")
-    val = sources.open_validation(str(root), CLASSES)
-    assert len(sources.open_training(str(root))) == 36 and len(val) == 9
+    val = data_root.open_validation(str(root), CLASSES)
+    assert len(data_root.open_training(str(root))) == 36 and len(val) == 9
     assert not list(root.glob("*.cspnet"))  # a run writes nothing beside its data
     save_index(root)
     assert {file.name for file in root.glob("*.cspnet")} == {
@@ -201,7 +207,7 @@ def test_files_beside_each_other_and_val_in_any_form(folder, capsys):
         "valid.index.cspnet",
     }
     in_shards(images(folder / "val"), root / "validation", as_class_folders, 1)
-    assert len(sources.open_validation(str(root / "validation"), CLASSES)) == 9
+    assert len(data_root.open_validation(str(root / "validation"), CLASSES)) == 9
     batches = evaluation_batches(val, 4, 32, Evaluate(), 0, False)
     assert sum(int(batch.mask.sum()) for batch in batches) == 9
 
@@ -209,8 +215,8 @@ def test_files_beside_each_other_and_val_in_any_form(folder, capsys):
 def test_what_was_unpacked_counts_and_not_its_tar_file(folder):
     for name in ("train.tar", "val.tar", "train/apple.tar", "train/bear.tar"):
         (folder / name).write_bytes(b"x")
-    assert isinstance(sources.open_training(str(folder)), sources.Folder)
-    assert isinstance(sources.open_validation(str(folder), CLASSES), sources.Folder)
+    assert isinstance(data_root.open_training(str(folder)), data_root.Folder)
+    assert isinstance(data_root.open_validation(str(folder), CLASSES), data_root.Folder)
 
 
 def test_hidden_and_other_members_are_left_alone(folder):
@@ -223,7 +229,7 @@ def test_hidden_and_other_members_are_left_alone(folder):
         *(("bear/1.jpg", image), ("bear/notes.txt", b"x"), ("bear/1.json", b'{"x": [1]}')),
         *(("apple/2.json", b'{"label": '), ("apple/2.jpg", image)),
     )
-    source = sources.open_training(str(root))
+    source = data_root.open_training(str(root))
     assert source.classes == ["apple", "bear"] and len(source) == 3
 
 
@@ -232,30 +238,30 @@ def test_hidden_and_other_members_are_left_alone(folder):
 
 def scans(monkeypatch):
     """Counts the tar files whose headers are read."""
-    done, scan = [], members.scan
-    monkeypatch.setattr(members, "scan", lambda file: (done.append(file.name), scan(file))[1])
+    done, scan = [], tar_members.scan
+    monkeypatch.setattr(tar_members, "scan", lambda file: (done.append(file.name), scan(file))[1])
     return done
 
 
 def test_the_index_is_made_once_and_again_when_a_tar_file_changes(folder, monkeypatch, capsys):
     root = sharded(folder, as_named_samples)
     done = scans(monkeypatch)
-    first = sources.open_training(str(root))
+    first = data_root.open_training(str(root))
     assert len(done) == 3 and "headers of its tar files (3)" in capsys.readouterr().err
     save_index(root)
     done.clear(), capsys.readouterr()
-    again = sources.open_training(str(root))
+    again = data_root.open_training(str(root))
     assert not done and capsys.readouterr().err == ""
     assert [first.name(i) for i in range(36)] == [again.name(i) for i in range(36)]
     os.utime(root / "train" / "000001.tar", ns=(1, 1))
-    sources.open_training(str(root))
+    data_root.open_training(str(root))
     assert len(done) == 3 and "as they are now: made anew" in capsys.readouterr().err
     (root / "train" / "000001.tar").unlink()
     save_index(root)
-    assert len(sources.open_training(str(root))) == 24 and len(done) == 5
+    assert len(data_root.open_training(str(root))) == 24 and len(done) == 5
     (root / "train" / "classes.txt").write_text("\n".join(CLASSES))
     save_index(root)
-    assert len(sources.open_training(str(root))) == 24 and len(done) == 7
+    assert len(data_root.open_training(str(root))) == 24 and len(done) == 7
 
 
 def spoil(file, **arrays):
@@ -267,7 +273,7 @@ def spoil(file, **arrays):
 
 def test_an_index_that_cannot_be_right_is_made_anew(folder, monkeypatch, tmp_path, capsys):
     root = sharded(folder, as_named_samples)
-    want = sources.open_training(str(root)).labels.tolist()
+    want = data_root.open_training(str(root)).labels.tolist()
     save_index(root)
     file = root / "train" / "index.cspnet"
     whole, done = file.read_bytes(), scans(monkeypatch)
@@ -294,7 +300,7 @@ def test_an_index_that_cannot_be_right_is_made_anew(folder, monkeypatch, tmp_pat
     for number, make in enumerate(spoilers, 1):
         file.write_bytes(whole)
         make()
-        assert sources.open_training(str(root)).labels.tolist() == want
+        assert data_root.open_training(str(root)).labels.tolist() == want
         assert len(done) == 3 * number and "made anew" in capsys.readouterr().err
     assert not (tmp_path / "evil").exists()
     assert not [name for name in os.listdir(root / "train") if name.startswith(".")]
@@ -309,15 +315,15 @@ def test_an_index_that_cannot_be_saved_is_made_in_memory(folder, monkeypatch, ca
     monkeypatch.setattr(os, "replace", refuse)
     save_index(root)
     told = "cannot be saved (Read-only file system): it is made at each start"
-    assert told in capsys.readouterr().err and len(sources.open_training(str(root))) == 36
+    assert told in capsys.readouterr().err and len(data_root.open_training(str(root))) == 36
     assert sorted(os.listdir(root / "train")) == ["000000.tar", "000001.tar", "000002.tar"]
 
 
 def test_what_a_worker_carries_is_a_few_blocks(folder):
-    source = sources.open_training(str(sharded(folder, as_class_folders)))
+    source = data_root.open_training(str(sharded(folder, as_class_folders)))
     index = source._index
     assert isinstance(index.block, bytes)
-    assert all(isinstance(getattr(index, name), np.ndarray) for name in shards.ARRAYS)
+    assert all(isinstance(getattr(index, name), np.ndarray) for name in tar_set.ARRAYS)
 
 
 # Damage.
@@ -331,16 +337,16 @@ def test_a_tar_file_that_is_cut_short_is_named(folder):
         end = max(member.offset_data + member.size for member in tar) // 512 * 512 + 512
     for length in {*range(512, end, 5 * 512), 1000, end - 100, end, end + 512 - 1}:
         file.write_bytes(whole[:length])
-        with pytest.raises(members.Unfit) as caught:
-            sources.open_training(str(root))
+        with pytest.raises(tar_members.TarError) as caught:
+            data_root.open_training(str(root))
         assert "train: 000001.tar: cut short at byte " in str(caught.value), length
     file.write_bytes(whole[: end + 512])  # one block of the two that end it
-    assert len(sources.open_training(str(root))) == 36
+    assert len(data_root.open_training(str(root))) == 36
 
 
 def test_an_image_behind_the_end_of_its_file_is_unreadable(folder):
     root = sharded(folder, as_named_samples)
-    source = sources.open_training(str(root))
+    source = data_root.open_training(str(root))
     os.truncate(root / "train" / "000001.tar", 3000)
     bad = set()
     for index in range(36):
@@ -350,18 +356,18 @@ def test_an_image_behind_the_end_of_its_file_is_unreadable(folder):
             assert "ends before" in str(error) and "000001.tar:" in str(error)
             bad.add(index)
     assert 10 < len(bad) <= 12
-    groups = Groups(source, recipe_for(root))
+    groups = TrainGroups(source, recipe_for(root))
     found = {i for step in range(9) for group in (0, 1) for i in groups[step, group].unreadable}
     assert found == bad
-    source._index.sizes[0] = shards.MAX_BYTES + 1
+    source._index.sizes[0] = tar_set.MAX_IMAGE_BYTES + 1
     with pytest.raises(OSError, match="File too large"):
         source.read(0)
 
 
 def test_more_tar_files_than_are_kept_open(folder, monkeypatch):
-    monkeypatch.setattr(shards, "KEPT_OPEN", 1)
-    source = sources.open_training(str(sharded(folder, as_named_samples)))
-    plain = sources.open_training(str(folder))
+    monkeypatch.setattr(tar_set, "KEPT_OPEN", 1)
+    source = data_root.open_training(str(sharded(folder, as_named_samples)))
+    plain = data_root.open_training(str(folder))
     before = len(os.listdir("/proc/self/fd"))
     assert all(source.read(index) == plain.read(index) for index in range(36))
     assert len(os.listdir("/proc/self/fd")) == before + 1
@@ -388,7 +394,7 @@ def test_damaged_headers_end_in_a_message_or_in_fewer_images(folder):
                 damaged[offset + 148 : offset + 156] = b"%06o\0 " % total
         file.write_bytes(damaged)
         try:
-            source = sources.open_training(str(root))
+            source = data_root.open_training(str(root))
             [source.read(index) for index in range(len(source))]
         except DataError:
             told += 1
@@ -399,11 +405,11 @@ def test_damaged_headers_end_in_a_message_or_in_fewer_images(folder):
 
 
 def train(root):
-    return sources.open_training(str(root))
+    return data_root.open_training(str(root))
 
 
 def val(root):
-    return sources.open_validation(str(root), CLASSES)
+    return data_root.open_validation(str(root), CLASSES)
 
 
 def only(root, *entries):
@@ -670,13 +676,13 @@ def test_the_check_reads_the_images_in_tar_files(folder):
     shutil.copy(folder / "train" / "apple" / "0.jpg", folder / "val" / "bear" / "a.jpg")
     (folder / "train" / "bear" / "1.jpg").write_bytes(b"")
     root = sharded(folder, as_class_folders)
-    plain, report = check(str(folder)), check(str(root))
+    plain, report = check_dataset(str(folder)), check_dataset(str(root))
     assert [f.kind for f in report.findings] == [f.kind for f in plain.findings]
     (leak,) = (f for f in report.findings if f.kind == "leak")
     assert leak.files[0].endswith(".tar:apple/0.jpg") and leak.files[1].endswith("bear/a.jpg")
     assert [part.classes for part in report.parts] == [part.classes for part in plain.parts]
     os.truncate(root / "train" / "000001.tar", 3000)
-    (error,) = (f for f in check(str(root)).findings if f.kind == "layout")
+    (error,) = (f for f in check_dataset(str(root)).findings if f.kind == "layout")
     assert "000001.tar: cut short" in error.message
 
 

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from cspnet.errors import Stopped
-from cspnet.train.checkpoint import Checkpoints
+from cspnet.errors import StoppedError
+from cspnet.run.checkpoint import CheckpointFiles
 from tests.conftest import HIDDEN, ROOT, TINY
 from tests.test_loop import last, metrics, numbers, run, same
 
@@ -91,15 +91,18 @@ def test_a_closed_terminal_loses_nothing(tmp_path):
 
 
 def test_sigterm_in_a_save_finishes_it(tiny, tmp_path, monkeypatch):
-    original = Checkpoints.save
+    original = CheckpointFiles.save
 
     def save(checkpoints, content, best=False):
         if content["step"] == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         original(checkpoints, content, best)
 
-    with monkeypatch.context() as patch, pytest.raises(Stopped, match="SIGTERM: saved at step"):
-        patch.setattr(Checkpoints, "save", save)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(StoppedError, match="SIGTERM: saved at step"),
+    ):
+        patch.setattr(CheckpointFiles, "save", save)
         run(tiny(), tmp_path / "cut")
     assert last(tmp_path / "cut")["step"] == 4  # the wish is read after the next step
     run(tiny(), tmp_path / "cut", resume=True)

@@ -3,15 +3,15 @@ import shutil
 import numpy as np
 import pytest
 
-from cspnet.data import sources
-from cspnet.data.loader import Batches, Groups, evaluation_batches, training_groups
+from cspnet.data.loader import EvalBatches, TrainGroups, evaluation_batches, training_groups
 from cspnet.errors import DataError
-from cspnet.recipe import load
-from cspnet.schema import Evaluate
+from cspnet.recipe.load import load_recipe
+from cspnet.recipe.schema import Evaluate
+from cspnet.sources import data_root
 
 
 def test_folder_reads_what_lies_in_it(folder):
-    source = sources.open_training(str(folder))
+    source = data_root.open_training(str(folder))
     assert source.classes == ["apple", "bear", "cat"]
     assert len(source) == 36 and np.bincount(source.labels).tolist() == [12, 12, 12]
     for index in (0, 11, 12, 35):
@@ -27,7 +27,7 @@ def test_nested_folders_odd_names_and_stray_files(folder):
     shutil.copy(folder / "train" / "apple" / "0.jpg", deep / "Ünï.JPEG")
     (folder / "train" / "bear" / "notes.txt").write_text("x")
     (folder / "train" / ".hidden").mkdir()
-    source = sources.Folder(folder / "train")
+    source = data_root.Folder(folder / "train")
     assert source.classes == ["apple", "bear", "cat"] and len(source) == 37
     assert source.read(24)[1] == 1 and source.name(24).endswith("Ünï.JPEG")
 
@@ -35,7 +35,7 @@ def test_nested_folders_odd_names_and_stray_files(folder):
 def test_numbered_classes_sort_as_strings(folder):
     for old, new in (("apple", "10"), ("bear", "2"), ("cat", "1")):
         (folder / "train" / old).rename(folder / "train" / new)
-    assert sources.Folder(folder / "train").classes == ["1", "10", "2"]
+    assert data_root.Folder(folder / "train").classes == ["1", "10", "2"]
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
@@ -43,20 +43,27 @@ def test_validation_by_root_or_by_its_own_folder(folder, name):
     (folder / "val").rename(folder / name)
     classes = ["apple", "bear", "cat"]
     for root in (folder, folder / name):
-        assert len(sources.open_validation(str(root), classes)) == 9
+        assert len(data_root.open_validation(str(root), classes)) == 9
 
 
 def test_digits_are_split_into_disjoint_parts():
-    train, val = sources.Digits(train=True), sources.Digits(train=False)
+    train, val = data_root.Digits(train=True), data_root.Digits(train=False)
     assert len(train) == 1438 and len(val) == 359
     assert set(train._indices).isdisjoint(val._indices)
     assert train.classes == val.classes == [str(digit) for digit in range(10)]
 
 
 def recipe_for(folder, *overrides):
-    return load(
+    return load_recipe(
         None,
-        [f"data.root={folder}", "data.size=32", "batch=8", "group=4", "mix.share=2", *overrides],
+        [
+            f"data.root={folder}",
+            "data.image_size=32",
+            "batch=8",
+            "group=4",
+            "mix.images_per_draw=2",
+            *overrides,
+        ],
     )
 
 
@@ -68,7 +75,7 @@ def content(batch):
 def test_any_batch_can_be_the_first_with_any_number_of_workers(folder, workers):
     """36 images in batches of 8: steps 4 and 9 cross the end of an epoch."""
     recipe = recipe_for(folder, "schedule.steps=10")
-    source = sources.open_training(str(folder))
+    source = data_root.open_training(str(folder))
     whole = [content(b) for b in training_groups(source, recipe, 0, 0, False)]
     assert len(whole) == 20
     late = [content(b) for b in training_groups(source, recipe, 4, workers, False)]
@@ -77,21 +84,21 @@ def test_any_batch_can_be_the_first_with_any_number_of_workers(folder, workers):
 
 def test_one_decode_per_sample(folder, monkeypatch):
     recipe = recipe_for(folder, "mix.probability=0.9")
-    source = sources.open_training(str(folder))
+    source = data_root.open_training(str(folder))
     reads = []
     monkeypatch.setattr(source, "read", lambda i, read=source.read: (reads.append(i), read(i))[1])
-    groups = Groups(source, recipe)
+    groups = TrainGroups(source, recipe)
     for group in range(2):
         groups[0, group]
     assert len(reads) == 8
 
 
 def test_an_unreadable_image_is_replaced_by_the_next_one(folder):
-    source = sources.open_training(str(folder))
+    source = data_root.open_training(str(folder))
     with open(source.name(11), "wb") as file:  # the last apple: a bear stands in
         file.write(b"\xff\xd8 torn")
     recipe = recipe_for(folder)
-    groups = Groups(source, recipe)
+    groups = TrainGroups(source, recipe)
     batches = [groups[step, group] for step in range(5) for group in range(2)]  # > one epoch
     assert {i for batch in batches for i in batch.unreadable} == {11}
     again = [groups[step, group] for step in range(5) for group in range(2)]
@@ -101,11 +108,11 @@ def test_an_unreadable_image_is_replaced_by_the_next_one(folder):
 
 
 def test_a_run_of_unreadable_images_counts_slots_not_tries(folder):
-    source = sources.open_training(str(folder))
+    source = data_root.open_training(str(folder))
     for index in range(10):
         with open(source.name(index), "wb"):
             pass
-    groups = Groups(source, recipe_for(folder))
+    groups = TrainGroups(source, recipe_for(folder))
     batches = [groups[step, group] for step in range(4) for group in range(2)]
     assert sum(b.replaced for b in batches) <= 10 and max(b.replaced for b in batches) <= 4
     assert {i for b in batches for i in b.unreadable} == set(range(10))
@@ -115,14 +122,14 @@ def test_an_image_too_large_for_the_warp_is_unreadable(folder):
     import cv2
     import numpy
 
-    source = sources.open_training(str(folder))
+    source = data_root.open_training(str(folder))
     cv2.imwrite(source.name(0), numpy.zeros((2, 33_000, 3), numpy.uint8))
-    batches = [Groups(source, recipe_for(folder))[step, 0] for step in range(9)]
+    batches = [TrainGroups(source, recipe_for(folder))[step, 0] for step in range(9)]
     assert {i for b in batches for i in b.unreadable} == {0}
 
 
 def test_an_evaluation_shows_every_image_once(folder):
-    source = sources.open_validation(str(folder), ["apple", "bear", "cat"])
+    source = data_root.open_validation(str(folder), ["apple", "bear", "cat"])
     batches = list(evaluation_batches(source, 4, 32, Evaluate(), workers=0, pin=False))
     assert [int(b.mask.sum()) for b in batches] == [4, 4, 1]
     labels = [int(label) for b in batches for label in b.labels[b.mask]]
@@ -131,17 +138,17 @@ def test_an_evaluation_shows_every_image_once(folder):
 
 
 def test_an_unreadable_validation_image_is_counted_not_left_out(folder):
-    source = sources.open_validation(str(folder), ["apple", "bear", "cat"])
+    source = data_root.open_validation(str(folder), ["apple", "bear", "cat"])
     with open(source.name(2), "wb"):
         pass
-    batch = Batches(source, 9, 32, Evaluate())[0]
+    batch = EvalBatches(source, 9, 32, Evaluate())[0]
     assert batch.unreadable == [2] and batch.mask.all() and batch.images[2].max() == 0
 
 
 def test_an_image_that_vanishes_is_unreadable(folder):
-    source = sources.open_training(str(folder))
+    source = data_root.open_training(str(folder))
     shutil.rmtree(folder / "train" / "cat")
-    groups = Groups(source, recipe_for(folder))
+    groups = TrainGroups(source, recipe_for(folder))
     batches = [groups[step, group] for step in range(5) for group in range(groups.recipe.groups)]
     assert {index for batch in batches for index in batch.unreadable} == set(range(24, 36))
 
@@ -160,10 +167,10 @@ def test_folders_of_a_system_are_no_classes_and_not_read(folder, name, command):
         shutil.copy(folder / "val" / "cat" / "0.jpg", folder / place / name / "deeper" / "x.jpg")
         shutil.copy(folder / "val" / "cat" / "0.jpg", folder / place / name / "y.jpg")
     (folder / name).mkdir()
-    training, validation = sources.open_parts(str(folder))
+    training, validation = data_root.open_parts(str(folder))
     assert training.classes == validation.classes == ["apple", "bear", "cat"]
     assert len(training) == 36 and len(validation) == 9
-    assert len(sources.find_images([str(folder / "val")])) == 9
+    assert len(data_root.find_images([str(folder / "val")])) == 9
     done = command("main", "check", folder, "-j", 0)
     assert done.returncode == 0, done.stdout
     found = [line for line in done.stdout.splitlines() if "operating system" in line]
@@ -172,12 +179,12 @@ def test_folders_of_a_system_are_no_classes_and_not_read(folder, name, command):
 
 
 def test_files_of_a_system_are_counted_apart(folder):
-    from cspnet.data.check import check
+    from cspnet.datasets.check import check_dataset
 
     for name in ("Thumbs.db", "desktop.ini", ".DS_Store", "notes.txt"):
         (folder / "train" / "bear" / name).touch()
     (folder / "train" / "Thumbs.db").touch()
-    messages = [finding.message for finding in check(str(folder)).findings]
+    messages = [finding.message for finding in check_dataset(str(folder)).findings]
     (system,) = (text for text in messages if "operating system" in text)
     assert system.endswith("2 × Thumbs.db, 1 × .DS_Store, 1 × desktop.ini")
     (others,) = (text for text in messages if "of no image suffix" in text)
@@ -194,7 +201,7 @@ def test_folders_of_a_system_in_a_tar_file_are_no_classes(folder):
             member = tarfile.TarInfo(name)
             member.size = 1
             tar.addfile(member, io.BytesIO(b"x"))
-    source = sources.open_training(str(folder))
+    source = data_root.open_training(str(folder))
     assert source.classes == ["apple", "bear"] and len(source) == 2
 
 
@@ -203,4 +210,4 @@ def test_a_system_folder_makes_no_level_too_many(folder):
     shutil.rmtree(folder / "val")
     (folder / "val" / "lost+found").mkdir(parents=True)
     with pytest.raises(DataError, match="is empty"):
-        sources.open_parts(str(folder))
+        data_root.open_parts(str(folder))

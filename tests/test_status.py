@@ -8,9 +8,9 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from cspnet.errors import RecipeError
-from cspnet.report.history import read_run
-from cspnet.report.outlook import spell
-from cspnet.report.status import describe, exit_code
+from cspnet.recipe.eta import format_duration
+from cspnet.report.status import describe_run, status_exit_code
+from cspnet.run.reader import read_run
 
 RECIPE = "batch: 10\ngroup: 10\nlog_every: 10\nschedule: {steps: 1000}\n"
 START = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -45,7 +45,7 @@ def a_run(folder, record, history, written=10, recipe=RECIPE):
 
 
 def told(run, minutes):
-    return "\n".join(describe(run, START + timedelta(minutes=minutes)))
+    return "\n".join(describe_run(run, START + timedelta(minutes=minutes)))
 
 
 def test_a_run_that_goes_on(tmp_path):
@@ -81,7 +81,7 @@ def test_what_a_run_is_doing_without_a_lock(tmp_path, history, minutes, expected
     text = told(run, minutes)
     assert expected in text.splitlines()[0] and ".." not in text.splitlines()[0]
     assert ("done at" in text) == ("running since" in text)
-    assert exit_code(run, START + timedelta(minutes=minutes)) == code
+    assert status_exit_code(run, START + timedelta(minutes=minutes)) == code
 
 
 def test_the_lock_tells_a_dead_run_at_once(tmp_path):
@@ -89,19 +89,19 @@ def test_the_lock_tells_a_dead_run_at_once(tmp_path):
     run = a_run(tmp_path / "a run", [line(30)], [event("start", 0, 0)])
     at = START + timedelta(minutes=60)
     hold = (
-        "import pathlib, sys; from cspnet.train.lock import RunLock; c = RunLock(); "
+        "import pathlib, sys; from cspnet.run.lock import RunLock; c = RunLock(); "
         "c.take(pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     child = subprocess.Popen([sys.executable, "-c", hold, str(run.folder)], **pipes)
     assert child.stdout.readline() == b"held\n"
     assert (
-        "running since" in told(run, 60) and exit_code(run, at) == 0
+        "running since" in told(run, 60) and status_exit_code(run, at) == 0
     )  # silent for long, but alive
     child.kill()
     child.wait()
     first = told(run, 10.1).splitlines()[0]  # it wrote a moment ago
-    assert "DEAD" in first and exit_code(run, START + timedelta(minutes=10.1)) == 1
+    assert "DEAD" in first and status_exit_code(run, START + timedelta(minutes=10.1)) == 1
     assert f"cspnet-train --resume --output '{run.folder}'" in first
     child.stdin.close()
     child.stdout.close()
@@ -117,11 +117,11 @@ def test_a_slow_run_is_not_silent_between_two_lines(tmp_path):
 def test_what_is_left_counts_the_growth_of_the_images(tmp_path):
     """Step 400 has 96×96, those from 500 on have 128×128: 100 steps at the speed of now, 500 of
     (128 / 96)² of the work."""
-    sizes = "data: {start_size: 64, size: 128, full_size_from: 0.5}\n"
+    sizes = "data: {start_image_size: 64, size: 128, full_size_from: 0.5}\n"
     record = [line(400, images_per_second=500)]
     left = (100 + 500 * (128 / 96) ** 2) * 10 / 500
     run = a_run(tmp_path / "run", record, [event("start", 0, 0)], recipe=RECIPE + sizes)
-    assert f"; {spell(left)} left" in told(run, 11)
+    assert f"; {format_duration(left)} left" in told(run, 11)
 
 
 def test_before_the_first_line_and_of_another_folder(tmp_path):

@@ -15,7 +15,7 @@ def test_positions_of_groups_tile_the_stream():
         position
         for step in range(3)
         for group in range(4)
-        for position in stream.positions(step, group, batch=32, group_size=8)
+        for position in stream.group_positions(step, group, batch=32, group_size=8)
     ]
     assert seen == list(range(96))
 
@@ -29,12 +29,12 @@ def test_index_at_crosses_the_end_of_an_epoch():
 
 def test_random_numbers_belong_to_their_address():
     def draws(*address):
-        return stream.random(*address).random(4).tolist()
+        return stream.rng_for(*address).random(4).tolist()
 
     addresses = [
         (seed, domain, major, minor)
         for seed in (0, 1)
-        for domain in (stream.VIEW, stream.GROUP)
+        for domain in (stream.VIEW_DOMAIN, stream.GROUP_DOMAIN)
         for major in (0, 1, 10**9)
         for minor in (0, 1)
     ]
@@ -46,7 +46,7 @@ def test_random_numbers_belong_to_their_address():
 def test_the_order_is_pinned():
     """Another order would break the resumption of every run: these numbers must never change."""
     assert stream.permutation(0, 0, 10).tolist() == PINNED_ORDER
-    assert np.allclose(stream.random(1, stream.VIEW, 2, 3).random(2), PINNED_RANDOM, atol=0)
+    assert np.allclose(stream.rng_for(1, stream.VIEW_DOMAIN, 2, 3).random(2), PINNED_RANDOM, atol=0)
 
 
 PINNED_ORDER = [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]

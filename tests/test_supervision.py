@@ -11,12 +11,13 @@ import time
 import pytest
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from cspnet.data import examine, supervision
+from cspnet.data import supervision
 from cspnet.data.loader import evaluation_batches, training_groups
-from cspnet.data.sources import open_training
 from cspnet.data.supervision import WorkerMonitor
-from cspnet.errors import Stopped, WorkersLost
-from cspnet.schema import Evaluate
+from cspnet.datasets import inspect_file
+from cspnet.errors import StoppedError, WorkersFailedError
+from cspnet.recipe.schema import Evaluate
+from cspnet.sources.data_root import open_training
 from cspnet.train import loop
 from tests.test_loader import content, small
 from tests.test_loop import history, last, metrics, numbers, run, same
@@ -82,7 +83,7 @@ def test_the_third_death_gives_up(source):
     monitor = WorkerMonitor(lambda line: None)
     with (
         groups_of(source, monitor, steps=40) as groups,
-        pytest.raises(WorkersLost, match="3 times"),
+        pytest.raises(WorkersFailedError, match="3 times"),
     ):
         for _ in groups:
             for worker in multiprocessing.active_children():
@@ -130,7 +131,7 @@ def test_without_semaphores_the_main_process_decodes(source, no_semaphores, capf
 
 
 def test_without_semaphores_check_reads_the_files_itself(source, no_semaphores, capfd):
-    looks = [look for _, _, chunk in examine.looks([source], 2) for look in chunk]
+    looks = [look for _, _, chunk in inspect_file.looks([source], 2) for look in chunk]
     assert len(looks) == len(source) and all(look.digest for look in looks)
     assert "no worker process can be started (No space left" in capfd.readouterr().err
 
@@ -171,7 +172,7 @@ def test_workers_that_keep_dying_end_the_run_after_a_save(tiny, tmp_path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "to_device", killing)
-        with pytest.raises(Stopped, match=r"died 3 times .* saved at step") as stopped:
+        with pytest.raises(StoppedError, match=r"died 3 times .* saved at step") as stopped:
             run(recipe, tmp_path / "cut", workers=2)
     assert stopped.value.exit_code == 75
     assert last(tmp_path / "cut")["step"] >= 4 and history(tmp_path / "cut")[-1]["event"] == "stop"
@@ -191,7 +192,7 @@ def test_workers_that_die_at_once_do_not_ask_for_another_start(tiny, tmp_path, m
 
     monkeypatch.setattr(loop, "training_groups", killing)
     recipe = tiny("schedule.steps=30", "log_every=100", "save_every=2", "group=4")
-    with pytest.raises(WorkersLost, match=r"3 times .* images of step 1 or one of the next"):
+    with pytest.raises(WorkersFailedError, match=r"3 times .* images of step 1 or one of the next"):
         run(recipe, tmp_path / "other", workers=2)
     assert history(tmp_path / "other")[-1]["event"] == "fail"
 

@@ -8,37 +8,37 @@ import pytest
 import timm
 import torch
 
-from cspnet import recipe as recipes
 from cspnet.errors import CheckpointError, RecipeError
-from cspnet.export import ExportError, export
 from cspnet.nets import create
-from cspnet.nets.foreign import create_foreign
+from cspnet.nets.timm_net import create_timm_network
+from cspnet.recipe import load as recipes
+from cspnet.run.checkpoint import load_checkpoint
 from cspnet.train.adversarial import attack
-from cspnet.train.checkpoint import load as load_checkpoint
 from cspnet.train.optim import parameter_groups
-from cspnet.trained import build_net, open_trained, starting_net
+from cspnet.weights.export import ExportError, export_network
+from cspnet.weights.load import build_net, init_net, load_weights
 from tests.test_export import equal, run_lines, trained, views
 
-SMALL = ("data.size=64", "model.width=0.25")
+SMALL = ("data.image_size=64", "model.width=0.25")
 
 
 @pytest.fixture
 def weights(tmp_path):
     """A net of ten classes with lively statistics, as a safetensors file."""
     out = trained()
-    export(out, tmp_path / "net.safetensors")
+    export_network(out, tmp_path / "net.safetensors")
     return out, tmp_path / "net.safetensors"
 
 
 def wanted(path, *overrides):
     small = SMALL[:1] if any("timm/" in text for text in overrides) else SMALL
-    return recipes.load(None, [*small, f"model.weights={path}", *overrides])
+    return recipes.load_recipe(None, [*small, f"model.init_from={path}", *overrides])
 
 
 def test_another_set_of_classes_drops_the_classifier_alone(weights):
     out, path = weights
     recipe = wanted(path)
-    net, (remark,) = starting_net(recipe, [str(number) for number in range(7)])
+    net, (remark,) = init_net(recipe, [str(number) for number in range(7)])
     fresh, given = build_net(recipe, 7).state_dict(), out.net.state_dict()
     for name, tensor in net.state_dict().items():
         assert torch.equal(tensor, (fresh if name.startswith("head.") else given)[name]), name
@@ -48,9 +48,9 @@ def test_another_set_of_classes_drops_the_classifier_alone(weights):
 
 def test_as_many_classes_of_other_names_are_other_classes(weights):
     out, path = weights
-    same, (remark,) = starting_net(wanted(path), out.classes)
+    same, (remark,) = init_net(wanted(path), out.classes)
     assert equal(same, out.net) and "all" in remark
-    others, (remark,) = starting_net(wanted(path), [f"other {number}" for number in range(10)])
+    others, (remark,) = init_net(wanted(path), [f"other {number}" for number in range(10)])
     assert not torch.equal(others.head.fc.weight, out.net.head.fc.weight)
     assert "not loaded" in remark
 
@@ -65,11 +65,11 @@ def test_as_many_classes_of_other_names_are_other_classes(weights):
 )
 def test_weights_of_another_net_name_the_first_tensor(weights, override, told):
     with pytest.raises(CheckpointError, match=told):
-        starting_net(wanted(weights[1], override), ["a", "b"])
+        init_net(wanted(weights[1], override), ["a", "b"])
 
 
 def test_weights_that_go_with_another_activation_are_told(weights):
-    _, (_, *remarks) = starting_net(
+    _, (_, *remarks) = init_net(
         wanted(weights[1], "model.activation=leaky", "data.normalize=imagenet"), ["a", "b"]
     )
     assert [remark.split()[5] for remark in remarks] == [
@@ -96,7 +96,7 @@ def test_frozen_stages_stay_as_they_are_while_the_rest_learns():
 
 
 def test_the_backbone_learns_at_its_own_rate():
-    recipe = recipes.load(None, ["optim.learning_rate=0.2", "optim.backbone_lr=0.05"])
+    recipe = recipes.load_recipe(None, ["optim.learning_rate=0.2", "optim.backbone_lr=0.05"])
     for net in (create("cspdarknet53", classes=3, width=0.125), timms_net()):
         names = {id(weight): name for name, weight in net.named_parameters()}
         shares = {
@@ -111,16 +111,16 @@ def test_the_backbone_learns_at_its_own_rate():
 
 
 def timms_net():
-    return create_foreign("timm/resnet18", classes=3, size=64)
+    return create_timm_network("timm/resnet18", classes=3, size=64)
 
 
 def test_a_run_fine_tunes_and_its_resume_needs_the_first_weights_no_more(tmp_path, tiny, command):
-    out = trained("data.size=32", "model.width=0.125", live=False)
-    export(out, tmp_path / "net.safetensors")
+    out = trained("data.image_size=32", "model.width=0.125", live=False)
+    export_network(out, tmp_path / "net.safetensors")
     short = ["batch=8", "group=4", "schedule.steps=4", "schedule.warmup_steps=1", "save_every=2"]
     arguments = [
         *("--recipe", "finetune", "--data", "digits", "--output", "run"),
-        *("data.size=32", "model.width=0.125", "model.weights=net.safetensors", *short),
+        *("data.image_size=32", "model.width=0.125", "model.init_from=net.safetensors", *short),
     ]
     done = command("main_train", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -141,8 +141,8 @@ def test_a_run_fine_tunes_and_its_resume_needs_the_first_weights_no_more(tmp_pat
 def test_one_of_timms_nets_trains_evaluates_and_goes_back(tmp_path, command, folder):
     arguments = [
         *("--recipe", "cspdarknet53-omega", "--data", str(folder), "--output", "run"),
-        *("model.name=timm/resnet18", "data.size=64", "batch=8", "group=4"),
-        *("schedule.steps=2", "schedule.warmup_steps=1", "average.decay=0.9"),
+        *("model.name=timm/resnet18", "data.image_size=64", "batch=8", "group=4"),
+        *("schedule.steps=2", "schedule.warmup_steps=1", "ema.decay=0.9"),
     ]
     done = command("main_train", *arguments, "--passes", "2", cwd=tmp_path)
     assert done.returncode == 2 and "--passes 1" in done.stderr
@@ -158,14 +158,14 @@ def test_one_of_timms_nets_trains_evaluates_and_goes_back(tmp_path, command, fol
     assert done.returncode == 0, done.stderr
     scores = json.loads((tmp_path / "s.json").read_text())
     assert (scores["top1"], scores["loss"]) == (line["top1"], line["loss"])
-    out = open_trained(str(best))
+    out = load_weights(str(best))
     path = str(tmp_path / "net.safetensors")
-    assert equal(run_lines(export(out, tmp_path / "net.safetensors"))["net"], out.net)
-    back = open_trained(path)
+    assert equal(run_lines(export_network(out, tmp_path / "net.safetensors"))["net"], out.net)
+    back = load_weights(path)
     assert equal(back.net, out.net) and back.recipe == out.recipe and back.classes == out.classes
     for name in ("net.weights", "net.onnx"):
         with pytest.raises(ExportError, match="no Darknet file and no pyramid"):
-            export(out, tmp_path / name, pyramid=name.endswith(".onnx"))
+            export_network(out, tmp_path / name, pyramid=name.endswith(".onnx"))
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_one_of_timms_nets_trains_evaluates_and_goes_back(tmp_path, command, fol
 )
 def test_a_net_that_timm_has_not_or_that_wants_another_size(name, told):
     with pytest.raises(RecipeError, match=told):
-        build_net(recipes.load(None, ["data.size=64", f"model.name={name}"]), 3)
+        build_net(recipes.load_recipe(None, ["data.image_size=64", f"model.name={name}"]), 3)
 
 
 def test_a_bare_state_dict_starts_the_net_that_is_wanted(tmp_path):
@@ -185,43 +185,43 @@ def test_a_bare_state_dict_starts_the_net_that_is_wanted(tmp_path):
     state = {f"module.{name}": tensor for name, tensor in theirs.state_dict().items()}
     torch.save(state, tmp_path / "net.pth")
     recipe = wanted(tmp_path / "net.pth", "model.name=timm/resnet18")
-    net, _ = starting_net(recipe, ["a", "b", "c"])
+    net, _ = init_net(recipe, ["a", "b", "c"])
     assert equal(net, theirs)
-    net, (remark,) = starting_net(recipe, ["a", "b"])
+    net, (remark,) = init_net(recipe, ["a", "b"])
     assert net.fc.weight.shape[0] == 2 and "not loaded: fc.weight, fc.bias" in remark
     with pytest.raises(CheckpointError, match=r"has no matrix head\.fc\.weight"):
-        open_trained(str(tmp_path / "net.pth"))  # evaluation has no recipe to tell it the net
+        load_weights(str(tmp_path / "net.pth"))  # evaluation has no recipe to tell it the net
 
 
 def test_timms_pretrained_nets_come_with_timms_view(monkeypatch):
     real = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **o: real(name, **o))
-    found = open_trained("timm:resnet18.a1_in1k")
-    assert found.recipe.model.name == "timm/resnet18" and found.recipe.data.size == 224
+    found = load_weights("timm:resnet18.a1_in1k")
+    assert found.recipe.model.name == "timm/resnet18" and found.recipe.data.image_size == 224
     assert found.recipe.data.normalize == "imagenet" and found.classes[0] == "n01440764"
-    assert found.recipe.evaluate.crop == pytest.approx(found.net.default_cfg["crop_pct"])
-    ours = open_trained("timm:darknet53")
+    assert found.recipe.evaluate.crop_pct == pytest.approx(found.net.default_cfg["crop_pct"])
+    ours = load_weights("timm:darknet53")
     assert ours.recipe.model.name == "darknet53" and ours.recipe.model.leaky_slope == 0.01
-    half = open_trained("timm:vit_base_patch16_224.augreg_in21k_ft_in1k").recipe
+    half = load_weights("timm:vit_base_patch16_224.augreg_in21k_ft_in1k").recipe
     assert half.data.normalize == "custom" and half.data.mean == half.data.std == (0.5,) * 3
-    assert half.evaluate.resize == "bicubic"
+    assert half.evaluate.interpolation == "bicubic"
     with pytest.raises(RecipeError, match="multiple of 32"):
-        open_trained("timm:inception_v3.tf_in1k")  # 299×299
+        load_weights("timm:inception_v3.tf_in1k")  # 299×299
     with pytest.raises(CheckpointError, match="no net of this name"):
-        open_trained("timm:resnet81")
+        load_weights("timm:resnet81")
 
 
 def test_darknets_class_order_survives_every_way_back(tmp_path):
     """Out, labels shuffled as Darknet's list is, in, and out again: the very bytes and labels."""
     out = trained(classes=4)
-    export(out, tmp_path / "first.weights")
+    export_network(out, tmp_path / "first.weights")
     labels = ["cherry", "apple", "damson", "banana"]
     (tmp_path / "first.labels").write_text("\n".join(labels) + "\n")
-    back = open_trained(str(tmp_path / "first.weights"))
+    back = load_weights(str(tmp_path / "first.weights"))
     assert back.classes == sorted(labels) and back.seen == out.seen
-    export(back, tmp_path / "second.weights")
-    export(back, tmp_path / "between.safetensors")
-    export(open_trained(str(tmp_path / "between.safetensors")), tmp_path / "third.weights")
+    export_network(back, tmp_path / "second.weights")
+    export_network(back, tmp_path / "between.safetensors")
+    export_network(load_weights(str(tmp_path / "between.safetensors")), tmp_path / "third.weights")
     first = (tmp_path / "first.weights").read_bytes()
     for name in ("second", "third"):
         assert (tmp_path / f"{name}.weights").read_bytes() == first
@@ -234,32 +234,34 @@ def test_darknets_class_order_survives_every_way_back(tmp_path):
 def test_a_net_without_class_names_keeps_its_order_through_darknet(tmp_path):
     out = trained(classes=12, live=False)
     (tmp_path / "net.labels").write_text("stale\n")
-    remarks = export(replace(out, classes=None), tmp_path / "net.weights")
+    remarks = export_network(replace(out, classes=None), tmp_path / "net.weights")
     assert any("no class names" in remark for remark in remarks)
     assert (tmp_path / "net.names").read_text().split()[10] == "10"
-    back = open_trained(str(tmp_path / "net.weights"))
+    back = load_weights(str(tmp_path / "net.weights"))
     assert equal(back.net, out.net) and back.order is None and back.classes is None
 
 
 def test_a_darknet_file_without_labels_is_not_scored_by_guessing(tmp_path, command, folder):
     out = trained(classes=3, live=False)
-    export(out, tmp_path / "net.weights")
+    export_network(out, tmp_path / "net.weights")
     for suffix in (".data", ".labels", ".names"):
         (tmp_path / f"net{suffix}").unlink()
-    back = open_trained(str(tmp_path / "net.weights"))
+    back = load_weights(str(tmp_path / "net.weights"))
     assert back.classes is None and back.unordered
     done = command("main_eval", "--checkpoint", "net.weights", "--data", folder, cwd=tmp_path)
     assert done.returncode == 2 and "no net.data with a labels list" in done.stderr
-    export(back, tmp_path / "net.safetensors")  # the way through another file does not hide it
+    export_network(
+        back, tmp_path / "net.safetensors"
+    )  # the way through another file does not hide it
     for more, code in (((), 2), (("--class-order", "sorted"), 0)):
         call = ("--checkpoint", "net.safetensors", "--data", folder, *more)
         assert command("main_eval", *call, cwd=tmp_path).returncode == code
     starts = wanted(tmp_path / "net.weights")
     with pytest.raises(CheckpointError, match=r"model\.class_order"):
-        starting_net(starts, ["a", "b", "c"])
+        init_net(starts, ["a", "b", "c"])
     for order, count in (("sorted", "all"), ("fresh", "not loaded")):
         recipe = wanted(tmp_path / "net.weights", f"model.class_order={order}")
-        assert count in starting_net(recipe, ["a", "b", "c"])[1][-1]
+        assert count in init_net(recipe, ["a", "b", "c"])[1][-1]
     shutil.copy(tmp_path / "net.weights", tmp_path / "net.wts")
     with pytest.raises(CheckpointError, match="unknown suffix"):
-        open_trained(str(tmp_path / "net.wts"))
+        load_weights(str(tmp_path / "net.wts"))

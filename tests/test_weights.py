@@ -13,18 +13,19 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_dataset, create_transform
 
-from cspnet import recipe as recipes
-from cspnet.data import augment, decode
+from cspnet.data import augment
 from cspnet.errors import CheckpointError, RecipeError
-from cspnet.export import ExportError, export
+from cspnet.images import decode
 from cspnet.nets import create
-from cspnet.trained import name_classes, open_trained, starting_net
+from cspnet.recipe import load as recipes
+from cspnet.weights.export import ExportError, export_network
 from cspnet.weights.labels import natural_key, read_labels
+from cspnet.weights.load import init_net, load_weights, resolve_class_names
 from cspnet.weights.trained import Trained, build_net
 from tests.conftest import picture
 from tests.test_export import equal, trained
 
-SMALL = ("data.size=64", "model.width=0.125")
+SMALL = ("data.image_size=64", "model.width=0.125")
 TWELVE = [str(number) for number in range(1, 13)]
 
 
@@ -65,7 +66,7 @@ def test_nameless_weights_are_refused_where_the_orders_differ(tmp_path, command,
     net = nameless(tmp_path / "net.pth", 12)
     file = tmp_path / "net.pth"
     if ours:  # the way through our own file hides nothing
-        export(open_trained(str(file)), tmp_path / "net.safetensors")
+        export_network(load_weights(str(file)), tmp_path / "net.safetensors")
         file = tmp_path / "net.safetensors"
     root = folders(tmp_path / "data", TWELVE)
     call = ("main_eval", "--checkpoint", file, "--data", root, "--workers", "0", "--batch", "2")
@@ -74,7 +75,7 @@ def test_nameless_weights_are_refused_where_the_orders_differ(tmp_path, command,
     assert "class 1 would be '2' or '10'" in done.stderr and "--class-order" in done.stderr
     # Folders in code-point order have 12 in the fourth place, in natural order in the last.
     for order, place in (("natural", 11), ("sorted", TWELVE.index("9"))):
-        found = name_classes(open_trained(str(file)), sorted(TWELVE), "x", order)
+        found = resolve_class_names(load_weights(str(file)), sorted(TWELVE), "x", order)
         last = found.classes.index(TWELVE[place])
         assert found.net.head.fc.bias[last] == net.head.fc.bias[11]
         assert found.classes == sorted(TWELVE)
@@ -129,25 +130,29 @@ def test_an_order_that_does_not_matter_is_assumed_and_said(tmp_path, command):
 def test_names_that_timm_takes_for_equal_have_no_order(tmp_path):
     nameless(tmp_path / "net.pth", 3)
     for order in (None, "natural"):
-        found = open_trained(str(tmp_path / "net.pth"))
+        found = load_weights(str(tmp_path / "net.pth"))
         with pytest.raises(CheckpointError, match="01 and 1 are equal and come in any order"):
-            name_classes(found, ["01", "1", "2"], "net.pth", order)
-    assert name_classes(found, ["01", "1", "2"], "net.pth", "sorted").classes == ["01", "1", "2"]
+            resolve_class_names(found, ["01", "1", "2"], "net.pth", order)
+    assert resolve_class_names(found, ["01", "1", "2"], "net.pth", "sorted").classes == [
+        "01",
+        "1",
+        "2",
+    ]
 
 
 def test_a_thousand_classes_are_imagenets_unless_the_user_knows_better(tmp_path):
     nameless(tmp_path / "net.pth", 1000)
-    found = open_trained(str(tmp_path / "net.pth"))
+    found = load_weights(str(tmp_path / "net.pth"))
     assert found.classes[0] == "n01440764" and found.inferred
     synsets = found.classes
-    assert name_classes(found, synsets, "net.pth").order is None
+    assert resolve_class_names(found, synsets, "net.pth").order is None
     numbers = sorted(map(str, range(1000)))
-    assert name_classes(found, numbers, "net.pth", "natural").classes == numbers
+    assert resolve_class_names(found, numbers, "net.pth", "natural").classes == numbers
     # A run on as many other classes has a classifier of its own.
-    recipe = recipes.load(None, [f"model.weights={tmp_path / 'net.pth'}", *SMALL])
-    _, remarks = starting_net(recipe, numbers)
+    recipe = recipes.load_recipe(None, [f"model.init_from={tmp_path / 'net.pth'}", *SMALL])
+    _, remarks = init_net(recipe, numbers)
     assert any("not loaded: head.fc.weight" in remark for remark in remarks)
-    _, remarks = starting_net(recipe, synsets)
+    _, remarks = init_net(recipe, synsets)
     assert any("all 404 tensors loaded" in remark for remark in remarks)
 
 
@@ -156,8 +161,8 @@ def test_fine_tuning_takes_over_no_guessed_classifier(tmp_path):
     names = sorted(TWELVE)
 
     def start(*overrides):
-        weights = f"model.weights={tmp_path / 'net.pth'}"
-        return starting_net(recipes.load(None, [weights, *SMALL, *overrides]), names)
+        weights = f"model.init_from={tmp_path / 'net.pth'}"
+        return init_net(recipes.load_recipe(None, [weights, *SMALL, *overrides]), names)
 
     with pytest.raises(CheckpointError, match=r"class 1 would be.*model\.class_order"):
         start()
@@ -173,8 +178,8 @@ def test_fine_tuning_takes_over_no_guessed_classifier(tmp_path):
     assert net.head.fc.bias[names.index("12")] == bias[11]
     with pytest.raises(RecipeError, match=r"model\.class_order has no effect"):
         start("model.class_order=sorted")
-    with pytest.raises(RecipeError, match=r"model\.weights is not given"):
-        recipes.load(None, ["model.class_order=sorted"])
+    with pytest.raises(RecipeError, match=r"model\.init_from is not given"):
+        recipes.load_recipe(None, ["model.class_order=sorted"])
 
 
 def test_the_preview_needs_a_known_order_too(tmp_path, command):
@@ -230,11 +235,11 @@ def test_labels_by_option_and_beside_the_weights(tmp_path, command):
     done = command(*call, "--labels", "list", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "zebra" in done.stdout and "\x1b" not in done.stdout and "\\udcea" in done.stdout
-    export(open_trained(str(tmp_path / "net.pth")), tmp_path / "bare.safetensors")
+    export_network(load_weights(str(tmp_path / "net.pth")), tmp_path / "bare.safetensors")
     (tmp_path / "bare.labels").write_bytes((tmp_path / "list").read_bytes())
-    found = open_trained(str(tmp_path / "bare.safetensors"))
+    found = load_weights(str(tmp_path / "bare.safetensors"))
     assert found.classes == ["bee", "p\udceache\x1b[31m", "zebra"] and found.order == [2, 1, 0]
-    export(found, tmp_path / "named.safetensors")
+    export_network(found, tmp_path / "named.safetensors")
     done = command(*call[:4], "named.safetensors", "--labels", "list", cwd=tmp_path)
     assert done.returncode == 2 and "--labels list has no effect" in done.stderr
 
@@ -244,21 +249,21 @@ def darknet(tmp_path):
     """A `.weights` of three classes, written in tmp_path/out."""
     (tmp_path / "out").mkdir()
     out = trained(classes=3, live=False)
-    export(out, tmp_path / "out" / "net.weights")
+    export_network(out, tmp_path / "out" / "net.weights")
     return tmp_path / "out" / "net.weights"
 
 
 def test_a_missing_list_is_named(darknet, command, folder):
     data = darknet.with_suffix(".data")
     data.write_bytes(b"# donn\xe9es\nclasses = 5\nlabels = lists/a.txt # mine\nlabels=net.labels\n")
-    found = open_trained(str(darknet))
+    found = load_weights(str(darknet))
     told = "net.data names the list lists/a.txt # mine, which does not exist: no class names"
     assert found.classes is None and told in found.remarks
     assert "net.data says classes=5, the net has 3" in found.remarks
     done = command("main_eval", "--checkpoint", darknet, "--data", folder)
     assert done.returncode == 2 and "lists/a.txt # mine, which does not exist" in done.stderr
     data.write_text("top=5\n")
-    assert "has no line labels=FILE" in open_trained(str(darknet)).remarks[-1]
+    assert "has no line labels=FILE" in load_weights(str(darknet)).remarks[-1]
 
 
 def test_a_relative_list_is_darknets_or_beside_the_data(darknet, tmp_path, monkeypatch):
@@ -268,46 +273,48 @@ def test_a_relative_list_is_darknets_or_beside_the_data(darknet, tmp_path, monke
         (place / "lists").mkdir()
         (place / "lists" / "a.txt").write_text("x\ny\nz\n")
     monkeypatch.chdir(tmp_path)
-    assert open_trained(str(darknet)).classes == ["x", "y", "z"]
+    assert load_weights(str(darknet)).classes == ["x", "y", "z"]
     (tmp_path / "lists" / "a.txt").write_text("z\ny\nx\n")
     with pytest.raises(CheckpointError, match="the two differ"):
-        open_trained(str(darknet))
+        load_weights(str(darknet))
     (tmp_path / "lists" / "a.txt").unlink()
-    assert open_trained(str(darknet)).classes == ["x", "y", "z"]
+    assert load_weights(str(darknet)).classes == ["x", "y", "z"]
 
 
 def test_an_exported_data_file_works_from_any_folder(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     monkeypatch.chdir(tmp_path)
     out = trained(classes=3, live=False)
-    export(out, type(tmp_path)("out/net.weights"))
+    export_network(out, type(tmp_path)("out/net.weights"))
     lines = (tmp_path / "out" / "net.data").read_text().splitlines()
     options = dict(line.split("=") for line in lines)
     assert options["labels"] == str(tmp_path / "out" / "net.labels")
     assert options["names"] == str(tmp_path / "out" / "net.names")
     monkeypatch.chdir(tmp_path / "out")
-    assert open_trained("net.weights").classes == out.classes
+    assert load_weights("net.weights").classes == out.classes
     (tmp_path / "out").rename(tmp_path / "moved")
     monkeypatch.chdir("/")
-    assert open_trained(str(tmp_path / "moved" / "net.weights")).classes == out.classes
+    assert load_weights(str(tmp_path / "moved" / "net.weights")).classes == out.classes
 
 
 def test_class_names_of_any_bytes_go_through_darknet(tmp_path):
     names = sorted(["p\udceache", "caf\u00e9", "a\x1b[31mb"])
     net = trained(classes=3, live=False)
     out = Trained(net.net, net.recipe, names)
-    export(out, tmp_path / "net.weights")
+    export_network(out, tmp_path / "net.weights")
     content = (tmp_path / "net.labels").read_bytes()
     assert content == b"".join(os.fsencode(name) + b"\n" for name in names)
     assert b"\x1b" not in (tmp_path / "net.names").read_bytes()
-    export(out, tmp_path / "net.safetensors")
+    export_network(out, tmp_path / "net.safetensors")
     for suffix in (".weights", ".safetensors"):
-        assert open_trained(str(tmp_path / f"net{suffix}")).classes == names
+        assert load_weights(str(tmp_path / f"net{suffix}")).classes == names
     for name in ("apple\n2", "apple\r", ""):
         with pytest.raises(ExportError, match=r"cannot be a line of \.labels"):
-            export(Trained(net.net, net.recipe, [name, "x", "y"]), tmp_path / "no.weights")
+            export_network(Trained(net.net, net.recipe, [name, "x", "y"]), tmp_path / "no.weights")
     assert not list(tmp_path.glob("no.*"))
-    export(Trained(net.net, net.recipe, ["a\nb", "x", "y"]), tmp_path / "cut.weights", cut=105)
+    export_network(
+        Trained(net.net, net.recipe, ["a\nb", "x", "y"]), tmp_path / "cut.weights", cut=105
+    )
 
 
 # --- config.json
@@ -354,10 +361,10 @@ def test_a_hub_folder_is_opened_with_its_view_and_names(hub, tmp_path, command):
     view = timm.data.resolve_model_data_config(theirs)
     transform = create_transform(**view)
     for name in (hub, hub / "model.safetensors"):
-        found = open_trained(str(name))
+        found = load_weights(str(name))
         assert found.classes == ["ant", "bee", "zebra"] and found.order == [1, 2, 0]
         recipe = found.recipe
-        assert (recipe.data.size, recipe.evaluate.crop) == (64, 0.95)
+        assert (recipe.data.image_size, recipe.evaluate.crop_pct) == (64, 0.95)
         assert recipe.data.mean == recipe.data.std == (0.5, 0.5, 0.5)
     image = picture(1, 100, 150)
     square = decode.evaluation_view(image, 64, recipe.evaluate)
@@ -379,28 +386,31 @@ def test_a_hub_folder_is_opened_with_its_view_and_names(hub, tmp_path, command):
 
 def test_a_config_counts_in_fine_tuning_and_in_exports(hub, tmp_path):
     hub = hub(CONFIG)
-    model = ("model.name=timm/test_resnet", f"model.weights={hub}", "data.size=64")
-    net, remarks = starting_net(recipes.load(None, model), ["ant", "bee", "zebra"])
+    model = ("model.name=timm/test_resnet", f"model.init_from={hub}", "data.image_size=64")
+    net, remarks = init_net(recipes.load_recipe(None, model), ["ant", "bee", "zebra"])
     assert any("tensors loaded" in remark and "all" in remark for remark in remarks)
     assert any("go with data.normalize=custom, not none" in remark for remark in remarks)
-    found = open_trained(str(hub))
+    found = load_weights(str(hub))
     assert torch.equal(net.fc.weight, found.net.fc.weight)
-    export(found, tmp_path / "net.safetensors")
-    back = open_trained(str(tmp_path / "net.safetensors"))
+    export_network(found, tmp_path / "net.safetensors")
+    back = load_weights(str(tmp_path / "net.safetensors"))
     assert back.recipe == found.recipe and back.classes == found.classes
     assert back.order == found.order and equal(back.net, found.net)
 
 
 def test_keys_that_are_missing_have_timms_defaults(hub):
     hub = hub({"architecture": "test_resnet.r160_in1k", "labels": ["b", "a", "c"]})
-    recipe = open_trained(str(hub)).recipe
+    recipe = load_weights(str(hub)).recipe
     view = timm.data.resolve_data_config(
         pretrained_cfg=timm.models.PretrainedCfg(architecture="test_resnet").to_dict()
     )
-    assert recipe.data.size == view["input_size"][1] == 224
-    assert (recipe.evaluate.crop, recipe.evaluate.resize) == (view["crop_pct"], "bicubic")
+    assert recipe.data.image_size == view["input_size"][1] == 224
+    assert (recipe.evaluate.crop_pct, recipe.evaluate.interpolation) == (
+        view["crop_pct"],
+        "bicubic",
+    )
     assert recipe.data.normalize == "imagenet" and view["mean"] == augment.IMAGENET_MEAN
-    assert open_trained(str(hub)).classes == ["a", "b", "c"]
+    assert load_weights(str(hub)).classes == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("activation", ["mish", "leaky_relu"])
@@ -408,7 +418,7 @@ def test_a_config_of_a_net_of_ours(hub, tmp_path, activation):
     net = timm.create_model("cspdarknet53", num_classes=3, act_layer=activation).eval()
     save_file(net.state_dict(), tmp_path / "hf" / "model.safetensors")
     own = {**CONFIG, "architecture": "cspdarknet53", "model_args": {"act_layer": activation}}
-    found = open_trained(str(hub(own)))
+    found = load_weights(str(hub(own)))
     assert found.recipe.model.name == "cspdarknet53"
     pixels = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
@@ -435,7 +445,7 @@ OWN = {**CONFIG, "architecture": "cspdarknet53"}
         ({**CONFIG, "pretrained_cfg": {**VIEW, "mean": [0.5]}}, r"mean is \[0\.5\], not three"),
         ({**CONFIG, "pretrained_cfg": {**VIEW, "std": [0, 1, 1]}}, "data.std is .* must be"),
         ({**CONFIG, "pretrained_cfg": {**VIEW, "crop_pct": "x"}}, "crop_pct is 'x'"),
-        ({**CONFIG, "pretrained_cfg": {**VIEW, "crop_pct": 1.5}}, "evaluate.crop is 1.5"),
+        ({**CONFIG, "pretrained_cfg": {**VIEW, "crop_pct": 1.5}}, "evaluate.crop_pct is 1.5"),
         ({**CONFIG, "pretrained_cfg": {**VIEW, "input_size": [1, 64, 64]}}, "RGB squares"),
         ({**CONFIG, "pretrained_cfg": {**VIEW, "input_size": [3, 65, 65]}}, "multiple of 32"),
         ({**CONFIG, "num_classes": 0}, "has no classifier"),
@@ -451,7 +461,7 @@ OWN = {**CONFIG, "architecture": "cspdarknet53"}
 )
 def test_a_config_that_cannot_be_used_gives_one_message(hub, content, told):
     with pytest.raises(CheckpointError, match=told) as caught:
-        open_trained(str(hub(content)))
+        load_weights(str(hub(content)))
     assert "\n" not in str(caught.value)
 
 
@@ -459,14 +469,14 @@ def test_folders_and_files_that_are_not_the_hubs(hub, tmp_path):
     folder = hub(CONFIG)
     (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"has a config\.json, but no model\.safetensors"):
-        open_trained(str(folder))
+        load_weights(str(folder))
     (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match="is a folder"):
-        open_trained(str(folder))
+        load_weights(str(folder))
     # Beside a file of another name a config.json may be another program's.
     nameless(folder / "net.pth", 3)
     (folder / "config.json").write_text('{"lr": 0.1}')
-    assert open_trained(str(folder / "net.pth")).recipe.data.normalize == "imagenet"
+    assert load_weights(str(folder / "net.pth")).recipe.data.normalize == "imagenet"
 
 
 # --- files and paths
@@ -476,7 +486,7 @@ def test_folders_and_files_that_are_not_the_hubs(hub, tmp_path):
 def test_exports_have_the_mode_of_other_files(tmp_path, suffix):
     before = os.umask(0o027)
     try:
-        export(trained(live=False), tmp_path / f"net{suffix}")
+        export_network(trained(live=False), tmp_path / f"net{suffix}")
     finally:
         os.umask(before)
     modes = {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()}
@@ -492,10 +502,10 @@ def test_paths_of_any_bytes(tmp_path, command, suffix):
     if suffix == ".pth":
         nameless(file, 3)
     else:
-        export(out, file)
+        export_network(out, file)
     assert os.fsencode(file.name) in os.listdir(os.fsencode(folder))
     if suffix != ".onnx":
-        assert open_trained(str(file)).net.classes == 3
+        assert load_weights(str(file)).net.classes == 3
         cv2.imwrite(str(tmp_path / "a.png"), picture(0))
         call = (
             "predict",
@@ -524,22 +534,22 @@ def test_a_checkpoint_out_of_reach_gives_one_message(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "stat", forbidden)
     for name in ("best.pt", "net.safetensors", "net.weights", "net.pth", "net", "hf/"):
         with pytest.raises(CheckpointError, match="cannot be read: Permission denied"):
-            open_trained(str(tmp_path / name))
+            load_weights(str(tmp_path / name))
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="cannot be read: File name too long"):
-        open_trained("x" * 300 + ".pth")
+        load_weights("x" * 300 + ".pth")
 
 
 def test_what_is_no_file_is_said(tmp_path):
     for name in ("net.safetensors", "net.weights", "net.pth"):
         with pytest.raises(CheckpointError, match="does not exist"):
-            open_trained(str(tmp_path / name))
+            load_weights(str(tmp_path / name))
         (tmp_path / name).mkdir()
         with pytest.raises(CheckpointError, match="is a folder"):
-            open_trained(str(tmp_path / name))
+            load_weights(str(tmp_path / name))
     (tmp_path / "line\nbreak").mkdir()
     with pytest.raises(ExportError, match="has a line break"):
-        export(trained(classes=3, live=False), tmp_path / "line\nbreak" / "net.weights")
+        export_network(trained(classes=3, live=False), tmp_path / "line\nbreak" / "net.weights")
 
 
 def test_numbers_of_the_normalisation_are_checked():
@@ -551,8 +561,8 @@ def test_numbers_of_the_normalisation_are_checked():
         (["data.normalize=custom", "data.mean=[0,0,0]", "data.std=[1,0,1]"], "must be between"),
     ):
         with pytest.raises(RecipeError, match=told):
-            recipes.load(None, overrides)
+            recipes.load_recipe(None, overrides)
     given = ["data.normalize=custom", "data.mean=[0.5,0.1,0.3]", "data.std=[1,0.5,1]"]
-    recipe = recipes.load(None, given)
-    assert recipes.from_text(recipes.to_text(recipe)) == recipe
+    recipe = recipes.load_recipe(None, given)
+    assert recipes.recipe_from_yaml(recipes.recipe_to_yaml(recipe)) == recipe
     assert build_net(recipe, 2) and np.isclose(recipe.data.mean[1], 0.1)

@@ -10,11 +10,11 @@ import sys
 import pytest
 import torch
 
-from cspnet import recipe as recipes
-from cspnet.train.adversarial import attacked
-from cspnet.train.checkpoint import load
-from cspnet.train.world import World
-from cspnet.trained import build_net
+from cspnet.recipe import load as recipes
+from cspnet.run.checkpoint import load_checkpoint
+from cspnet.runtime.distributed import Processes
+from cspnet.train.adversarial import attack_mask
+from cspnet.weights.load import build_net
 from tests.conftest import ROOT, TINY
 
 # A process of a run. What happens to it is in PLAN: its death after a save, for one.
@@ -49,9 +49,9 @@ def is_save_due(state):
     return due(state)
 loop.is_save_due = is_save_due
 if "double" in plan:
-    from cspnet.evaluate import Scores
+    from cspnet.inference.evaluate import Scores
     from cspnet.train import job
-    from cspnet.trained import build_net
+    from cspnet.weights.load import build_net
     to_device = loop.to_device
     loop.to_device = lambda *those: tuple(part.double() for part in to_device(*those))
     loop.show_samples = lambda *_: None
@@ -71,8 +71,8 @@ main_train()
 """
 RUN = [
     *TINY,
-    *("batch=32", "schedule.steps=5", "optim.learning_rate=0.02", "average.decay=0.8"),
-    *("adversarial.strength=5", "adversarial.probability=0.5", "schedule.warmup_steps=1"),
+    *("batch=32", "schedule.steps=5", "optim.learning_rate=0.02", "ema.decay=0.8"),
+    *("adversarial.step_size=5", "adversarial.probability=0.5", "schedule.warmup_steps=1"),
 ]
 
 
@@ -112,7 +112,7 @@ def ended(processes, timeout=120):
 def run(size, output, *overrides, **how):
     codes, told = ended(started(size, output, *overrides, **how))
     assert codes == [0] * size, told
-    return load(output / "checkpoints" / "last.pt")
+    return load_checkpoint(output / "checkpoints" / "last.pt")
 
 
 def lines(output):
@@ -145,7 +145,7 @@ def exact(tmp_path_factory):
     return output, run(1, output, *EXACT, plan={"double": True})
 
 
-EXACT = ("data.size=64", "optim.learning_rate=0.1")
+EXACT = ("data.image_size=64", "optim.learning_rate=0.1")
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -155,8 +155,8 @@ def test_several_processes_are_one(exact, tmp_path, size):
     In float64: rounding in float32, whose order is another one, is blown up at this rate.
     """
     output, one = exact
-    recipe = recipes.from_text(one["recipe"])
-    coins = [attacked(recipe, step, range(4)) for step in range(5)]
+    recipe = recipes.recipe_from_yaml(one["recipe"])
+    coins = [attack_mask(recipe, step, range(4)) for step in range(5)]
     assert any(c.any() for c in coins) and not all(c.all() for c in coins)
     several = run(size, tmp_path / "run", *EXACT, plan={"double": True})
     fresh = build_net(recipe, 10).state_dict()
@@ -171,7 +171,7 @@ def test_several_processes_are_one(exact, tmp_path, size):
 
 def test_the_groups_of_a_step_are_dealt_out_once():
     for size in (1, 2, 4):
-        dealt = [group for rank in range(size) for group in World(rank, size).share_of(4)]
+        dealt = [group for rank in range(size) for group in Processes(rank, size).share_of(4)]
         assert dealt == [0, 1, 2, 3]
 
 
@@ -198,7 +198,7 @@ def test_a_signal_to_one_process_stops_all_after_a_save(tmp_path):
     assert codes == [75, 75], told
     # It came after the processes had asked each other in step 2.
     assert "SIGTERM: saved at step 3" in told[0] and told[1] == ""
-    assert load(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 3
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 3
 
 
 def test_a_process_that_hangs_ends_the_others_and_loses_nothing(tmp_path):
@@ -214,13 +214,15 @@ def test_a_process_that_hangs_ends_the_others_and_loses_nothing(tmp_path):
     assert first.returncode == 1, told
     assert "cannot reach the others: one has ended, or has done nothing" in told
     assert "Traceback" not in told
-    assert load(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 2  # whence a run goes on
+    assert (
+        load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 2
+    )  # whence a run goes on
 
 
 def test_a_disk_that_is_full_for_the_first_process_pauses_the_saving_of_all(tmp_path):
     codes, told = ended(started(2, tmp_path / "run", plan={"full_at": 2}))
     assert codes == [0, 0], told
-    assert load(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 5
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 5
 
 
 @pytest.mark.parametrize(
@@ -328,6 +330,6 @@ def test_two_nodes_of_torchrun_survive_the_death_of_a_process(tmp_path):
     history = [json.loads(x) for x in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
     events = [line["event"] for line in history]
     assert events[0] == "start" and "resume" in events and events[-1] == "done"
-    last = load(tmp_path / "run" / "checkpoints" / "last.pt")
+    last = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
     assert apart(last["state_dict"], undisturbed["state_dict"], lambda k: True) == 0
     assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4, 5]

@@ -13,31 +13,31 @@ from typing import Annotated
 import typer
 
 from cspnet import __version__
-from cspnet.cli.datasets import check, data, index, pack
+from cspnet.cli.datasets import check_command, index_command, pack_command, prepare_command
 from cspnet.cli.hints import RecipeCommand
-from cspnet.cli.options import is_first, restarts
-from cspnet.cli.planning import plan, status
-from cspnet.cli.reports import compare, report
-from cspnet.cli.results import evaluate, export, predict
-from cspnet.cli.training import preview, train
-from cspnet.console import configure_streams, require_utf8
-from cspnet.display import printable
-from cspnet.errors import CspnetError, Stopped
+from cspnet.cli.options import is_rank_zero, max_restarts
+from cspnet.cli.planning import plan_command, status_command
+from cspnet.cli.reports import compare_command, report_command
+from cspnet.cli.results import eval_command, export_command, predict_command
+from cspnet.cli.training import preview_command, train_command
+from cspnet.console import ensure_utf8_mode, escape_unencodable_output
+from cspnet.errors import CspnetError, StoppedError
+from cspnet.text import printable
 
 COMMANDS = {
-    "train": train,
-    "eval": evaluate,
-    "predict": predict,
-    "data": data,
-    "check": check,
-    "index": index,
-    "pack": pack,
-    "plan": plan,
-    "status": status,
-    "preview": preview,
-    "export": export,
-    "report": report,
-    "compare": compare,
+    "train": train_command,
+    "eval": eval_command,
+    "predict": predict_command,
+    "data": prepare_command,
+    "check": check_command,
+    "index": index_command,
+    "pack": pack_command,
+    "plan": plan_command,
+    "status": status_command,
+    "preview": preview_command,
+    "export": export_command,
+    "report": report_command,
+    "compare": compare_command,
 }
 WITH_RECIPE = ("train", "plan", "preview")  # those that take overrides of a recipe
 
@@ -79,18 +79,18 @@ def _run(app: typer.Typer) -> None:
     Of several processes the first one tells what all of them find; what befalls another one alone
     is told with its number.
     """
-    require_utf8()
-    configure_streams()
+    ensure_utf8_mode()
+    escape_unencodable_output()
     streams = sys.stdout, sys.stderr
     try:
         app()
-    except Stopped as stopped:
-        if is_first():
+    except StoppedError as stopped:
+        if is_rank_zero():
             print(stopped, file=sys.stderr)
-        sys.exit(0 if restarts() else stopped.exit_code)  # else torchrun would start it again
+        sys.exit(0 if max_restarts() else stopped.exit_code)  # else torchrun would start it again
     except CspnetError as error:
-        who = "" if is_first() else f"process {os.environ['RANK']}: "
-        if is_first() or error.exit_code != 2 or os.environ.get("LOCAL_RANK") == "0":
+        who = "" if is_rank_zero() else f"process {os.environ['RANK']}: "
+        if is_rank_zero() or error.exit_code != 2 or os.environ.get("LOCAL_RANK") == "0":
             print(f"error: {who}{error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:  # `cspnet … | head`

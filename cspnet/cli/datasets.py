@@ -9,13 +9,13 @@ from typing import Annotated
 
 import typer
 
-from cspnet.cli.options import Workers, complete_data, require_folder, write_text
-from cspnet.display import printable
+from cspnet.cli.options import Workers, complete_data, require_writable, write_text
 from cspnet.errors import RecipeError
-from cspnet.shell import command
+from cspnet.shell import command_line
+from cspnet.text import printable
 
 
-def data(
+def prepare_command(
     name: Annotated[
         str,
         typer.Argument(
@@ -37,17 +37,17 @@ def data(
     an account; the two small ones are downloaded where they are not there yet. Interrupted, it goes
     on with the same command.
     """
-    from cspnet.data.fetch import fetch
+    from cspnet.datasets.download import fetch
 
     to = Path("data") / name if to is None else to
     with _progress(name) as progress:
         new = fetch(name, to, archives, lambda line: print(line, flush=True), progress)
     state = "ready" if new else "there already, nothing to do"
-    look = command("cspnet", "check", to)
+    look = command_line("cspnet", "check", to)
     print(f"{printable(str(to))}: train/ and val/ are {state}; look at it: {look}")
 
 
-def check(
+def check_command(
     data: Annotated[
         str,
         typer.Argument(
@@ -67,9 +67,9 @@ def check(
     Counts the classes, compares those of train/ and val/, reads every file, and looks for pictures
     that lie there twice. The exit code is 1 where something is wrong, 2 where the path is.
     """
-    from cspnet.data.check import check as look_through
+    from cspnet.datasets.check import check_dataset as look_through
 
-    require_folder("--json", json_file)
+    require_writable("--json", json_file)
     with _progress("files") as progress:
         report = look_through(data, _processes(workers), progress)
     if json_file:
@@ -80,7 +80,7 @@ def check(
         raise typer.Exit(1)
 
 
-def index(
+def index_command(
     data: Annotated[
         str,
         typer.Argument(
@@ -96,23 +96,23 @@ def index(
     where it is missing or old. This one is always made anew, and names all that is wrong. The exit
     code is 1 where something in a tar file is wrong, 2 where the path is.
     """
-    from cspnet.data.members import Unfit
-    from cspnet.data.names import TRAINING
-    from cspnet.data.parquet import Parquets
-    from cspnet.data.shards import Shards, Tars
-    from cspnet.data.sources import places, require_classes
     from cspnet.errors import DataError
+    from cspnet.sources.data_root import places, require_classes
+    from cspnet.sources.names import TRAINING
+    from cspnet.sources.parquet import ParquetSet
+    from cspnet.sources.tar_members import TarError
+    from cspnet.sources.tar_set import TarSet, TarSource
 
     lines, sources, wrong = [], [], False
     for name, place in places(data, "Give a data root or a folder of tar files").items():
-        if not isinstance(place, Tars):
-            kind = "parquet files" if isinstance(place, Parquets) else "class folders"
+        if not isinstance(place, TarSet):
+            kind = "parquet files" if isinstance(place, ParquetSet) else "class folders"
             lines.append(("", f"{name}: {kind}, which need no index"))
             continue
         try:
             with _progress("tar files") as progress:
-                source = Shards(place, save=True, again=True, progress=progress)
-        except Unfit as error:
+                source = TarSource(place, save=True, again=True, progress=progress)
+        except TarError as error:
             wrong = True
             lines += [("error", f"error: {name}: {problem}") for problem in error.problems]
             continue
@@ -130,7 +130,7 @@ def index(
         raise typer.Exit(1)
 
 
-def pack(
+def pack_command(
     data: Annotated[
         str,
         typer.Argument(metavar="DATA", help="Data root; it stays as it is.", show_default=False),
@@ -140,7 +140,8 @@ def pack(
     quality: Annotated[int, typer.Option(min=1, max=100, help="Quality of the JPEGs.")] = 92,
     shard_mb: Annotated[int, typer.Option(min=1, help="MB of a tar file.")] = 256,
     labels: Annotated[
-        str, typer.Option(metavar="index|name", help="What a .cls holds: class index, or name.")
+        str,
+        typer.Option(metavar="index_command|name", help="What a .cls holds: class index, or name."),
     ] = "index",
     workers: Workers = None,
 ) -> None:
@@ -150,8 +151,8 @@ def pack(
     byte; the others lose detail for good. Interrupted, it goes on with the same command. The exit
     code is 1 where images could not be read: they are named and left out.
     """
-    from cspnet.data.pack import Settings, summary
-    from cspnet.data.pack import pack as pack_parts
+    from cspnet.datasets.pack import Settings, summary
+    from cspnet.datasets.pack import pack as pack_parts
 
     if labels not in ("name", "index"):
         raise RecipeError(f"--labels {labels}: must be name or index")

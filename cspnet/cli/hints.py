@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 from typer.core import TyperCommand
 
-from cspnet.aliases import assignment, hint, last_part
 from cspnet.errors import RecipeError
-from cspnet.shell import quote
+from cspnet.recipe.aliases import alias_hint, format_override, leaf_name
+from cspnet.shell import shell_quote
 
 # By option: what others call it.
 _OPTIONS = {
@@ -64,18 +64,18 @@ def _unknown(arguments: list[str], options: set[str]) -> Iterator[str]:
 
 
 def _instead(name: str, value: str | None, options: set[str]) -> str:
-    from cspnet.recipe import flatten
-    from cspnet.schema import Recipe
+    from cspnet.recipe.load import flatten
+    from cspnet.recipe.schema import Recipe
 
-    other, _, rest = _BY_NAME.get(last_part(name), "").partition(" ")
+    other, _, rest = _BY_NAME.get(leaf_name(name), "").partition(" ")
     if other in options:
         placeholder = rest.isupper() and value is not None
-        return f"here it is {other} {quote(value) if placeholder else rest}"
-    if text := hint(name, value):
+        return f"here it is {other} {shell_quote(value) if placeholder else rest}"
+    if text := alias_hint(name, value):
         return text
     spelt = name.lower().replace("-", "_")
     fields = [key for key, _ in flatten(Recipe())]
-    fields = [key for key in fields if spelt in (key, last_part(key))]
+    fields = [key for key in fields if spelt in (key, leaf_name(key))]
     if not fields:
         return ""
-    return "it is a recipe field: " + " or ".join(assignment(key, value) for key in fields)
+    return "it is a recipe field: " + " or ".join(format_override(key, value) for key in fields)

@@ -11,19 +11,19 @@ from cspnet.errors import RecipeError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from cspnet.schema import Data
-    from cspnet.train.runtime import Precision
-    from cspnet.trained import Trained
+    from cspnet.recipe.schema import Data
+    from cspnet.runtime.device import Precision
+    from cspnet.weights.load import Trained
 
 
 def complete_recipe(incomplete: str) -> list[str]:
     """Names of shipped recipes, and recipe files in the folder that is being typed."""
-    from cspnet.recipe import shipped
+    from cspnet.recipe.load import builtin_recipes
 
     folder = Path(incomplete) if incomplete.endswith("/") else Path(incomplete).parent
     found = [*folder.glob("*.yaml"), *folder.glob("*.yml")]
     below = [f"{path}/" for path in folder.glob("*") if path.is_dir() and "/" in incomplete]
-    names = [*shipped(), *sorted(map(str, found)), *sorted(below)]
+    names = [*builtin_recipes(), *sorted(map(str, found)), *sorted(below)]
     return [name for name in names if name.startswith(incomplete)]
 
 
@@ -34,9 +34,9 @@ def complete_memory(incomplete: str) -> list[str]:
 
 def complete_data(incomplete: str) -> list[str]:
     """The data sets that `cspnet data` knows."""
-    from cspnet.data.layout import KNOWN
+    from cspnet.sources.messages import DOWNLOADABLE
 
-    return [name for name in KNOWN if name.startswith(incomplete)]
+    return [name for name in DOWNLOADABLE if name.startswith(incomplete)]
 
 
 RecipeName = typer.Option(
@@ -84,12 +84,12 @@ Workers = Annotated[
     int | None,
     typer.Option("--workers", "-j", help="Processes that decode images.", show_default="auto"),
 ]
-Batch = Annotated[
+BatchSize = Annotated[
     int | None, typer.Option(min=1, help="Images at once.", show_default="the recipe's")
 ]
 
 
-def remarks_only() -> "Console":
+def warning_console() -> "Console":
     """A console for --quiet: it prints what has a colour, which is what may be wrong."""
     from rich.console import Console
 
@@ -102,29 +102,29 @@ def remarks_only() -> "Console":
     return Remarks(soft_wrap=True, markup=False, highlight=False, force_terminal=False)
 
 
-def is_first() -> bool:
+def is_rank_zero() -> bool:
     """Whether this process is the only one, or the first of those that torchrun has started."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def restarts() -> int:
+def max_restarts() -> int:
     """How often torchrun starts its processes again where one ends with another code than 0."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
 
 
-def facts(trained: "Trained", precision: "Precision") -> list[str]:
+def describe_network(trained: "Trained", precision: "Precision") -> list[str]:
     """What a net is, and how its images are prepared, in lines for people."""
     recipe, how = trained.recipe, trained.recipe.evaluate
     return [
         *trained.remarks,
         f"{recipe.model.name}, step {trained.step:,}, "
         f"{'averaged' if trained.averaged else 'raw'} weights; as it was trained for: "
-        f"view {recipe.data.size}x{recipe.data.size}, crop {how.crop:g}, resize {how.resize}, "
-        f"normalize {normalization(recipe.data)}; {precision.name}",
+        f"view {recipe.data.image_size}x{recipe.data.image_size}, crop {how.crop_pct:g}, resize {how.interpolation}, "
+        f"normalize {describe_normalization(recipe.data)}; {precision.name}",
     ]
 
 
-def normalization(data: "Data") -> str:
+def describe_normalization(data: "Data") -> str:
     """How images are normalised, in a few words."""
     if data.normalize != "custom":
         return data.normalize
@@ -132,7 +132,7 @@ def normalization(data: "Data") -> str:
     return f"mean ({mean}) std ({std})"
 
 
-def require_folder(option: str, file: Path | None) -> None:
+def require_writable(option: str, file: Path | None) -> None:
     """Raises RecipeError unless the file of an option can be in its folder."""
     if file and (file.is_dir() or not file.absolute().parent.is_dir()):
         raise RecipeError(f"{option} {file}: must be a file in a folder that exists")

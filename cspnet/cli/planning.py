@@ -12,19 +12,19 @@ from cspnet.cli.options import (
     Overrides,
     RecipeName,
     Workers,
-    require_folder,
+    require_writable,
     write_text,
 )
 from cspnet.cli.training import Compile, Memory, Output, Passes, passes_of
 from cspnet.errors import RecipeError
 
 if TYPE_CHECKING:
-    from cspnet.schema import Recipe
-    from cspnet.train.forecast import Forecast
-    from cspnet.train.plan import Plan
+    from cspnet.plan.forecast import Forecast
+    from cspnet.plan.measure import Plan
+    from cspnet.recipe.schema import Recipe
 
 
-def plan(
+def plan_command(
     recipe: Annotated[str, RecipeName],
     overrides: Overrides = None,
     data: DataRoot = None,
@@ -50,11 +50,11 @@ def plan(
     From some real steps on this machine, in a folder that is removed again. With --gpu, a
     prediction from counted bytes and the card's data sheet; no step is run and no data needed.
     """
-    from cspnet import recipe as recipes
+    from cspnet.recipe import load as recipes
 
-    require_folder("--json", json_file)
-    path = recipes.find(recipe)
-    resolved = recipes.load(path, overrides or [], data)
+    require_writable("--json", json_file)
+    path = recipes.find_recipe(recipe)
+    resolved = recipes.load_recipe(path, overrides or [], data)
     if gpu:
         given = {"--output": output, "--workers": workers, "--passes": passes, "--compile": compile}
         idle = [option for option, value in given.items() if value is not None]
@@ -65,10 +65,10 @@ def plan(
     else:
         from rich.console import Console
 
-        from cspnet.train.plan import plan as measure
-        from cspnet.train.runtime import Place
+        from cspnet.plan.measure import measure_plan as measure
+        from cspnet.runtime.device import RunOptions
 
-        place = Place(
+        place = RunOptions(
             output=output or Path("runs") / path.stem,
             device=device,
             workers=workers,
@@ -87,7 +87,7 @@ def plan(
         write_text(json_file, json.dumps(content, indent=2) + "\n")
 
 
-def status(
+def status_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)],
 ) -> None:
     """How far is it? cspnet status runs/cspdarknet53-omega
@@ -96,22 +96,22 @@ def status(
     The exit code is 0 where the run is running or complete, 75 where it was stopped after a save, 1
     where it failed or its process is gone.
     """
-    from cspnet.report.history import read_run
-    from cspnet.report.status import describe, exit_code
+    from cspnet.report.status import describe_run, status_exit_code
+    from cspnet.run.reader import read_run
 
     found = read_run(run)
-    print("\n".join(describe(found)))
-    raise typer.Exit(exit_code(found))
+    print("\n".join(describe_run(found)))
+    raise typer.Exit(status_exit_code(found))
 
 
 def _measured(recipe: "Recipe", plan: "Plan", output: Path) -> list[str]:
     """The plan in lines for people."""
-    from cspnet.report.outlook import spell, when
-    from cspnet.train.plan import occasions
+    from cspnet.plan.measure import count_validations_and_saves
+    from cspnet.recipe.eta import format_duration, format_eta
 
     where = "of the machine's" if plan.device == "cpu" else "of the device's"
     peaks = "; ".join(f"{gb:.2f} GB with {what}" for what, gb in plan.memory_gb.items())
-    validations, saves = occasions(recipe)
+    validations, saves = count_validations_and_saves(recipe)
     steps = ", ".join(f"{seconds:.3g} s at {s}×{s}" for s, seconds in plan.step_seconds.items())
     attack = f"; the attack adds up to {plan.attack_seconds:.3g} s" * bool(plan.attack_seconds)
     disk = plan.checkpoints * plan.checkpoint_gb
@@ -125,8 +125,8 @@ def _measured(recipe: "Recipe", plan: "Plan", output: Path) -> list[str]:
         f"held up by  {plan.bottleneck}; {plan.advice}",
         f"a step      {recipe.batch} images: {steps}{attack}",
         f"the run     {recipe.schedule.steps:,} steps, {validations:,} validations of "
-        f"{spell(plan.validation_seconds)}, {saves:,} saves of {spell(plan.save_seconds)}: "
-        f"{spell(plan.seconds)}; begun now, done at {when(plan.seconds)}",
+        f"{format_duration(plan.validation_seconds)}, {saves:,} saves of {format_duration(plan.save_seconds)}: "
+        f"{format_duration(plan.seconds)}; begun now, done at {format_eta(plan.seconds)}",
         f"disk        {plan.checkpoints} checkpoints of {1000 * plan.checkpoint_gb:,.0f} MB at "
         f"once, {disk:.1f} GB; {plan.free_gb:,.0f} GB are free at {output}{short}",
     ]
@@ -136,17 +136,17 @@ def _predict(recipe: "Recipe", gpu: str, memory: str) -> tuple[dict, list[str]]:
     """What is known of a card that is not here: the figures, and lines for people."""
     from dataclasses import asdict
 
-    from cspnet.report.outlook import spell
-    from cspnet.train.forecast import find_card, forecast
-    from cspnet.train.runtime import BUDGETS
+    from cspnet.plan.forecast import find_card, forecast
+    from cspnet.recipe.eta import format_duration
+    from cspnet.runtime.device import ACTIVATION_BUDGETS
 
     card = find_card(gpu)
-    if memory not in BUDGETS:
-        raise RecipeError(f"--memory {memory}: must be {', '.join(BUDGETS)}")
+    if memory not in ACTIVATION_BUDGETS:
+        raise RecipeError(f"--memory {memory}: must be {', '.join(ACTIVATION_BUDGETS)}")
     known = isinstance(recipe.model.classes, int)
     classes = recipe.model.classes if known else 1000
     found: Forecast = forecast(recipe, card, classes, memory)
-    size, low, high = recipe.data.size, *found.expected
+    size, low, high = recipe.data.image_size, *found.expected
     names = {"compiled": f"compiled, --memory {memory}", "eager": "eager, --no-compile"}
     fits = [
         f"{names[mode]} {mb:.1f} MB an image: "
@@ -160,13 +160,13 @@ def _predict(recipe: "Recipe", gpu: str, memory: str) -> tuple[dict, list[str]]:
         f"{card.tflops:.1f} TFLOP/s, {card.gb_per_s:g} GB/s); nothing was run on one",
         f"kept        {'; '.join(fits)} at {size}×{size}",
         f"memory      {found.fixed_gb:.2f} GB beside that: weights, gradients, momentum"
-        + ", averages" * bool(recipe.average.decay)
+        + ", averages" * bool(recipe.ema.decay)
         + f", workspace; {classes:,} classes"
         + ", assumed: model.classes=N names another number" * (not known),
         f"images/s    {low:,.0f} to {high:,.0f} of the net, compiled; by the data sheet at most "
         f"{found.at_most:,.0f}",
         f"the run     {recipe.schedule.steps:,} steps of {recipe.batch}: "
-        f"{spell(found.seconds[0])} to {spell(found.seconds[1])}, if the loader keeps up; "
+        f"{format_duration(found.seconds[0])} to {format_duration(found.seconds[1])}, if the loader keeps up; "
         "validations come on top",
         f"disk        checkpoints of {1000 * found.checkpoint_gb:,.0f} MB",
         f"card        {card.source}",

@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 
 from cspnet.cli.options import Device, Workers
-from cspnet.display import printable
+from cspnet.text import printable
 
 
-def report(
+def report_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)],
     data: Annotated[
         str | None,
@@ -42,12 +42,12 @@ def report(
     from rich.console import Console
     from rich.progress import Progress
 
-    from cspnet.report.history import read_run
+    from cspnet.run.reader import read_run
 
     found = read_run(run)
 
+    from cspnet.report.evaluation import evaluate_run, selection_note
     from cspnet.report.publish import publish, require_place
-    from cspnet.report.verdict import judge, selection
 
     folder = out or run / "report"
     require_place(folder)
@@ -56,7 +56,7 @@ def report(
     if not record_only:
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("images")
-            verdict, remarks = judge(
+            verdict, remarks = evaluate_run(
                 *(found, data, checkpoint, device, workers),
                 lambda done, images: bar.update(task, completed=done, total=images),
             )
@@ -68,12 +68,12 @@ def report(
             f"{printable(verdict.checkpoint)}, step {verdict.step:,}: top-1 {scores.top1:.2f} %  "
             f"top-5 {scores.top5:.2f} %  loss {scores.loss:.4f}  {scores.images:,} images"
         )
-        if told := selection(found, verdict):
+        if told := selection_note(found, verdict):
             console.print(told)
     print(printable(str(publish(found, verdict, remarks, folder))))
 
 
-def compare(
+def compare_command(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders.", show_default=False)
     ],

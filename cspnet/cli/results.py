@@ -7,30 +7,30 @@ from typing import Annotated
 import typer
 
 from cspnet.cli.options import (
-    Batch,
+    BatchSize,
     Checkpoint,
     ClassOrder,
     Device,
     Labels,
     Workers,
-    facts,
-    require_folder,
+    describe_network,
+    require_writable,
     write_text,
 )
-from cspnet.console import survive_lost_output, write_raw_names
-from cspnet.display import printable
-from cspnet.errors import Incomplete, RecipeError
-from cspnet.schema import DIGITS
+from cspnet.console import allow_raw_bytes_on_stdout, tolerate_lost_output
+from cspnet.errors import PartialResultError, RecipeError
+from cspnet.recipe.schema import DIGITS
+from cspnet.text import printable
 
 
-def evaluate(
+def eval_command(
     checkpoint: Checkpoint,
     data: Annotated[
         str, typer.Option(help="Data root or its val folder, or `digits`.", show_default=False)
     ],
     device: Device = "auto",
     workers: Workers = None,
-    batch: Batch = None,
+    batch: BatchSize = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the scores to this file.")
     ] = None,
@@ -41,33 +41,33 @@ def evaluate(
     from rich.console import Console
     from rich.progress import Progress
 
-    from cspnet.data.sources import existing, open_validation
-    from cspnet.evaluate import evaluate as score
-    from cspnet.train.runtime import find_device, find_workers, precision_to_look
-    from cspnet.train.world import find_world, joined
-    from cspnet.trained import name_classes, open_trained
+    from cspnet.inference.evaluate import evaluate_network as score
+    from cspnet.runtime.device import choose_workers, inference_precision, setup_device
+    from cspnet.runtime.distributed import find_processes, process_group
+    from cspnet.sources.data_root import open_validation, require_data_folder
+    from cspnet.weights.load import load_weights, resolve_class_names
 
     if json_file:
-        survive_lost_output()  # the file is what was asked for
-    world = find_world()
-    where = find_device(device, world)
-    workers = find_workers(workers, where, world)
-    require_folder("--json", json_file)
+        tolerate_lost_output()  # the file is what was asked for
+    world = find_processes()
+    where = setup_device(device, world)
+    workers = choose_workers(workers, where, world)
+    require_writable("--json", json_file)
     if data != DIGITS:
         give = f"Give one with --data DIR; --data {DIGITS} needs none"
-        existing(data, give)  # before a net is loaded for nothing
-    trained = open_trained(checkpoint, labels=labels)
+        require_data_folder(data, give)  # before a net is loaded for nothing
+    trained = load_weights(checkpoint, labels=labels)
     recipe = trained.recipe
     # Inferred names give way to an order that the user knows.
     known = None if class_order and trained.inferred else trained.classes
     source = open_validation(data, known, trained.net.classes)
-    trained = name_classes(trained, source.classes, checkpoint, class_order)
-    precision = precision_to_look(recipe.precision, where)
+    trained = resolve_class_names(trained, source.classes, checkpoint, class_order)
+    precision = inference_precision(recipe.precision, where)
     console = Console(soft_wrap=True, markup=False, highlight=False, quiet=not world.first)
-    for line in facts(trained, precision):
+    for line in describe_network(trained, precision):
         console.print(f"{printable(checkpoint)}: {line}")
     with (
-        joined(world, where),
+        process_group(world, where),
         Progress(console=console, transient=True, disable=not console.is_terminal) as bar,
     ):
         task = bar.add_task("images", total=len(source))
@@ -92,7 +92,7 @@ def evaluate(
         write_text(json_file, json.dumps(content, indent=2) + "\n")
 
 
-def predict(
+def predict_command(
     images: Annotated[
         list[str],
         typer.Argument(
@@ -105,7 +105,7 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="Classes to name per image.")] = 5,
     device: Device = "auto",
     workers: Workers = None,
-    batch: Batch = None,
+    batch: BatchSize = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write JSON to this file; - is stdout.")
     ] = None,
@@ -119,10 +119,10 @@ def predict(
     Results go to stdout, all else to stderr. Images that cannot be read are named there, and the
     exit code is then 1; those of the others are predicted.
     """
-    from cspnet.data.sources import Files, find_images
+    from cspnet.sources.data_root import Files, find_images
 
-    require_folder("--json", json_file)
-    require_folder("--csv", csv_file)
+    require_writable("--json", json_file)
+    require_writable("--csv", csv_file)
     if json_file and json_file == csv_file:
         raise RecipeError(f"--json and --csv both go to {json_file}: name two files")
     files = Files(find_images(images))
@@ -130,19 +130,23 @@ def predict(
     from rich.console import Console
     from rich.progress import Progress
 
-    from cspnet.predict import predict as look_at
-    from cspnet.predict import to_csv, to_json, to_table
-    from cspnet.train.runtime import find_device, find_workers, precision_to_look
-    from cspnet.trained import open_trained
+    from cspnet.inference.predict import predict_files as look_at
+    from cspnet.inference.predict import (
+        predictions_to_csv,
+        predictions_to_json,
+        predictions_to_table,
+    )
+    from cspnet.runtime.device import choose_workers, inference_precision, setup_device
+    from cspnet.weights.load import load_weights
 
-    where = find_device(device)
-    workers = find_workers(workers, where)
-    trained = open_trained(checkpoint, labels=labels)
-    precision = precision_to_look(trained.recipe.precision, where)
+    where = setup_device(device)
+    workers = choose_workers(workers, where)
+    trained = load_weights(checkpoint, labels=labels)
+    precision = inference_precision(trained.recipe.precision, where)
     trained.net.to(where)
     notes = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False)
     shown = printable(checkpoint)
-    for line in facts(trained, precision):
+    for line in describe_network(trained, precision):
         notes.print(f"{shown}: {line}")
     if trained.classes is None:
         notes.print(
@@ -155,21 +159,21 @@ def predict(
             predictions.append(prediction)
             if prediction.error is not None:
                 notes.print(printable(f"{prediction.file}: {prediction.error}"), style="red")
-    write_raw_names()
+    allow_raw_bytes_on_stdout()
     if json_file:
-        write_text(json_file, to_json(predictions))
+        write_text(json_file, predictions_to_json(predictions))
     if csv_file:
-        write_text(csv_file, to_csv(predictions))
+        write_text(csv_file, predictions_to_csv(predictions))
     if not (json_file or csv_file):
         # As wide as it comes: nothing is cut off, in a narrow terminal nor in a pipe.
         console = Console(soft_wrap=True, markup=False, highlight=False, width=100_000)
-        console.print(to_table(predictions))
+        console.print(predictions_to_table(predictions))
     unreadable = sum(prediction.error is not None for prediction in predictions)
     if unreadable:
-        raise Incomplete(f"{unreadable} of {len(files)} images could not be read")
+        raise PartialResultError(f"{unreadable} of {len(files)} images could not be read")
 
 
-def export(
+def export_command(
     checkpoint: Checkpoint,
     to: Annotated[
         Path,
@@ -185,12 +189,12 @@ def export(
     labels: Labels = None,
 ) -> None:
     """Write a net for others: cspnet export --checkpoint best.pt --to cspdarknet53.weights"""
-    from cspnet.export import export as write_net
-    from cspnet.export import require_target
-    from cspnet.trained import open_trained
+    from cspnet.weights.export import check_export_target
+    from cspnet.weights.export import export_network as write_net
+    from cspnet.weights.load import load_weights
 
-    require_target(to, pyramid, cut)
-    trained = open_trained(checkpoint, labels=labels)
+    check_export_target(to, pyramid, cut)
+    trained = load_weights(checkpoint, labels=labels)
     which = "the averaged weights" if trained.averaged else "the weights"
     remarks = [*trained.remarks, *write_net(trained, to, pyramid, cut)]
     print(f"{printable(str(to))}: {which} of {trained.net.name}, step {trained.step:,}")

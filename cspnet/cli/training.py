@@ -15,16 +15,16 @@ from cspnet.cli.options import (
     RecipeName,
     Workers,
     complete_memory,
-    is_first,
-    remarks_only,
-    restarts,
+    is_rank_zero,
+    max_restarts,
+    warning_console,
 )
 from cspnet.errors import RecipeError
-from cspnet.shell import command
+from cspnet.shell import command_line
 
 if TYPE_CHECKING:
-    from cspnet.evaluate import Scores
-    from cspnet.schema import Recipe
+    from cspnet.inference.evaluate import Scores
+    from cspnet.recipe.schema import Recipe
 
 Output = Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/RECIPE")]
 Passes = Annotated[
@@ -47,7 +47,7 @@ Memory = Annotated[
 ]
 
 
-def train(
+def train_command(
     overrides: Overrides = None,
     recipe: Annotated[str | None, RecipeName] = None,
     data: DataRoot = None,
@@ -78,15 +78,15 @@ def train(
     ] = False,
 ) -> None:
     """Train by a recipe: cspnet-train --recipe cspdarknet53-omega --data DIR [KEY=VALUE ...]"""
-    from cspnet import recipe as recipes
-    from cspnet.console import survive_lost_output
+    from cspnet.console import tolerate_lost_output
+    from cspnet.recipe import load as recipes
 
     if not check:
-        survive_lost_output()
-    if restarts() and not resume:
+        tolerate_lost_output()
+    if max_restarts() and not resume:
         raise RecipeError("torchrun's --max-restarts needs --resume, to go on with the run")
     if recipe is not None:
-        path = recipes.find(recipe)
+        path = recipes.find_recipe(recipe)
     elif resume and output and (output / "recipe.yaml").is_file():
         path = output / "recipe.yaml"  # the run's own
         given = any(override.startswith("data.root=") for override in overrides or [])
@@ -102,20 +102,20 @@ def train(
         raise RecipeError(
             "no recipe: give --recipe NAME (or --resume with the --output of an earlier run)"
         )
-    resolved = recipes.load(path, overrides or [], data)
-    text = f"# resolved recipe, from {path}\n{recipes.to_text(resolved)}"
+    resolved = recipes.load_recipe(path, overrides or [], data)
+    text = f"# resolved recipe, from {path}\n{recipes.recipe_to_yaml(resolved)}"
     if check:
-        if is_first():
+        if is_rank_zero():
             print(text)
         return
 
     from rich.console import Console
 
     from cspnet.console import RunOutput
+    from cspnet.runtime.device import RunOptions
     from cspnet.train.loop import train as run
-    from cspnet.train.runtime import Place
 
-    place = Place(
+    place = RunOptions(
         output=output or Path("runs") / path.stem,
         resume=resume,
         device=device,
@@ -128,11 +128,11 @@ def train(
         stop_when_full=stop_when_full,
     )
     console = Console(soft_wrap=True, markup=False, highlight=False)
-    run_output = RunOutput(remarks_only() if quiet else console)
+    run_output = RunOutput(warning_console() if quiet else console)
     run_output.hold()  # an error that is found while the run is set up is printed alone
     run_output.print(text)
     scores = run(resolved, place, run_output)
-    if is_first():
+    if is_rank_zero():
         for line in _done(resolved, place.output, scores):
             print(line)
 
@@ -140,13 +140,13 @@ def train(
 def _done(recipe: "Recipe", output: Path, scores: "Scores | None") -> list[str]:
     """The result of a run that is complete, and what to do with it."""
     best = output / "checkpoints" / "best.pt"
-    evaluate = command("cspnet-eval", "--checkpoint", best, "--data", recipe.data.root)
+    evaluate = command_line("cspnet-eval", "--checkpoint", best, "--data", recipe.data.root)
     return [
         f"done; last validation: top-1 {scores.top1:.2f} %" if scores else "done",
         *["best.pt is the best of several validations, selected on the same images"]
         * (recipe.schedule.steps > recipe.evaluate.every),
         f"evaluate: {evaluate}",
-        f"a page about it: {command('cspnet', 'report', output)}",
+        f"a page about it: {command_line('cspnet', 'report', output)}",
     ]
 
 
@@ -170,7 +170,7 @@ def passes_of(text: str | None) -> int | str | None:
     return int(text)
 
 
-def preview(
+def preview_command(
     recipe: Annotated[str, RecipeName],
     overrides: Overrides = None,
     data: DataRoot = None,
@@ -190,45 +190,45 @@ def preview(
     """
     from rich.console import Console
 
-    from cspnet import recipe as recipes
-    from cspnet.data.sources import display_names, require_classes
+    from cspnet.recipe import load as recipes
     from cspnet.report.files import require_png
-    from cspnet.report.preview import draw_schedule, sheet, write_png
-    from cspnet.train.job import prepare
+    from cspnet.report.preview import render_sheet, save_schedule, write_png
+    from cspnet.runtime.device import RunOptions
+    from cspnet.sources.data_root import display_names, require_classes
     from cspnet.train.loop import look
-    from cspnet.train.runtime import Place
-    from cspnet.trained import name_classes, open_trained, starting_net
+    from cspnet.train.setup import prepare
+    from cspnet.weights.load import init_net, load_weights, resolve_class_names
 
-    path = recipes.find(recipe)
-    resolved = recipes.load(path, overrides or [], data)
+    path = recipes.find_recipe(recipe)
+    resolved = recipes.load_recipe(path, overrides or [], data)
     require_png(out)
     if step >= resolved.schedule.steps:
         raise RecipeError(f"--step {step:,}: the last one is {resolved.schedule.steps - 1:,}")
-    job = prepare(resolved, Place(out.parent, device=device, workers=0), Console(quiet=True))
+    job = prepare(resolved, RunOptions(out.parent, device=device, workers=0), Console(quiet=True))
     classes = job.training.classes
     if checkpoint:
-        trained = open_trained(checkpoint, labels=labels)
-        trained = name_classes(trained, classes, checkpoint, class_order)
+        trained = load_weights(checkpoint, labels=labels)
+        trained = resolve_class_names(trained, classes, checkpoint, class_order)
         require_classes(job.training, trained.classes, resolved.data.root)
         net = trained.net
     else:
-        net, told = starting_net(resolved, classes)
-    page = sheet(
+        net, told = init_net(resolved, classes)
+    page = render_sheet(
         *look(job, net.to(job.device), step),
         display_names(classes),
-        resolved.loss.smoothing,
+        resolved.loss.label_smoothing,
         f"{path.stem}, step {step:,}, group 0: what the net gets"
         + (
             ""
-            if checkpoint or resolved.model.weights
+            if checkpoint or resolved.model.init_from
             else "; the attack by fresh weights, which hardly know where to push"
         )
-        * bool(resolved.adversarial.strength),
+        * bool(resolved.adversarial.step_size),
     )
     schedule = out.with_name(f"{out.stem}-schedule.png")
     try:
         write_png(out, page)
-        draw_schedule(resolved, schedule)
+        save_schedule(resolved, schedule)
     except OSError as error:
         raise RecipeError(f"--out {out} cannot be written: {error.strerror}") from None
     for remark in trained.remarks if checkpoint else told:

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 
 from cspnet.data import stream
-from cspnet.schema import Augment, Data, Mix, Recipe
+from cspnet.recipe.schema import Augment, Data, Mix, Recipe
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
-class Draws:
+class AugmentParams:
     """The random numbers of one or more groups of B images in all."""
 
     hue: torch.Tensor  # float32 [B], shift as a share of the colour circle
@@ -29,7 +29,7 @@ class Draws:
     partners: torch.Tensor  # int64 [B, 3], index of the image that each rectangle comes from
     boxes: torch.Tensor  # int64 [B, 3, 4], rows y0 ≤ y < y1 and columns x0 ≤ x < x1; may be empty
 
-    def to(self, device: torch.device) -> "Draws":
+    def to(self, device: torch.device) -> "AugmentParams":
         """A copy on the device, without waiting for it: one transfer, out of pinned memory."""
         if device.type == "cpu":
             return self
@@ -39,7 +39,7 @@ class Draws:
         )
         packed = packed.pin_memory().to(device, non_blocking=True)  # float32 holds the indices
         moved = packed.split([part[0].numel() for part in parts], 1)
-        return Draws(
+        return AugmentParams(
             *(
                 new.reshape(part.shape).to(part.dtype)
                 for new, part in zip(moved, parts, strict=True)
@@ -47,18 +47,18 @@ class Draws:
         )
 
 
-def draw(recipe: Recipe, step: int, groups: range) -> Draws:
+def sample_params(recipe: Recipe, step: int, groups: range) -> AugmentParams:
     """The random numbers of the given groups of a step; partners stay within their group."""
     drawn = []
     for place, group in enumerate(groups):
-        rng = stream.random(recipe.seed, stream.GROUP, step, group)
+        rng = stream.rng_for(recipe.seed, stream.GROUP_DOMAIN, step, group)
         colours = _draw_colours(rng, recipe.group, recipe.augment)
         partners, boxes = _draw_mix(rng, recipe.group, recipe.size_at(step), recipe.mix)
         drawn.append((*colours, partners + place * recipe.group, boxes))
     hue, saturation, value, partners, boxes = (
         torch.from_numpy(np.concatenate(part)) for part in zip(*drawn, strict=True)
     )
-    return Draws(hue.float(), saturation.float(), value.float(), partners, boxes)
+    return AugmentParams(hue.float(), saturation.float(), value.float(), partners, boxes)
 
 
 def _draw_colours(rng: np.random.Generator, images: int, augment: Augment) -> tuple:
@@ -79,8 +79,8 @@ def _draw_mix(
     draws partners from the whole list; here they come from the group, three distinct other images,
     which costs one decode for each sample and not four.
     """
-    coins = rng.random(-(-images // mix.share)) < mix.probability
-    coins = np.repeat(coins, mix.share)[:images]
+    coins = rng.random(-(-images // mix.images_per_draw)) < mix.probability
+    coins = np.repeat(coins, mix.images_per_draw)[:images]
     if mix.cutmix and mix.mosaic:
         is_mosaic = rng.random(images) < 0.5
     else:
@@ -108,7 +108,7 @@ def _draw_mix(
     return partners, boxes * coins[:, None, None]
 
 
-def colour(images: torch.Tensor, draws: Draws) -> torch.Tensor:
+def distort_colour(images: torch.Tensor, draws: AugmentParams) -> torch.Tensor:
     """Changes hue, saturation and value of RGB images in [0, 1], float [B, 3, H, W].
 
     Each image by its draws, as Darknet's distort_image: hue wraps, saturation and value may pass 1
@@ -137,7 +137,7 @@ def colour(images: torch.Tensor, draws: Draws) -> torch.Tensor:
     return torch.stack(channels, 1).clamp(0, 1)
 
 
-def mix_images(images: torch.Tensor, draws: Draws) -> torch.Tensor:
+def mix_images(images: torch.Tensor, draws: AugmentParams) -> torch.Tensor:
     """Pastes each image's rectangles from its partners; [B, C, S, S] in, the same out."""
     height, width = images.shape[2:]
     rows = torch.arange(height, device=images.device)[None, :, None]
@@ -150,7 +150,7 @@ def mix_images(images: torch.Tensor, draws: Draws) -> torch.Tensor:
     return mixed
 
 
-def shares(draws: Draws, size: int) -> torch.Tensor:
+def label_weights(draws: AugmentParams, size: int) -> torch.Tensor:
     """Area that the image itself and each of its three partners hold, float32 [B, 4], sums to 1."""
     y0, y1, x0, x1 = draws.boxes.unbind(-1)
     others = ((y1 - y0) * (x1 - x0)).float() / size**2  # [B, 3]
@@ -158,7 +158,7 @@ def shares(draws: Draws, size: int) -> torch.Tensor:
 
 
 def soft_targets(
-    labels: torch.Tensor, draws: Draws, size: int, classes: int, smoothing: float
+    labels: torch.Tensor, draws: AugmentParams, size: int, classes: int, smoothing: float
 ) -> torch.Tensor:
     """Target distribution of mixed images: float32 [B, classes] from int64 labels [B].
 
@@ -166,23 +166,23 @@ def soft_targets(
     """
     holders = torch.cat([labels[:, None], labels[draws.partners]], 1)  # [B, 4]
     targets = torch.zeros(len(labels), classes, device=labels.device)
-    targets.scatter_add_(1, holders, shares(draws, size))
+    targets.scatter_add_(1, holders, label_weights(draws, size))
     rest = smoothing / (classes - 1)
     return rest + targets * (1 - smoothing - rest)
 
 
 def augment(
-    images: torch.Tensor, labels: torch.Tensor, draws: Draws, recipe: Recipe, classes: int
+    images: torch.Tensor, labels: torch.Tensor, draws: AugmentParams, recipe: Recipe, classes: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Images in [0, 1], float32 [B, 3, S, S] channels-last, and soft targets [B, classes].
 
     From uint8 images [B, S, S, 3] and int64 labels [B], on the device where they are.
     """
     pixels = images.permute(0, 3, 1, 2).float() / 255
-    pixels = colour(pixels, draws)
+    pixels = distort_colour(pixels, draws)
     if recipe.mix.probability > 0:
         pixels = mix_images(pixels, draws)
-    targets = soft_targets(labels, draws, images.shape[1], classes, recipe.loss.smoothing)
+    targets = soft_targets(labels, draws, images.shape[1], classes, recipe.loss.label_smoothing)
     return pixels.contiguous(memory_format=torch.channels_last), targets
 
 

@@ -23,17 +23,17 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from cspnet.data import stream, worker
-from cspnet.data.decode import (
-    Drawn,
-    Unreadable,
-    decode,
-    draw_view,
-    evaluation_view,
-    make_view,
-)
-from cspnet.data.sources import Source
 from cspnet.data.supervision import WorkerMonitor, end_all, supervised
-from cspnet.schema import Evaluate, Recipe
+from cspnet.images.decode import (
+    SampledView,
+    UnreadableError,
+    decode,
+    evaluation_view,
+    render_view,
+    sample_view,
+)
+from cspnet.recipe.schema import Evaluate, Recipe
+from cspnet.sources.data_root import Source
 
 TRIES = 20  # images in a row, from an unreadable one on, that are tried in its place
 
@@ -136,11 +136,11 @@ class Made(Dataset):
         raise NotImplementedError
 
 
-class Groups(Made):
+class TrainGroups(Made):
     """Training groups by address: `groups[step, group]`."""
 
     def __init__(self, source: Source, recipe: Recipe):
-        super().__init__(source, recipe.group, recipe.data.size)
+        super().__init__(source, recipe.group, recipe.data.image_size)
         self.recipe = recipe
 
     def size_at(self, address: tuple[int, int]) -> int:
@@ -151,7 +151,7 @@ class Groups(Made):
         labels = torch.empty(recipe.group, dtype=torch.int64)
         mask = torch.ones(recipe.group, dtype=torch.bool)
         replaced, unreadable = 0, set()
-        positions = stream.positions(*address, recipe.batch, recipe.group)
+        positions = stream.group_positions(*address, recipe.batch, recipe.group)
         indices = [stream.index_at(recipe.seed, at, len(self.source)) for at in positions]
         # All are drawn before the first is made: `draw_view` says why.
         size = self.size_at(address)
@@ -162,17 +162,17 @@ class Groups(Made):
             unreadable.update(failed)
         return Batch(images, labels, mask, replaced, sorted(unreadable))
 
-    def _draw(self, index: int, position: int, size: int) -> tuple[Drawn, int] | None:
+    def _draw(self, index: int, position: int, size: int) -> tuple[SampledView, int] | None:
         """The view of the image at `index` that belongs to a position, and the image's label."""
-        rng = stream.random(self.recipe.seed, stream.VIEW, position)
+        rng = stream.rng_for(self.recipe.seed, stream.VIEW_DOMAIN, position)
         try:
             data, label = self.source.read(index)
-        except (OSError, Unreadable):
+        except (OSError, UnreadableError):
             return None
-        return draw_view(data, rng, size, self.recipe.augment), label
+        return sample_view(data, rng, size, self.recipe.augment), label
 
     def _make(
-        self, index: int, position: int, drawn: tuple[Drawn, int] | None, view: np.ndarray
+        self, index: int, position: int, drawn: tuple[SampledView, int] | None, view: np.ndarray
     ) -> tuple[int, list[int]]:
         """Writes the view of the image at `index`, or of the next one that can be read.
 
@@ -183,9 +183,9 @@ class Groups(Made):
             candidate = (index + offset) % len(self.source)
             if offset:
                 drawn = self._draw(candidate, position, size)
-            with contextlib.suppress(Unreadable):
+            with contextlib.suppress(UnreadableError):
                 if drawn:
-                    make_view(drawn[0], size, recipe.augment, recipe.data.scaled_decode, view)
+                    render_view(drawn[0], size, recipe.augment, recipe.data.reduced_decode, view)
                     return drawn[1], failed
             failed.append(candidate)
         view[:] = 0  # so many in a row: black, with the right label
@@ -223,7 +223,7 @@ class Places:
             yield Place(address, self.slots.take())
 
 
-class Batches(Made):
+class EvalBatches(Made):
     """Evaluation batches of one fixed shape, by number; under the mask, each image exactly once."""
 
     def __init__(self, source: Source, batch: int, size: int, how: Evaluate):
@@ -247,7 +247,7 @@ class Batches(Made):
             try:
                 image = decode(self.source.read(index)[0])
                 evaluation_view(image, self.size, self.how, views[row])
-            except (OSError, Unreadable):
+            except (OSError, UnreadableError):
                 views[row] = 0  # black, and counts: a val set is never thinned
                 unreadable.append(index)
         return Batch(images, labels, mask, len(unreadable), unreadable)
@@ -268,13 +268,13 @@ def training_groups(
     """
     groups = range(recipe.groups) if groups is None else groups
     addresses = Addresses(start, recipe.schedule.steps, groups)
-    ahead = ahead_each(len(groups), workers)
+    ahead = prefetch_factor(len(groups), workers)
     # A pass may hold all groups of a step while those of the next one are fetched.
     held = 2 * len(groups)
-    return _load(Groups(source, recipe), addresses, workers, pin, ahead, held, monitor)
+    return _load(TrainGroups(source, recipe), addresses, workers, pin, ahead, held, monitor)
 
 
-def ahead_each(groups: int, workers: int) -> int:
+def prefetch_factor(groups: int, workers: int) -> int:
     """Groups that each worker makes ahead: together two steps' worth, and two at least."""
     return max(2, -(-2 * groups // max(1, workers)))
 
@@ -294,7 +294,7 @@ def evaluation_batches(
 
     Or batch `first` of every `each` batches, equally many for each `first`: the last may be empty.
     """
-    batches = Batches(source, batch, size, how)
+    batches = EvalBatches(source, batch, size, how)
     rounds = -(-len(batches) // each)
     return _load(batches, range(first, rounds * each, each), workers, pin, 2, 2, monitor)
 

@@ -10,10 +10,10 @@ from functools import lru_cache
 import numpy as np
 
 # One domain for each use of random numbers: two uses at the same address stay independent.
-ORDER, VIEW, GROUP, ATTACK = range(4)
+ORDER_DOMAIN, VIEW_DOMAIN, GROUP_DOMAIN, ATTACK_DOMAIN = range(4)
 
 
-def random(seed: int, domain: int, major: int, minor: int = 0) -> np.random.Generator:
+def rng_for(seed: int, domain: int, major: int, minor: int = 0) -> np.random.Generator:
     """The random numbers that belong to (seed, domain, major, minor).
 
     Philox counts (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): the address
@@ -30,7 +30,7 @@ def permutation(seed: int, epoch: int, images: int) -> np.ndarray:
 
     Sorted raw 64-bit words rather than Generator.permutation, whose algorithm numpy may change.
     """
-    words = random(seed, ORDER, epoch).bit_generator.random_raw(images)
+    words = rng_for(seed, ORDER_DOMAIN, epoch).bit_generator.random_raw(images)
     return np.argsort(words, kind="stable").astype(np.uint32)
 
 
@@ -40,7 +40,7 @@ def index_at(seed: int, position: int, images: int) -> int:
     return int(permutation(seed, epoch, images)[place])
 
 
-def positions(step: int, group: int, batch: int, group_size: int) -> range:
+def group_positions(step: int, group: int, batch: int, group_size: int) -> range:
     """Positions of a group of a step; `step` counts from 0."""
     start = step * batch + group * group_size
     return range(start, start + group_size)

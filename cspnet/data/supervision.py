@@ -15,7 +15,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from cspnet.errors import WorkersLost
+from cspnet.errors import WorkersFailedError
 
 MOST_DEATHS = 3  # of workers, before `reset` is called
 SHUTDOWN_SECONDS = 12  # longer than twice the interval at which torch's threads look around
@@ -72,7 +72,7 @@ def _report_to_stderr(line: str) -> None:
 
 
 def _raise_workers_lost(reason: str) -> None:
-    raise WorkersLost(reason)
+    raise WorkersFailedError(reason)
 
 
 def supervised(

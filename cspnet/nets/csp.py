@@ -20,7 +20,7 @@ from cspnet.nets.mish import Mish, is_eager
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageSpec:
     """One stage of the table. Counts are channels."""
 
     depth: int  # residual blocks
@@ -31,54 +31,54 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ArchSpec:
     """One net of the table."""
 
     stem: int  # channels
-    stages: tuple[Stage, ...]
+    stages: tuple[StageSpec, ...]
     cross: bool = True  # False: residual blocks alone, no second path
     resnet: bool = False  # ResNet's stem, blocks and linear expansion, not Darknet's
     groups: int = 1  # of every 3x3 convolution after the stem
 
 
-NETS = {
+ARCHITECTURES = {
     # CrossStagePartialNetworks cfg/csdarknet53.cfg; the first stage does not halve
-    "cspdarknet53": Plan(32, (
-        Stage(1, 64, 64, 32),
-        Stage(2, 128, 64, 64),
-        Stage(8, 256, 128, 128),
-        Stage(8, 512, 256, 256),
-        Stage(4, 1024, 512, 512),
+    "cspdarknet53": ArchSpec(32, (
+        StageSpec(1, 64, 64, 32),
+        StageSpec(2, 128, 64, 64),
+        StageSpec(8, 256, 128, 128),
+        StageSpec(8, 512, 256, 256),
+        StageSpec(4, 1024, 512, 512),
     )),
     # CrossStagePartialNetworks cfg/darknet53.cfg
-    "darknet53": Plan(32, (
-        Stage(1, 64, 64, 32),
-        Stage(2, 128, 128, 64),
-        Stage(8, 256, 256, 128),
-        Stage(8, 512, 512, 256),
-        Stage(4, 1024, 1024, 512),
+    "darknet53": ArchSpec(32, (
+        StageSpec(1, 64, 64, 32),
+        StageSpec(2, 128, 128, 64),
+        StageSpec(8, 256, 256, 128),
+        StageSpec(8, 512, 512, 256),
+        StageSpec(4, 1024, 1024, 512),
     ), cross=False),
     # timm cspresnet50
-    "cspresnet50": Plan(64, (
-        Stage(3, 128, 128, 64, stride=1),
-        Stage(3, 256, 256, 128),
-        Stage(5, 512, 512, 256),
-        Stage(2, 1024, 1024, 512),
+    "cspresnet50": ArchSpec(64, (
+        StageSpec(3, 128, 128, 64, stride=1),
+        StageSpec(3, 256, 256, 128),
+        StageSpec(5, 512, 512, 256),
+        StageSpec(2, 1024, 1024, 512),
     ), resnet=True),
     # timm cspresnext50
-    "cspresnext50": Plan(64, (
-        Stage(3, 256, 128, 128, stride=1),
-        Stage(3, 512, 256, 256),
-        Stage(5, 1024, 512, 512),
-        Stage(2, 2048, 1024, 1024),
+    "cspresnext50": ArchSpec(64, (
+        StageSpec(3, 256, 128, 128, stride=1),
+        StageSpec(3, 512, 256, 256),
+        StageSpec(5, 1024, 512, 512),
+        StageSpec(2, 2048, 1024, 1024),
     ), resnet=True, groups=32),
 }  # fmt: skip
-NAMES = tuple(NETS)
+ARCHITECTURE_NAMES = tuple(ARCHITECTURES)
 ACTIVATIONS = ("mish", "leaky")
 
 
 @dataclass(frozen=True)
-class Style:
+class LayerFactory:
     """What the layers of one net have in common."""
 
     norm: Callable[[int], nn.Module]
@@ -99,7 +99,7 @@ class Style:
 class DarkBlock(nn.Module):
     """1x1, 3x3, then the addition, which nothing follows."""
 
-    def __init__(self, channels: int, middle: int, style: Style) -> None:
+    def __init__(self, channels: int, middle: int, style: LayerFactory) -> None:
         super().__init__()
         self.conv1 = style.conv(channels, middle)
         self.conv2 = style.conv(middle, channels, 3)
@@ -111,7 +111,7 @@ class DarkBlock(nn.Module):
 class BottleneckBlock(nn.Module):
     """1x1, 3x3, linear 1x1; the activation comes after the addition."""
 
-    def __init__(self, channels: int, middle: int, style: Style) -> None:
+    def __init__(self, channels: int, middle: int, style: LayerFactory) -> None:
         super().__init__()
         self.conv1 = style.conv(channels, middle)
         self.conv2 = style.conv(middle, middle, 3)
@@ -125,7 +125,7 @@ class BottleneckBlock(nn.Module):
 class DarkStage(nn.Module):
     """A 3x3 convolution with a stride, then residual blocks."""
 
-    def __init__(self, inputs: int, stage: Stage, style: Style) -> None:
+    def __init__(self, inputs: int, stage: StageSpec, style: LayerFactory) -> None:
         super().__init__()
         self.conv_down = style.conv(inputs, stage.outputs, 3, stage.stride)
         blocks = [DarkBlock(stage.outputs, stage.middle, style) for _ in range(stage.depth)]
@@ -142,7 +142,7 @@ class CrossStage(nn.Module):
     first half of its channels is the cross path, the second half the main path.
     """
 
-    def __init__(self, inputs: int, stage: Stage, style: Style, *, resnet: bool) -> None:
+    def __init__(self, inputs: int, stage: StageSpec, style: LayerFactory, *, resnet: bool) -> None:
         super().__init__()
         # ResNets keep their channels on the way down and grow at the end; Darknet grows here
         down = inputs if resnet else stage.outputs
@@ -185,14 +185,14 @@ class CspNet(nn.Module):
     classifier_prefixes = ("head.fc.",)  # of its tensors' names
 
     def __init__(
-        self, name: str, *, classes: int, activation: str, width: float, style: Style
+        self, name: str, *, classes: int, activation: str, width: float, style: LayerFactory
     ) -> None:
         super().__init__()
         self.name = name
         self.classes = classes
         self.activation = activation
         self.width = width
-        plan = scale(NETS[name], width)
+        plan = scale_channels(ARCHITECTURES[name], width)
         self.stem = nn.Sequential()
         if plan.resnet:
             self.stem.add_module("conv1", style.conv(3, plan.stem, 7, stride=2))
@@ -211,7 +211,7 @@ class CspNet(nn.Module):
         self.channels = tuple(stage.outputs for stage in plan.stages[-3:])
         self.strides = (8, 16, 32)
         self._frozen: tuple[nn.Module, ...] = ()
-        initialise(self)
+        init_parameters(self)
 
     def freeze(self, stages: int) -> None:
         """Keeps the stem and the first `stages` stages as they are, in training too.
@@ -251,7 +251,7 @@ class CspNet(nn.Module):
         return maps[-3:]
 
 
-def scale(plan: Plan, width: float) -> Plan:
+def scale_channels(plan: ArchSpec, width: float) -> ArchSpec:
     """The plan with every channel count times `width`.
 
     One rule for all counts of a net: the nearest multiple of lcm(8, groups), at least one of it.
@@ -269,7 +269,7 @@ def scale(plan: Plan, width: float) -> Plan:
     return replace(plan, stem=count(plan.stem), stages=stages)
 
 
-def initialise(net: nn.Module) -> None:
+def init_parameters(net: nn.Module) -> None:
     """Darknet's start: every weight uniform in +-sqrt(2 / fan_in), the classifier's included.
 
     fan_in = k * k * inputs / groups, so the variance is 2 / (3 fan_in). Biases are 0. The norms
@@ -303,17 +303,17 @@ def create(
     BatchNorm statistics (see `GroupBatchNorm2d`). `width` multiplies every channel count (see
     `scale`). ValueError: a name, an activation or a width that there is not.
     """
-    if name not in NETS:
-        raise ValueError(f"unknown net {name!r}; known: {', '.join(NAMES)}")
+    if name not in ARCHITECTURES:
+        raise ValueError(f"unknown net {name!r}; known: {', '.join(ARCHITECTURE_NAMES)}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
     if width <= 0:
         raise ValueError(f"width is {width}; it must be above 0")
     # In place, leaky keeps its output, which the next layer keeps anyway; Mish needs its input.
     leaky = partial(nn.LeakyReLU, leaky_slope, inplace=True)
-    style = Style(
+    style = LayerFactory(
         norm=partial(GroupBatchNorm2d, group=group, eps=norm_eps, momentum=norm_momentum),
         activation=Mish if activation == "mish" else leaky,
-        groups=NETS[name].groups,
+        groups=ARCHITECTURES[name].groups,
     )
     return CspNet(name, classes=classes, activation=activation, width=width, style=style)

@@ -12,9 +12,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from cspnet.nets.mish import (
     Mish,
     affine_mish_,
-    goes_by_pieces,
     is_eager,
     mish_backward,
+    uses_chunks,
     widen,
     write_mish,
 )
@@ -177,7 +177,7 @@ def norm_mish_(x: Tensor, norm: nn.Module) -> Tensor:
 
     Fresh memory for a result costs a CPU more than the arithmetic of either.
     """
-    by_pixels = goes_by_pieces(x) and x.is_contiguous(memory_format=torch.channels_last)
+    by_pixels = uses_chunks(x) and x.is_contiguous(memory_format=torch.channels_last)
     if by_pixels and isinstance(norm, GroupBatchNorm2d) and not norm.training:
         scale = widen(norm.weight) * (widen(norm.running_var) + norm.eps).rsqrt()
         return affine_mish_(x, scale, widen(norm.bias) - widen(norm.running_mean) * scale)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cspnet.display import printable
-from cspnet.report.confusion import worst_pairs
+from cspnet.inference.confusion import worst_pairs
 from cspnet.report.curves import plain, save
+from cspnet.text import printable
 
 MATRIX = 30  # classes, up to which the whole confusion matrix can be read
 DEEP = 0.75  # of a colour, from which on text on it is white
@@ -30,7 +30,7 @@ class ClassScore:
         return 100 * self.right / self.images if self.images else 0.0
 
 
-def labels(classes: list[str], names: list[str]) -> list[str]:
+def class_labels(classes: list[str], names: list[str]) -> list[str]:
     """What to call the classes where each must be told from all others: a synset keeps its id."""
     return [
         name if name == own else f"{name} ({own})"

@@ -8,17 +8,17 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from cspnet.display import printable
 from cspnet.errors import RecipeError
 from cspnet.report.curves import HEADROOM, number, plain, save, smooth, thin
 from cspnet.report.files import replace_file
-from cspnet.report.history import Run, read_run
+from cspnet.run.reader import RunRecord, read_run
+from cspnet.text import printable
 
 ABSENT = "–"  # a field without effect in a run, which its recipe.yaml leaves out
 HEAD = ("run", "steps", "best top-1", "last top-1", "last loss", "images/s", "device")
 
 
-def read_runs(folders: list[Path]) -> list[Run]:
+def read_runs(folders: list[Path]) -> list[RunRecord]:
     """The runs in two or more folders; RecipeError for fewer, one twice, or one that is none."""
     if len(folders) < 2:
         raise RecipeError("compare takes two run folders at least")
@@ -30,7 +30,7 @@ def read_runs(folders: list[Path]) -> list[Run]:
     return [read_run(folder) for folder in folders]
 
 
-def run_names(runs: list[Run]) -> list[str]:
+def run_names(runs: list[RunRecord]) -> list[str]:
     """The shortest ends of the folders' paths that tell them apart."""
     parts = [run.folder.resolve().parts for run in runs]
     length = 1
@@ -39,7 +39,7 @@ def run_names(runs: list[Run]) -> list[str]:
     return [os.sep.join(part[-length:]) for part in parts]
 
 
-def overview(runs: list[Run]) -> Table:
+def overview(runs: list[RunRecord]) -> Table:
     """How far and how good each run is, a row a run."""
     return _table(
         HEAD,
@@ -48,7 +48,7 @@ def overview(runs: list[Run]) -> Table:
     )
 
 
-def _row(name: str, run: Run) -> list[str]:
+def _row(name: str, run: RunRecord) -> list[str]:
     training, validation, best = run.training, run.validation, run.best
     top1 = validation["top1"][np.isfinite(validation["top1"])]
     loss = training["loss"][np.isfinite(training["loss"])]
@@ -66,14 +66,14 @@ def _row(name: str, run: Run) -> list[str]:
     ]
 
 
-def differences(runs: list[Run]) -> dict[str, list[Any]]:
+def differences(runs: list[RunRecord]) -> dict[str, list[Any]]:
     """The fields in which the recipes differ, by dotted key: a value a run, ABSENT for none."""
     keys = dict.fromkeys(key for run in runs for key in run.fields)
     values = {key: [run.fields.get(key, ABSENT) for run in runs] for key in keys}
     return {key: each for key, each in values.items() if any(v != each[0] for v in each)}
 
 
-def differing(runs: list[Run]) -> Table | None:
+def differing(runs: list[RunRecord]) -> Table | None:
     """The same for people; None where the recipes are alike."""
     found = differences(runs)
     if not found:
@@ -93,7 +93,7 @@ def _table(head, rows: list[list[str]], right) -> Table:
     return table
 
 
-def draw(runs: list[Run], path: Path) -> None:
+def draw(runs: list[RunRecord], path: Path) -> None:
     """Validation top-1 and training loss of the runs over the steps, as PNG. RecipeError."""
     from matplotlib.figure import Figure  # a second to import
 

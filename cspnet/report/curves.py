@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cspnet.report.history import Run
+from cspnet.run.reader import RunRecord
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,7 +68,7 @@ def smooth(values: np.ndarray, reach: int) -> np.ndarray:
     return (sums[places + near + 1] - sums[places - near]) / (2 * near + 1)
 
 
-def charts(run: Run) -> list[Chart]:
+def charts(run: RunRecord) -> list[Chart]:
     """What there is to draw of a run; none without a line in the record."""
     training, validation = run.training, run.validation
     found = [_losses(run)]
@@ -100,7 +100,7 @@ def _curve(label: str, part: dict, name: str, colour: int, kind: str = "line") -
     return Curve(label, steps, values, colour, kind if len(steps) <= DOTTED else "line")
 
 
-def _losses(run: Run) -> Chart:
+def _losses(run: RunRecord) -> Chart:
     raw = _curve("training", run.training, "loss", 0)
     curves, note = [raw], ""
     reach = len(raw.steps) // 40
@@ -117,7 +117,7 @@ def _losses(run: Run) -> Chart:
         # An average of weights is far off in the first steps, and would leave no room for the rest.
         ceiling = HEADROOM * float(raw.values.max())
         note += f" Validation had up to {tested.values.max():,.4g}: drawn at the upper edge."
-    kinds = {"mix.probability": "mixed", "loss.smoothing": "smoothed"}
+    kinds = {"mix.probability": "mixed", "loss.label_smoothing": "smoothed"}
     softened = " and ".join(word for key, word in kinds.items() if run.fields.get(key))
     if softened:
         note += f" Training's is of {softened} labels, which cannot all be met: do not compare."
@@ -127,7 +127,7 @@ def _losses(run: Run) -> Chart:
     return Chart("loss, nats", curves, run.step, note.strip(), ceiling=ceiling)
 
 
-def shortened(run: Run) -> str:
+def shortened(run: RunRecord) -> str:
     """A sentence on what the curves leave out; empty where they show every line."""
     lines = max(len(part["step"]) for part in run.parts)
     if lines <= POINTS:
@@ -162,7 +162,7 @@ def extent(chart: Chart) -> tuple[float, float, float, float]:
     return 0.0, float(max(chart.until, 1)), low, high + 0.04 * (high - low)
 
 
-def draw(run: Run, drawn: list[Chart], marks: list[int], path: Path) -> None:
+def draw(run: RunRecord, drawn: list[Chart], marks: list[int], path: Path) -> None:
     """All charts of a run in one PNG; dotted lines at the steps of `marks`."""
     from matplotlib.figure import Figure  # a second to import
 

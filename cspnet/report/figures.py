@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cspnet.display import printable
 from cspnet.report.curves import MARKED, Chart, Curve, extent, number, plain, save, ticks
-from cspnet.report.history import STOPS, Period, Run, periods
+from cspnet.run.reader import STOP_EVENTS, Period, RunRecord, running_periods
+from cspnet.text import printable
 
 SPANS = [
     *(timedelta(seconds=n) for n in (1, 2, 5, 10, 15, 30)),
@@ -91,9 +91,9 @@ def _spoken(chart: Chart) -> str:
     return f"{chart.title}, steps {steps.min():,.0f} to {steps.max():,.0f}: {'; '.join(told)}"
 
 
-def time_axis(run: Run) -> str:
+def time_axis(run: RunRecord) -> str:
     """When the run was running, with a mark at each of its stops; empty without a history."""
-    found = periods(run)
+    found = running_periods(run)
     if not found:
         return ""
     begin, end = _bounds(found)
@@ -109,7 +109,7 @@ def time_axis(run: Run) -> str:
         style = f"left:{left:.3f}%;width:{max(0.0, right - left):.3f}%"
         bars.append(f'<i class="{_kind(period)}" style="{style}" title="{escape(told)}"></i>')
     for place, event in enumerate(run.events, 1):
-        if event.kind in STOPS:
+        if event.kind in STOP_EVENTS:
             text = str(place) if len(run.events) <= MARKED else ""
             told = escape(f"{stamp(event.time)}: {' '.join(event.remarks)}")
             flags.append(f'<b style="left:{at(event.time):.3f}%" title="{told}">{text}</b>')
@@ -135,7 +135,7 @@ LEGEND = {
 
 def _legend(found: list[Period]) -> str:
     kinds = {_kind(period) for period in found}
-    kinds |= {"flag" for period in found if period.end and period.end.kind in STOPS}
+    kinds |= {"flag" for period in found if period.end and period.end.kind in STOP_EVENTS}
     return "".join(
         f'<span class="key {kind}">{text}</span>' for kind, text in LEGEND.items() if kind in kinds
     )
@@ -177,12 +177,12 @@ def lasting(span: timedelta) -> str:
     return f"{days} d {hours} h" if days else f"{hours}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
-def draw_time(run: Run, path: Path) -> None:
+def draw_time(run: RunRecord, path: Path) -> None:
     """The time axis as PNG."""
     from matplotlib.dates import date2num
     from matplotlib.figure import Figure
 
-    found = periods(run)
+    found = running_periods(run)
     picture = Figure(figsize=(10, 1.8), layout="constrained")
     place = picture.subplots()
     colours = {"run": "C0", "open": "C2", "lost": "0.7"}
@@ -190,7 +190,7 @@ def draw_time(run: Run, path: Path) -> None:
         left, right = date2num(period.begin.time), date2num(period.until)
         place.broken_barh([(left, right - left)], (0, 1), color=colours[_kind(period)])
     for row, event in enumerate(run.events, 1):
-        if event.kind in STOPS:
+        if event.kind in STOP_EVENTS:
             place.axvline(date2num(event.time), color="C3")
             if len(run.events) <= MARKED:
                 place.annotate(f" {row}", (date2num(event.time), 1.06), color="C3", fontsize=8)

@@ -8,12 +8,12 @@ import cv2
 import numpy as np
 import torch
 
-from cspnet.data.decode import Unreadable, decode, evaluation_view
-from cspnet.data.sources import Source
+from cspnet.images.decode import UnreadableError, decode, evaluation_view
+from cspnet.recipe.schema import Recipe
 from cspnet.report.curves import plain, save
-from cspnet.schema import Recipe
+from cspnet.sources.data_root import Source
 
-MOST = 24
+MAX_MISTAKES = 24
 SIDE = 192  # pixels of a picture, at most
 
 
@@ -27,10 +27,10 @@ class Mistake:
     probability: float  # of the class that it was taken for, in [0, 1]
 
 
-class Surest:
+class TopMistakes:
     """Keeps the mistakes with the highest probability; `evaluate` tells it of every batch."""
 
-    def __init__(self, most: int = MOST):
+    def __init__(self, most: int = MAX_MISTAKES):
         self.most = most
         # The smallest on top: probability, then the later image.
         self._heap: list[tuple[float, int, int, int]] = []
@@ -57,10 +57,10 @@ class Surest:
 
 def view(source: Source, index: int, recipe: Recipe) -> np.ndarray:
     """What the net sees of an image, uint8 RGB [S, S, 3]; black where it cannot be read."""
-    size = recipe.data.size
+    size = recipe.data.image_size
     try:
         return evaluation_view(decode(source.read(index)[0]), size, recipe.evaluate)
-    except (OSError, Unreadable):
+    except (OSError, UnreadableError):
         return np.zeros((size, size, 3), np.uint8)
 
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from cspnet.inference.confusion import worst_pairs
 from cspnet.report.classes import (
     DEEP,
     MATRIX,
@@ -16,14 +17,13 @@ from cspnet.report.classes import (
     shares,
     worst,
 )
-from cspnet.report.confusion import worst_pairs
 from cspnet.report.curves import MARKED, Chart, shortened
+from cspnet.report.evaluation import Evaluation, selection_note
 from cspnet.report.figures import escape, figure, lasting, stamp, time_axis
-from cspnet.report.history import STOPS, Run, periods
 from cspnet.report.mistakes import percent, to_jpeg
-from cspnet.report.origins import notes, sources
+from cspnet.report.recipe_sources import parse_notes, value_sources
 from cspnet.report.style import STYLE
-from cspnet.report.verdict import Verdict, selection
+from cspnet.run.reader import STOP_EVENTS, RunRecord, running_periods
 
 ROWS = 2000  # of the table of classes, at most: the worst
 # Whatever a name might smuggle in: nothing is fetched, nothing is run.
@@ -31,7 +31,11 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def render(
-    run: Run, drawn: list[Chart], verdict: Verdict | None, remarks: list[str], made: datetime
+    run: RunRecord,
+    drawn: list[Chart],
+    verdict: Evaluation | None,
+    remarks: list[str],
+    made: datetime,
 ) -> str:
     """The page; `remarks` say what is missing and how to get it."""
     parts = [
@@ -94,7 +98,7 @@ def table(head: list[str], rows: list[list[str]], numbers: tuple[int, ...] = ())
     return f'<div class="scroll"><table><thead><tr>{heads}<tbody>\n{body}</table></div>'
 
 
-def _summary(run: Run, verdict: Verdict | None) -> str:
+def _summary(run: RunRecord, verdict: Evaluation | None) -> str:
     training, validation = run.training, run.validation
     cards = [("state", state(run)), ("steps done", f"{run.step:,} of {run.steps:,}")]
     if run.best is not None:
@@ -112,7 +116,7 @@ def _summary(run: Run, verdict: Verdict | None) -> str:
             value = values[-1] if name == "loss" else np.median(values)
             cards.append((title, form.format(value)))
     cards.append(("device", run.device))
-    if found := periods(run):
+    if found := running_periods(run):
         spent = sum((period.until - period.begin.time for period in found), timedelta())
         killed = any(period.end is None and not period.last for period in found)
         cards.append(("running for", "at most " * killed + lasting(spent)))
@@ -124,29 +128,29 @@ def _summary(run: Run, verdict: Verdict | None) -> str:
             f"<p>Evaluated for this report: {escape(verdict.checkpoint)}, step {verdict.step:,}, "
             f"{'averaged' if verdict.averaged else 'raw'} weights, on {escape(verdict.data)}: "
             f"<b>top-1 {scores.top1:.2f} %</b>, top-5 {scores.top5:.2f} %, loss "
-            f"{scores.loss:.4f}, {scores.images:,} images. {escape(selection(run, verdict))}</p>"
+            f"{scores.loss:.4f}, {scores.images:,} images. {escape(selection_note(run, verdict))}</p>"
         )
     return text
 
 
-def state(run: Run) -> str:
+def state(run: RunRecord) -> str:
     """How the run stands, in a few words."""
     last = run.events[-1].kind if run.events else ""
     if last == "done":
         return "done"
-    if last in STOPS:
+    if last in STOP_EVENTS:
         what = {"stop": "stopped", "fail": "failed", "crash": "crashed"}[last]
         return f"{what} at step {run.events[-1].step:,}"
     return "running, or killed: no stop is noted" if last else "unknown: there is no history.jsonl"
 
 
-def stops(run: Run) -> list[int]:
+def stops(run: RunRecord) -> list[int]:
     """The steps at which the run went on after a stop or a kill; none where they are too many."""
     steps = sorted({event.step for event in run.events if event.kind == "resume"})
     return steps if len(steps) <= MARKED else []
 
 
-def _curves(run: Run, drawn: list[Chart]) -> str:
+def _curves(run: RunRecord, drawn: list[Chart]) -> str:
     if not drawn:
         return (
             "<p>No step is on record yet: metrics.jsonl gets a line every "
@@ -162,7 +166,7 @@ def _curves(run: Run, drawn: list[Chart]) -> str:
     return f'<p>{text}</p><div class="charts">{figures}</div>'
 
 
-def _time(run: Run) -> str:
+def _time(run: RunRecord) -> str:
     if not run.events:
         return "<p>There is no history.jsonl: nobody noted when the run started and stopped.</p>"
     rows = []
@@ -181,7 +185,7 @@ def _time(run: Run) -> str:
     return time_axis(run) + told
 
 
-def _matrix(verdict: Verdict) -> str:
+def _matrix(verdict: Evaluation) -> str:
     confusion, names = verdict.scores.confusion, verdict.names
     parts, most = shares(confusion)
     rows = []
@@ -208,7 +212,7 @@ def _matrix(verdict: Verdict) -> str:
     )
 
 
-def _pairs(verdict: Verdict) -> str:
+def _pairs(verdict: Evaluation) -> str:
     rows = [
         [escape(pair.true), escape(pair.taken_for), f"{pair.images:,} of {pair.of:,}"]
         for pair in worst_pairs(verdict.scores.confusion, verdict.names)
@@ -218,7 +222,7 @@ def _pairs(verdict: Verdict) -> str:
     return "<h3>Confused most</h3>" + table(["class", "taken for", "images"], rows, (2,))
 
 
-def _worst(verdict: Verdict, scores: list[ClassScore]) -> str:
+def _worst(verdict: Evaluation, scores: list[ClassScore]) -> str:
     low = worst(scores)
     rows = [
         [
@@ -247,7 +251,7 @@ def _taken(score: ClassScore) -> str:
     return f"{escape(score.taken_for)} <small>{score.taken:,}</small>" if score.taken else ""
 
 
-def _mistakes(verdict: Verdict) -> str:
+def _mistakes(verdict: Evaluation) -> str:
     if not verdict.mistakes:
         return "<p>No image was mistaken.</p>"
     tiles = []
@@ -283,14 +287,14 @@ def _classes(scores: list[ClassScore]) -> str:
     )
 
 
-def _recipe(run: Run) -> str:
-    path, told, named = sources(run)
+def _recipe(run: RunRecord) -> str:
+    path, told, named = value_sources(run)
     if path is None:
         return (
             "<p>The resolved recipe. The file that it came from is not here, nor are the sources "
             f'of its values.</p><pre class="recipe"><code>{escape(run.recipe)}</code></pre>'
         )
-    keys = {note.line: key for key, note in notes(run.recipe).items()}
+    keys = {note.line: key for key, note in parse_notes(run.recipe).items()}
     rows = [
         [f"<code>{escape(line)}</code>", escape(told.get(keys.get(number), ""))]
         for number, line in enumerate(run.recipe.splitlines())
@@ -303,7 +307,7 @@ def _recipe(run: Run) -> str:
     )
 
 
-def _environment(run: Run) -> str:
+def _environment(run: RunRecord) -> str:
     if not run.environment:
         return "<p>There is no env.json.</p>"
     rows = []

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from cspnet.display import printable
+from cspnet.recipe.schema import Recipe
 from cspnet.report.files import replace_file
-from cspnet.schema import Recipe
-from cspnet.train.adversarial import strength
+from cspnet.text import printable
+from cspnet.train.adversarial import attack_step_size
 from cspnet.train.optim import learning_rate
 
 COLUMNS = 8
@@ -31,7 +31,7 @@ def mixtures(targets: torch.Tensor, names: list[str], smoothing: float) -> list[
     return captions
 
 
-def sheet(
+def render_sheet(
     images: torch.Tensor,
     targets: torch.Tensor,
     attacked: torch.Tensor | None,
@@ -104,7 +104,7 @@ def write_png(path: Path, picture: np.ndarray) -> None:
     replace_file(path, lambda temporary: temporary.write_bytes(content))
 
 
-def draw_schedule(recipe: Recipe, path: Path) -> None:
+def save_schedule(recipe: Recipe, path: Path) -> None:
     """Learning rate, shares of mixed images and strength of the attack over the steps, as PNG."""
     from matplotlib.figure import Figure  # a second to import
 
@@ -142,11 +142,11 @@ def draw_schedule(recipe: Recipe, path: Path) -> None:
     mix.set_ylabel("share of images")
     mix.set_ylim(0, 1)
     mix.legend(loc="center right")
-    sat.plot(steps, [strength(int(step) - 1, recipe) for step in steps], color="tab:red")
+    sat.plot(steps, [attack_step_size(int(step) - 1, recipe) for step in steps], color="tab:red")
     sat.set_ylabel("strength of the attack")
     half = 100 * recipe.adversarial.probability
     sat.set_title(
-        f"on {half:.0f} % of the groups" if recipe.adversarial.strength else "off", fontsize=9
+        f"on {half:.0f} % of the groups" if recipe.adversarial.step_size else "off", fontsize=9
     )
     sat.set_xlabel("optimizer step")
     path.parent.mkdir(parents=True, exist_ok=True)

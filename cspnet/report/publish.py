@@ -7,10 +7,10 @@ from pathlib import Path
 
 from cspnet.errors import RecipeError
 from cspnet.report import classes, curves, figures, mistakes
+from cspnet.report.evaluation import Evaluation
 from cspnet.report.files import replace_file
-from cspnet.report.history import Run
 from cspnet.report.page import render, stops
-from cspnet.report.verdict import Verdict
+from cspnet.run.reader import RunRecord
 
 
 def require_place(folder: Path) -> None:
@@ -24,7 +24,7 @@ def require_place(folder: Path) -> None:
         raise RecipeError(f"{near} cannot be written to: name another folder with --out")
 
 
-def publish(run: Run, verdict: Verdict | None, remarks: list[str], folder: Path) -> Path:
+def publish(run: RunRecord, verdict: Evaluation | None, remarks: list[str], folder: Path) -> Path:
     """Writes report.html and its PNGs, each whole or as it was before; the page's path.
 
     Pictures of an earlier report that this one has not are deleted. RecipeError.

@@ -6,21 +6,21 @@ from pathlib import Path
 
 import numpy as np
 
-from cspnet import recipe as recipes
-from cspnet.display import printable
 from cspnet.errors import RecipeError
-from cspnet.report.history import ENDS, Run
-from cspnet.report.outlook import seconds_left, spell, when
-from cspnet.schema import Recipe
-from cspnet.shell import command
-from cspnet.train.lock import is_locked
+from cspnet.recipe import load as recipes
+from cspnet.recipe.eta import format_duration, format_eta, seconds_left
+from cspnet.recipe.schema import Recipe
+from cspnet.run.lock import is_locked
+from cspnet.run.reader import END_EVENTS, RunRecord
+from cspnet.shell import command_line
+from cspnet.text import printable
 
 LINES = 10  # of the record, from which its present speed is told
 SILENCE = timedelta(minutes=10)  # without a line: longer than most windows and saves
 WINDOWS = 3  # of the record that may be silent, where they are longer
 
 
-def describe(run: Run, now: datetime | None = None) -> list[str]:
+def describe_run(run: RunRecord, now: datetime | None = None) -> list[str]:
     """The state of a run in lines for people: what it does, how far it is, its best, its last save.
 
     A run that ended without a word, by SIGKILL or with its machine, is reported as dead at once.
@@ -41,8 +41,8 @@ def describe(run: Run, now: datetime | None = None) -> list[str]:
         left = ""
         if recipe and run.step < run.steps:
             seconds = seconds_left(recipe, run.step, speed)
-            left = f"; {spell(seconds)} left, validations aside"
-            left += f", done at {when(seconds)}" * (state == "running")
+            left = f"; {format_duration(seconds)} left, validations aside"
+            left += f", done at {format_eta(seconds)}" * (state == "running")
         lines.append(
             f"speed       {speed:,.0f} images/s, {wait:.0%} of the time waiting for images{left}"
         )
@@ -58,14 +58,14 @@ def describe(run: Run, now: datetime | None = None) -> list[str]:
     return lines
 
 
-def exit_code(run: Run, now: datetime | None = None) -> int:
+def status_exit_code(run: RunRecord, now: datetime | None = None) -> int:
     """0: running or complete. 75: stopped after a save, --resume continues. 1: dead or failed."""
     now = now or datetime.now(UTC)
     state = _state(run, _recipe(run), now)
     return {"running": 0, "done": 0, "stop": 75}.get(state, 1)
 
 
-def _state(run: Run, recipe: Recipe | None, now: datetime) -> str:
+def _state(run: RunRecord, recipe: Recipe | None, now: datetime) -> str:
     """running, dead, or the kind of the last event. The lock of the run folder decides.
 
     It says nothing on some network drives, nor of a process on another machine. There a run counts
@@ -74,7 +74,7 @@ def _state(run: Run, recipe: Recipe | None, now: datetime) -> str:
     locked = is_locked(run.folder)
     if locked:
         return "running"
-    if not run.events or run.events[-1].kind in ENDS:
+    if not run.events or run.events[-1].kind in END_EVENTS:
         return run.events[-1].kind if run.events else "none"
     here = run.events[-1].host in ("", platform.node())
     if locked is False and here:
@@ -82,7 +82,7 @@ def _state(run: Run, recipe: Recipe | None, now: datetime) -> str:
     return "running" if _writes(run, recipe, now) else "silent"
 
 
-def _writes(run: Run, recipe: Recipe | None, now: datetime) -> bool:
+def _writes(run: RunRecord, recipe: Recipe | None, now: datetime) -> bool:
     """Whether the run wrote to its record lately."""
     silence, speeds = SILENCE, run.training["images_per_second"][-1:]
     if recipe and len(speeds) and speeds[0] > 0:
@@ -91,31 +91,31 @@ def _writes(run: Run, recipe: Recipe | None, now: datetime) -> bool:
     return now - _last_sign(run) < silence
 
 
-def _last_sign(run: Run) -> datetime:
+def _last_sign(run: RunRecord) -> datetime:
     return max(run.written or run.events[-1].time, run.events[-1].time)
 
 
-def _recipe(run: Run) -> Recipe | None:
+def _recipe(run: RunRecord) -> Recipe | None:
     """Of the run; None where this cspnet cannot read it."""
     try:
-        return recipes.from_text(run.recipe)
+        return recipes.recipe_from_yaml(run.recipe)
     except RecipeError:
         return None
 
 
-def _doing(run: Run, state: str, now: datetime) -> str:
+def _doing(run: RunRecord, state: str, now: datetime) -> str:
     if state == "none":
         return "not started: there is no history.jsonl"
-    if not run.events or (state == "running" and run.events[-1].kind in ENDS):
+    if not run.events or (state == "running" and run.events[-1].kind in END_EVENTS):
         return "starting"
     last = run.events[-1]
     silence = max(0.0, (now - _last_sign(run)).total_seconds())
-    ago = f"last written to {spell(silence)} ago"
+    ago = f"last written to {format_duration(silence)} ago"
     if state == "running":
         return f"running since {_local(last.time)} on {run.device}, {ago}"
     if state == "done":
         return f"complete since {_local(last.time)}"
-    resume = f"Continue: {command('cspnet-train', '--resume', '--output', run.folder)}"
+    resume = f"Continue: {command_line('cspnet-train', '--resume', '--output', run.folder)}"
     if state == "silent":
         host = f" on {last.host}" * bool(last.host)
         return (
@@ -135,7 +135,7 @@ def _last_save(file: Path, now: datetime) -> str:
     except OSError:
         return "none yet"
     ago = (now - datetime.fromtimestamp(status.st_mtime, UTC)).total_seconds()
-    return f"{spell(max(0.0, ago))} ago, {status.st_size / 1e6:,.0f} MB, {printable(str(file))}"
+    return f"{format_duration(max(0.0, ago))} ago, {status.st_size / 1e6:,.0f} MB, {printable(str(file))}"
 
 
 def _local(time: datetime) -> str:

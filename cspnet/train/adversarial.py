@@ -18,21 +18,23 @@ import torch
 from torch import nn
 
 from cspnet.data import stream
-from cspnet.schema import Recipe
+from cspnet.recipe.schema import Recipe
 
 
-def strength(step: int, recipe: Recipe) -> float:
+def attack_step_size(step: int, recipe: Recipe) -> float:
     """Step size of the attack in optimizer step `step`, which counts from 0; 0 in the warm-up."""
     if step <= recipe.schedule.warmup_steps:
         return 0.0
-    return recipe.adversarial.strength * step / recipe.schedule.steps
+    return recipe.adversarial.step_size * step / recipe.schedule.steps
 
 
-def attacked(recipe: Recipe, step: int, groups: range) -> np.ndarray:
+def attack_mask(recipe: Recipe, step: int, groups: range) -> np.ndarray:
     """Which of the groups of a step are attacked: bool [len(groups)], a coin for each."""
-    if not strength(step, recipe):
+    if not attack_step_size(step, recipe):
         return np.zeros(len(groups), bool)
-    coins = [stream.random(recipe.seed, stream.ATTACK, step, group).random() for group in groups]
+    coins = [
+        stream.rng_for(recipe.seed, stream.ATTACK_DOMAIN, step, group).random() for group in groups
+    ]
     return np.array(coins) < recipe.adversarial.probability
 
 

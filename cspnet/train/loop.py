@@ -8,41 +8,54 @@ from rich.console import Console
 from torch import nn
 
 from cspnet.console import RunOutput
-from cspnet.data.loader import Groups, training_groups
-from cspnet.data.sources import display_names
+from cspnet.data.loader import TrainGroups, training_groups
 from cspnet.data.supervision import WorkerMonitor
-from cspnet.display import sentence
-from cspnet.errors import CspnetError, DataError, NotFinite, SaveError, Stopped, WorkersLost
-from cspnet.evaluate import Scores, evaluate
-from cspnet.report.metrics import Report
-from cspnet.report.preview import sheet, write_png
-from cspnet.schema import Recipe
-from cspnet.train.adversarial import attack, strength
-from cspnet.train.fast import accelerate, compiling_told
-from cspnet.train.health import is_finite, memory_told, not_finite, note_loss
-from cspnet.train.job import Job, check_folder, crashed, prepare, record, save_consistent, start
-from cspnet.train.lock import RunLock
+from cspnet.errors import (
+    CspnetError,
+    DataError,
+    NonFiniteError,
+    SaveError,
+    StoppedError,
+    WorkersFailedError,
+)
+from cspnet.inference.evaluate import Scores, evaluate_network
+from cspnet.recipe.schema import Recipe
+from cspnet.report.preview import render_sheet, write_png
+from cspnet.run.lock import RunLock
+from cspnet.runtime.device import RunOptions, StopRequest, setup_device
+from cspnet.runtime.distributed import (
+    RunningStats,
+    find_processes,
+    gradient_sync,
+    is_process_group_error,
+    process_group,
+)
+from cspnet.sources.data_root import display_names
+from cspnet.text import end_sentence
+from cspnet.train.adversarial import attack, attack_step_size
+from cspnet.train.compile import accelerate, compiling_told
+from cspnet.train.diagnose import explain_out_of_memory, is_finite, non_finite_error, note_loss
+from cspnet.train.optim import apply_update as update
 from cspnet.train.optim import learning_rate
-from cspnet.train.optim import step as update
-from cspnet.train.runtime import Place, Stop, find_device
+from cspnet.train.reporter import Reporter
+from cspnet.train.setup import Run, check_folder, crashed, prepare, record, save_consistent, start
 from cspnet.train.state import TrainState
 from cspnet.train.step import at_most, attack_some, cross_entropy, forward, one_pass, to_device
-from cspnet.train.world import Statistics, alone_until, find_world, is_of_the_group, joined
 
 
-def train(recipe: Recipe, place: Place, console: Console | RunOutput) -> Scores | None:
+def train(recipe: Recipe, place: RunOptions, console: Console | RunOutput) -> Scores | None:
     """Trains to the end of the schedule; returns the last validation's scores.
 
     None where the run was complete before. Raises Stopped after a signal or at the time limit, with
     the state saved. An output that holds its lines is released when all that the user may have got
     wrong was checked.
     """
-    stop = Stop(place.max_hours)
-    world = find_world()
+    stop = StopRequest(place.max_hours)
+    world = find_processes()
     output = console if isinstance(console, RunOutput) else RunOutput(console)
     if not world.first:
         output = RunOutput(Console(quiet=True))
-    with joined(world, find_device(place.device, world)), RunLock() as lock:
+    with process_group(world, setup_device(place.device, world)), RunLock() as lock:
         world.by_first(lambda: (check_folder(place), lock_run(lock, place)))
         try:
             job = prepare(recipe, place, output, world)
@@ -54,8 +67,8 @@ def train(recipe: Recipe, place: Place, console: Console | RunOutput) -> Scores 
             output.open_log(place.output / "train.log")
         output.release()
         try:
-            scores = run(job, state, stop)
-        except Stopped as error:
+            scores = train_loop(job, state, stop)
+        except StoppedError as error:
             record(job, state, "stop", [first_line(error)])
             output.log(str(error))
             raise
@@ -66,7 +79,7 @@ def train(recipe: Recipe, place: Place, console: Console | RunOutput) -> Scores 
             output.log(f"error: {error}")
             raise
         except Exception as error:
-            if world.size > 1 and is_of_the_group(error):
+            if world.size > 1 and is_process_group_error(error):
                 lost = "another process of the run has ended, or hangs"
                 record(job, state, "fail", [lost])
                 output.log(f"error: {lost}")
@@ -85,7 +98,7 @@ def train(recipe: Recipe, place: Place, console: Console | RunOutput) -> Scores 
         return scores
 
 
-def lock_run(lock: RunLock, place: Place) -> None:
+def lock_run(lock: RunLock, place: RunOptions) -> None:
     """Takes the lock of a folder that holds a run: before anything is loaded for nothing."""
     if (place.output / "recipe.yaml").is_file():
         lock.take(place.output)
@@ -95,7 +108,7 @@ def first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
-def run(job: Job, state: TrainState, stop: Stop) -> Scores | None:
+def train_loop(job: Run, state: TrainState, stop: StopRequest) -> Scores | None:
     """The steps that are left, one by one."""
     recipe, world = job.recipe, job.world
     net, last = state.net, recipe.schedule.steps
@@ -118,13 +131,20 @@ def run(job: Job, state: TrainState, stop: Stop) -> Scores | None:
         *(job.training, recipe, state.step, job.workers, job.device.type == "cuda"),
         *(job.groups, monitor),
     )
-    together, statistics = world.together(net, job.device), Statistics(world, net, len(job.groups))
+    together, statistics = (
+        world.together(net, job.device),
+        RunningStats(world, net, len(job.groups)),
+    )
     with (
         stop,
-        Report(job.folder, state, job.training, job.console, world, job.workers, monitor) as report,
+        Reporter(
+            job.folder, state, job.training, job.console, world, job.workers, monitor
+        ) as report,
         closing(stream) as groups,
         compiling_told(state),
-        memory_told(len(job.passes[0]), state),  # inside: what a compiler says of memory is its
+        explain_out_of_memory(
+            len(job.passes[0]), state
+        ),  # inside: what a compiler says of memory is its
     ):
         if state.step == 0 and world.first:
             show_samples(job, state.net, report)
@@ -145,7 +165,7 @@ def run(job: Job, state: TrainState, stop: Stop) -> Scores | None:
             for part in job.passes:
                 try:
                     loaded = [report.fetch(groups) for _ in part]
-                except WorkersLost as error:
+                except WorkersFailedError as error:
                     raise workers_lost(error, job, state, report) from None
                 images, targets = to_device(job, loaded, state.step, part)
                 # All attacks come first: the passes move the running statistics that these use.
@@ -153,7 +173,7 @@ def run(job: Job, state: TrainState, stop: Stop) -> Scores | None:
                 batch.append((images, targets))
             state.consistent = False
             for number, (images, targets) in enumerate(batch, 1):
-                with alone_until(number == len(batch), together):
+                with gradient_sync(number == len(batch), together):
                     loss = cross_entropy(forward(job, together, images), targets) / recipe.batch
                     state.scaler.scale(loss).backward()
                 losses.append(loss.detach())
@@ -175,7 +195,9 @@ def run(job: Job, state: TrainState, stop: Stop) -> Scores | None:
                 raise stopped(asked, state)
 
 
-def workers_lost(error: WorkersLost, job: Job, state: TrainState, report: Report) -> CspnetError:
+def workers_lost(
+    error: WorkersFailedError, job: Run, state: TrainState, report: Reporter
+) -> CspnetError:
     """The error to raise when dataloader workers keep dying: Stopped, with the state saved.
 
     The error itself where no step was done since the start: starting again would lead to the same,
@@ -183,16 +205,16 @@ def workers_lost(error: WorkersLost, job: Job, state: TrainState, report: Report
     """
     if job.world.size > 1 or state.step == report.first_step:
         step = f"step {state.step + 1:,} or one of the next"
-        return WorkersLost(f"{sentence(error)} It happens with the images of {step}")
+        return WorkersFailedError(f"{end_sentence(error)} It happens with the images of {step}")
     if state.saved < state.step:
         save(job, state, report, str(error))
     return stopped(str(error), state)
 
 
 def save(
-    job: Job,
+    job: Run,
     state: TrainState,
-    report: Report,
+    report: Reporter,
     asked: str | None,
     best_top1: float | None = None,
     validated: bool = False,
@@ -223,24 +245,26 @@ def save(
         if asked or state.step == job.recipe.schedule.steps:
             raise
         if job.place.stop_when_full:
-            raise Stopped(f"{error}\n--stop-when-full: free some space, then --resume") from None
+            raise StoppedError(
+                f"{error}\n--stop-when-full: free some space, then --resume"
+            ) from None
         report.unsaved(error)
     except BaseException:
         state.best_top1, state.validated = before
         raise
 
 
-def broken(job: Job, state: TrainState) -> NotFinite:
+def broken(job: Run, state: TrainState) -> NonFiniteError:
     """What is not finite; the first process looks at the images of that step once more."""
     state.consistent = False  # the weights of the last save are loaded, to compare
 
     def again(step: int) -> torch.Tensor:
-        groups = Groups(job.training, job.recipe)
+        groups = TrainGroups(job.training, job.recipe)
         batch = [groups[step, group] for group in range(job.recipe.groups)]
         images, _ = to_device(job, batch, step, range(job.recipe.groups))
         return forward(job, state.net, images)
 
-    return job.world.by_first(lambda: not_finite(state, job.training, job.folder, again))
+    return job.world.by_first(lambda: non_finite_error(state, job.training, job.folder, again))
 
 
 def is_save_due(state: TrainState) -> bool:
@@ -256,15 +280,15 @@ def is_validation_due(state: TrainState) -> bool:
     return state.step > 0 and (state.step % every == 0 or state.step == schedule.steps)
 
 
-def stopped(asked: str, state: TrainState) -> Stopped:
-    return Stopped(
+def stopped(asked: str, state: TrainState) -> StoppedError:
+    return StoppedError(
         f"{asked}: saved at step {state.step:,} of {state.recipe.schedule.steps:,}; "
         "the same command with --resume goes on from there"
     )
 
 
 def validate(
-    job: Job, state: TrainState, stop: Stop, report: Report, monitor: WorkerMonitor
+    job: Run, state: TrainState, stop: StopRequest, report: Reporter, monitor: WorkerMonitor
 ) -> Scores:
     """Scores of the weights that a user would take: the averaged ones where the run has them.
 
@@ -282,7 +306,7 @@ def validate(
 
     weights = state.average.tensors if state.average else None
     try:
-        return evaluate(
+        return evaluate_network(
             state.net,
             job.validation,
             job.recipe,
@@ -293,12 +317,12 @@ def validate(
             world=job.world,
             monitor=monitor,
         )
-    except WorkersLost as error:
+    except WorkersFailedError as error:
         raise workers_lost(error, job, state, report) from None
 
 
 def look(
-    job: Job, net: nn.Module, step: int
+    job: Run, net: nn.Module, step: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """What the first group of a step brings: images, soft targets, and the images after the attack.
 
@@ -307,25 +331,25 @@ def look(
     """
     recipe = job.recipe
     part = range(1)
-    images, targets = to_device(job, [Groups(job.training, recipe)[step, 0]], step, part)
-    if not recipe.adversarial.strength:
+    images, targets = to_device(job, [TrainGroups(job.training, recipe)[step, 0]], step, part)
+    if not recipe.adversarial.step_size:
         return images, targets, None
     changed = attack(
         lambda seen: forward(job, net, seen),
         net,
         images,
-        targets if recipe.adversarial.target == "label" else None,
-        strength(step, recipe) or recipe.adversarial.strength,
+        targets if recipe.adversarial.objective == "mislead" else None,
+        attack_step_size(step, recipe) or recipe.adversarial.step_size,
         1024.0 if job.precision.scales_loss else 1.0,
     )
     return images, targets, changed
 
 
-def show_samples(job: Job, net: nn.Module, report: Report) -> None:
+def show_samples(job: Run, net: nn.Module, report: Reporter) -> None:
     """One page of the very images that the first group of the run is trained on."""
     recipe = job.recipe
     names = display_names(job.training.classes)
-    page = sheet(*look(job, net, 0), names, recipe.loss.smoothing, "step 0, group 0")
+    page = render_sheet(*look(job, net, 0), names, recipe.loss.label_smoothing, "step 0, group 0")
     with suppress(OSError):  # a full disk; TensorBoard may have it
         write_png(job.folder / "preview" / "step-0000000.png", page)
     report.picture("train/images", page)

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from cspnet.schema import Optim, Recipe
+from cspnet.recipe.schema import Optim, Recipe
 
 Number = int | float | torch.Tensor
 
@@ -70,7 +70,9 @@ def build_optimizer(net: nn.Module, optim: Optim) -> torch.optim.SGD:
     return optimizer
 
 
-def step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> torch.Tensor | None:
+def apply_update(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> torch.Tensor | None:
     """Updates the weights; under loss scaling, 1 or 0 on the device: whether it did so at all."""
     scaler.step(optimizer)
     applied = None
@@ -82,7 +84,7 @@ def step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> torc
     return applied
 
 
-class Average:
+class EMA:
     """Exponential moving average of weights and BatchNorm statistics, float32.
 
     The decay of the n-th update is min(decay, (1 + n) / (10 + n)), so that the first weights, which

@@ -10,27 +10,27 @@ import torch
 from torch import nn
 
 import cspnet
-from cspnet.data.listing import Listing, compare
-from cspnet.display import printable
 from cspnet.errors import CheckpointError
-from cspnet.recipe import flatten, from_text, to_text
-from cspnet.schema import Recipe
-from cspnet.train.checkpoint import FORMAT
-from cspnet.train.optim import Average
+from cspnet.recipe.load import flatten, recipe_from_yaml, recipe_to_yaml
+from cspnet.recipe.schema import Recipe
+from cspnet.run.checkpoint import FORMAT
+from cspnet.sources.listing import Listing, compare_listings
+from cspnet.text import printable
+from cspnet.train.optim import EMA
 
 # Recipe fields that a resumed run may change. All others, and the data, are the run's identity.
-FREE = (
+CHANGEABLE_FIELDS = (
     *("data.root", "data.max_unreadable", "log_every", "save_every", "evaluate.every"),
     *("archive_every", "archive_keep"),
 )
-HORIZON = ("schedule.steps",)
+HORIZON_FIELDS = ("schedule.steps",)
 
 
 NOTHING_LISTED = Listing(0, "", [])
 
 
 @dataclass(frozen=True)
-class Dataset:
+class DatasetIdentity:
     """Which images a run trains and validates on."""
 
     root: str  # data.root as an absolute path
@@ -42,7 +42,7 @@ class Dataset:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_text(cls, text: str) -> "Dataset":
+    def from_text(cls, text: str) -> "DatasetIdentity":
         content = json.loads(text)
         return cls(content["root"], Listing(**content["train"]), Listing(**content["val"]))
 
@@ -52,8 +52,12 @@ def changed_fields(text: str, recipe: Recipe) -> list[str]:
 
     RecipeError where the text is no recipe of this version.
     """
-    then, now = (dict(flatten(from_text(t))) for t in (text, to_text(recipe)))
-    return [key for key in now if now[key] != then[key] and key not in (*FREE, *HORIZON)]
+    then, now = (dict(flatten(recipe_from_yaml(t))) for t in (text, recipe_to_yaml(recipe)))
+    return [
+        key
+        for key in now
+        if now[key] != then[key] and key not in (*CHANGEABLE_FIELDS, *HORIZON_FIELDS)
+    ]
 
 
 @dataclass
@@ -63,11 +67,11 @@ class TrainState:
     net: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    average: Average | None
+    average: EMA | None
     recipe: Recipe
     classes: list[str]
     images: int  # in the training set
-    dataset: Dataset
+    dataset: DatasetIdentity
     precision: str
     precision_reason: str
     step: int = 0  # optimizer steps done
@@ -107,7 +111,7 @@ class TrainState:
             "format": FORMAT,
             "cspnet": cspnet.__version__,
             "torch": str(torch.__version__),
-            "recipe": to_text(self.recipe),
+            "recipe": recipe_to_yaml(self.recipe),
             "classes": self.classes,
             "images": self.images,
             "dataset": self.dataset.to_text(),
@@ -135,7 +139,10 @@ class TrainState:
         remarks = self._compare(saved, force)
         self.take(saved)
         self.saved = self.step
-        if Dataset.from_text(saved["dataset"]).val != self.dataset.val and self.best_top1 >= 0:
+        if (
+            DatasetIdentity.from_text(saved["dataset"]).val != self.dataset.val
+            and self.best_top1 >= 0
+        ):
             self.best_top1 = -1.0
             remarks.append("the validation images changed: best.pt is selected anew")
         return remarks
@@ -169,12 +176,15 @@ class TrainState:
     def _compare(self, saved: dict, force: bool) -> list[str]:
         # Through the text both ways, which leaves out what has no effect.
         then, now = (
-            dict(flatten(from_text(text))) for text in (saved["recipe"], to_text(self.recipe))
+            dict(flatten(recipe_from_yaml(text)))
+            for text in (saved["recipe"], recipe_to_yaml(self.recipe))
         )
-        changed = [key for key in now if now[key] != then[key] and key not in FREE]
+        changed = [key for key in now if now[key] != then[key] and key not in CHANGEABLE_FIELDS]
         remarks: list[str] = []
         differences = [
-            f"{key} was {then[key]}, is now {now[key]}" for key in changed if key not in HORIZON
+            f"{key} was {then[key]}, is now {now[key]}"
+            for key in changed
+            if key not in HORIZON_FIELDS
         ]
         if saved["classes"] != self.classes:
             differences.append(
@@ -182,7 +192,7 @@ class TrainState:
                 f"are now {len(self.classes)} ({self.classes[0]} …)"
             )
         else:
-            labels, remarks = self._compare_dataset(Dataset.from_text(saved["dataset"]))
+            labels, remarks = self._compare_dataset(DatasetIdentity.from_text(saved["dataset"]))
             if labels and not differences and not force:
                 raise CheckpointError(
                     f"the images in {printable(self.dataset.root)} are not those of the run:"
@@ -209,12 +219,12 @@ class TrainState:
             )
         return remarks
 
-    def _compare_dataset(self, then: Dataset) -> tuple[list[str], list[str]]:
+    def _compare_dataset(self, then: DatasetIdentity) -> tuple[list[str], list[str]]:
         """Changes of labels, and other changes, since the checkpoint."""
         now = self.dataset
         labels, others = [], []
         for split in ("train", "val"):
-            found = compare(split, getattr(then, split), getattr(now, split), self.classes)
+            found = compare_listings(split, getattr(then, split), getattr(now, split), self.classes)
             labels += found[0]
             others += found[1]
         if then.root != now.root and (labels or others):

@@ -6,20 +6,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from cspnet.data.augment import draw, normalize
-from cspnet.data.loader import Groups
-from cspnet.train.adversarial import attack, attacked, strength
-from cspnet.train.job import Job
+from cspnet.data.augment import normalize, sample_params
+from cspnet.data.loader import TrainGroups
+from cspnet.train.adversarial import attack, attack_mask, attack_step_size
+from cspnet.train.setup import Run
 from cspnet.train.state import TrainState
 
 
-def to_device(job: Job, groups: list, step: int, part: range) -> tuple[torch.Tensor, torch.Tensor]:
+def to_device(job: Run, groups: list, step: int, part: range) -> tuple[torch.Tensor, torch.Tensor]:
     """Augmented images in [0, 1] and soft targets of some groups of a step, on the device."""
     images, labels = (
         torch.cat([copy_to(job.device, getattr(group, name)) for group in groups])
         for name in ("images", "labels")
     )
-    draws = draw(job.recipe, step, part).to(job.device)
+    draws = sample_params(job.recipe, step, part).to(job.device)
     return job.augment(images, labels, draws, job.recipe, len(job.training.classes))
 
 
@@ -43,34 +43,34 @@ def _copies(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def forward(job: Job, net: nn.Module, images: torch.Tensor) -> torch.Tensor:
+def forward(job: Run, net: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Logits [B, K] of images in [0, 1], in the run's precision."""
     with job.precision.autocast(job.device):
         return net(normalize(images, job.recipe.data))
 
 
 def attack_some(
-    job: Job, state: TrainState, net: nn.Module, images, targets, part: range
+    job: Run, state: TrainState, net: nn.Module, images, targets, part: range
 ) -> torch.Tensor:
     """The images of a pass, those of the attacked groups changed in place.
 
     Group by group: whatever the passes, the attack is the same computation, and one graph for all.
     """
     group = job.recipe.group
-    for place in np.flatnonzero(attacked(job.recipe, state.step, part)):
+    for place in np.flatnonzero(attack_mask(job.recipe, state.step, part)):
         rows = slice(place * group, (place + 1) * group)
         images[rows] = attack_group(job, state, net, images[rows], targets[rows])
     return images
 
 
-def attack_group(job: Job, state: TrainState, net: nn.Module, images, targets) -> torch.Tensor:
+def attack_group(job: Run, state: TrainState, net: nn.Module, images, targets) -> torch.Tensor:
     """Images of a group, changed by the net against itself with the strength of the step."""
     return attack(
         lambda seen: forward(job, net, seen),
         state.net,
         images,
-        targets if job.recipe.adversarial.target == "label" else None,
-        strength(state.step, job.recipe),
+        targets if job.recipe.adversarial.objective == "mislead" else None,
+        attack_step_size(state.step, job.recipe),
         # As large as the loss of a step, by whose gradients the scale was found.
         state.scaler.scale(torch.full((), 1 / job.recipe.batch, device=job.device)),
     )
@@ -82,7 +82,7 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def one_pass(
-    job: Job,
+    job: Run,
     state: TrainState,
     net: nn.Module,
     attacked: bool = False,
@@ -92,7 +92,7 @@ def one_pass(
 
     The gradients are scaled as the run's are, or by `scale`.
     """
-    groups, part = Groups(job.training, job.recipe), job.passes[0]
+    groups, part = TrainGroups(job.training, job.recipe), job.passes[0]
     step = job.recipe.schedule.steps - 1  # at the full size
     images, targets = to_device(job, [groups[step, group] for group in part], step, part)
     if attacked:
@@ -103,12 +103,12 @@ def one_pass(
     return loss.detach()
 
 
-def at_most(job: Job, state: TrainState, net: nn.Module) -> torch.Tensor:
+def at_most(job: Run, state: TrainState, net: nn.Module) -> torch.Tensor:
     """What takes the most memory: a pass with the attack, and a batch of a validation."""
-    size = job.recipe.data.size
+    size = job.recipe.data.image_size
     # of a validation; meanwhile in the place of a step's images, of which a pass has but a part
     batch = torch.rand(job.recipe.batch, 3, size, size, device=job.device)
-    loss = one_pass(job, state, net, attacked=job.recipe.adversarial.strength > 0)
+    loss = one_pass(job, state, net, attacked=job.recipe.adversarial.step_size > 0)
     weights = state.average.tensors if state.average else {}
     state.net.eval()
     with torch.no_grad(), job.precision.autocast(job.device):

@@ -1,1 +1,1 @@
-"""Readers of a trained net, one module per kind of file; `cspnet/trained.py` is their front."""
+"""Readers of a trained net, one module per kind of file; `cspnet/weights/load.py` is their front."""

@@ -5,20 +5,22 @@ from pathlib import Path
 
 import torch
 
-from cspnet.display import printable
 from cspnet.errors import CheckpointError, RecipeError
-from cspnet.nets.darknet import FormatError, net_from_cfg, read_weights
-from cspnet.recipe import load as load_recipe
+from cspnet.recipe.load import load_recipe
+from cspnet.text import printable
 from cspnet.weights import labels
-from cspnet.weights.trained import Trained, problems
+from cspnet.weights.darknet_format import DarknetFormatError, load_darknet_weights, net_from_cfg
+from cspnet.weights.trained import Trained, recipe_problems
 
 # The line of our own `.cfg` that keeps the recipe's view of a validation, and what is in it.
-VIEW_MARK = "# cspnet: "
-VIEW = ("crop", "resize")
+PREPROCESSING_MARK = "# cspnet: "
+PREPROCESSING_KEYS = ("crop_pct", "interpolation")
 # The line of our own `.data` for a net without class names: its names are but numbers.
-NAMELESS_MARK = "# cspnet: the classes have no names"
+UNNAMED_CLASSES_MARK = "# cspnet: the classes have no names"
 
-DARKNETS_VIEW = "prepared as Darknet's valid: RGB in [0, 1], shorter side to the size, centre crop"
+DARKNET_PREPROCESSING = (
+    "prepared as Darknet's valid: RGB in [0, 1], shorter side to the size, centre crop"
+)
 
 
 def from_darknet(path: Path, origin: str) -> Trained:
@@ -33,27 +35,31 @@ def from_darknet(path: Path, origin: str) -> Trained:
         )
     try:
         net, size = net_from_cfg(cfg)
-        seen = read_weights(net, path)
+        seen = load_darknet_weights(net, path)
         first = cfg.read_text(errors="replace").partition("\n")[0]
-    except FormatError as error:
+    except DarknetFormatError as error:
         raise CheckpointError(str(error)) from None
     except OSError as error:
         raise CheckpointError(
             f"{printable(str(error.filename))} cannot be read: {error.strerror}"
         ) from None
     slope = ["model.leaky_slope=0.1"] if net.activation == "leaky" else []
-    view = first.removeprefix(VIEW_MARK).split() if first.startswith(VIEW_MARK) else []
+    view = (
+        first.removeprefix(PREPROCESSING_MARK).split()
+        if first.startswith(PREPROCESSING_MARK)
+        else []
+    )
     try:
         recipe = load_recipe(
             None,
             [
-                *(f"model.name={net.name}", f"model.width={net.width}", f"data.size={size}"),
+                *(f"model.name={net.name}", f"model.width={net.width}", f"data.image_size={size}"),
                 *(f"model.activation={net.activation}", *slope, *view),
             ],
         )
     except RecipeError as error:
         raise CheckpointError(
-            f"{printable(str(cfg))} asks for what cspnet has not: {problems(error)}"
+            f"{printable(str(cfg))} asks for what cspnet has not: {recipe_problems(error)}"
         ) from None
     names, remarks = _find_names(path, net.classes)
     trained = Trained(
@@ -62,11 +68,11 @@ def from_darknet(path: Path, origin: str) -> Trained:
         None,
         step=seen // recipe.batch,
         seen=seen,
-        remarks=["images prepared as its .cfg says" if view else DARKNETS_VIEW, *remarks],
+        remarks=["images prepared as its .cfg says" if view else DARKNET_PREPROCESSING, *remarks],
         unordered="" if names else f"{remarks[-1]}. A Darknet list has an order of its own",
     )
     if names:
-        trained = labels.with_names(trained, names)
+        trained = labels.assign_class_names(trained, names)
     net.to(memory_format=torch.channels_last)
     return trained
 
@@ -126,4 +132,4 @@ def _read_data(path: Path) -> tuple[dict[str, str], bool]:
         key, equals, value = line.partition("=")
         if equals and line[0] not in "#;":
             options.setdefault(key.strip(), value.strip())
-    return options, NAMELESS_MARK in lines
+    return options, UNNAMED_CLASSES_MARK in lines

@@ -13,11 +13,11 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from cspnet.display import printable
 from cspnet.errors import CheckpointError, RecipeError
+from cspnet.text import printable
 from cspnet.weights.trained import Trained, permute_classes
 
-ORDERS = ("natural", "sorted")
+CLASS_ORDERS = ("natural", "sorted")
 BOM = b"\xef\xbb\xbf"
 
 
@@ -66,7 +66,7 @@ def natural_key(name: str) -> list[int | str]:
     return [int(part) if place % 2 else part for place, part in enumerate(parts)]
 
 
-def with_names(trained: Trained, names: list[str]) -> Trained:
+def assign_class_names(trained: Trained, names: list[str]) -> Trained:
     """The net with these class names, given in the order of its outputs; its classes are sorted.
 
     The net is changed in place.
@@ -79,7 +79,7 @@ def with_names(trained: Trained, names: list[str]) -> Trained:
     return replace(trained, classes=sorted(names), order=order, remarks=remarks, inferred=False)
 
 
-def add_labels(trained: Trained, file: Path, option: str = "") -> Trained:
+def apply_label_file(trained: Trained, file: Path, option: str = "") -> Trained:
     """The net with the class names of a label file, which the user may have given by an option."""
     if trained.classes is not None and not trained.inferred:
         if not option:
@@ -87,22 +87,20 @@ def add_labels(trained: Trained, file: Path, option: str = "") -> Trained:
         raise RecipeError(f"{option} has no effect: the weights have class names. Leave it out")
     names, remarks = read_labels(file, trained.net.classes)
     remarks = [*trained.remarks, f"class names from {printable(str(file))}", *remarks]
-    return with_names(replace(trained, remarks=remarks), names)
+    return assign_class_names(replace(trained, remarks=remarks), names)
 
 
-LIST = "put them into NAME.labels beside the weights, one a line, in class order"
-WAYS = (
-    f"Give --labels FILE with the class names, or {LIST}; or give --class-order natural or sorted"
-)
+LABELS_ADVICE = "put them into NAME.labels beside the weights, one a line, in class order"
+LABELS_OR_ORDER_ADVICE = f"Give --labels FILE with the class names, or {LABELS_ADVICE}; or give --class-order natural or sorted"
 
 
-def name_classes(
+def resolve_class_names(
     trained: Trained,
     folders: list[str],
     origin: str,
     order: str | None = None,
     option: str = "--class-order",
-    ways: str = WAYS,
+    ways: str = LABELS_OR_ORDER_ADVICE,
 ) -> Trained:
     """A net with class names: its own ones, or those of as many class folders, in an `order`.
 
@@ -122,7 +120,7 @@ def name_classes(
     reason = ""
     if tie := order in (None, "natural") and _tie(natural):
         reason = f"timm sorts folder names naturally, where {tie} are equal and come in any order"
-        ways = f"Give --labels FILE with the class names, or {LIST}" if order else ways
+        ways = f"Give --labels FILE with the class names, or {LABELS_ADVICE}" if order else ways
     elif order is None and trained.unordered:
         reason = trained.unordered
     elif order is None and natural != folders:
@@ -139,7 +137,9 @@ def name_classes(
         )
     how = f"in {order} order, by {option}" if order else "in sorted order, which is assumed"
     remarks = [*trained.remarks, f"no class names in the file: those of the folders, {how}"]
-    return with_names(replace(trained, remarks=remarks), natural if order == "natural" else folders)
+    return assign_class_names(
+        replace(trained, remarks=remarks), natural if order == "natural" else folders
+    )
 
 
 def _tie(names: list[str]) -> str:

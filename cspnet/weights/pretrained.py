@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 from cspnet.errors import CheckpointError
-from cspnet.nets.csp import NETS
-from cspnet.recipe import load as load_recipe
-from cspnet.schema import TIMM
+from cspnet.nets.csp import ARCHITECTURES
+from cspnet.recipe.load import load_recipe
+from cspnet.recipe.schema import TIMM_PREFIX
 from cspnet.weights import config
 from cspnet.weights.tensors import from_state_dict, imagenet_names
 from cspnet.weights.trained import Trained
@@ -26,10 +26,10 @@ def from_timm(name: str) -> Trained:
             f"{origin} could not be fetched ({first[:160]}). It needs the network once; without "
             "one, give a file that was fetched elsewhere."
         ) from None
-    if architecture in NETS:
+    if architecture in ARCHITECTURES:
         return from_state_dict(net.state_dict(), origin, None)
-    view = config.view(net.default_cfg, origin)
-    wanted = load_recipe(None, [f"model.name={TIMM}{architecture}", *view])
+    view = config.preprocessing_overrides(net.default_cfg, origin)
+    wanted = load_recipe(None, [f"model.name={TIMM_PREFIX}{architecture}", *view])
     found = from_state_dict(net.state_dict(), origin, wanted)
     remark = f"{origin}: images as timm prepares them"
     return replace(

@@ -17,22 +17,21 @@ from safetensors import SafetensorError, safe_open
 
 from cspnet.errors import CheckpointError, RecipeError
 from cspnet.nets import create
-from cspnet.nets.csp import NETS
-from cspnet.recipe import from_text
-from cspnet.recipe import load as load_recipe
-from cspnet.schema import Recipe
-from cspnet.train.checkpoint import read_torch
+from cspnet.nets.csp import ARCHITECTURES
+from cspnet.recipe.load import load_recipe, recipe_from_yaml
+from cspnet.recipe.schema import Recipe
+from cspnet.run.checkpoint import read_torch
 from cspnet.weights import config
-from cspnet.weights.trained import Trained, build_net, fill
+from cspnet.weights.trained import Trained, build_net, load_strict
 
-SUFFIXES = (".safetensors", ".pth", ".bin", ".tar")
+TENSOR_SUFFIXES = (".safetensors", ".pth", ".bin", ".tar")
 # timm's conventions for cspdarknet53 (timm/models/cspnet.py), where a file says nothing itself.
-TIMMS_OWN = (
+TIMM_CONVENTIONS = (
     *("model.activation=leaky", "model.leaky_slope=0.01", "data.normalize=imagenet"),
-    *("evaluate.crop=0.887", "evaluate.resize=antialias"),
+    *("evaluate.crop_pct=0.887", "evaluate.interpolation=antialias"),
 )
 # Of nameless classes in a file of a cspnet that did not write what is known of their order.
-UNTOLD = "the file does not say where its classes come from"
+UNKNOWN_ORIGIN = "the file does not say where its classes come from"
 
 
 def from_tensors(path: Path, origin: str, wanted: Recipe | None) -> Trained:
@@ -43,11 +42,11 @@ def from_tensors(path: Path, origin: str, wanted: Recipe | None) -> Trained:
         state, metadata = _read_safetensors(path, origin)
     if "cspnet" in metadata:
         return _from_own(state, metadata["cspnet"], origin)
-    found = config.beside(path)
+    found = config.read_hub_config(path)
     if found is None:
         return from_state_dict(state, origin, wanted)
     try:
-        return config.with_names(from_state_dict(state, origin, found.recipe), found)
+        return config.apply_hub_config(from_state_dict(state, origin, found.recipe), found)
     except RecipeError as error:  # a net that timm has not, or that does not take such images
         raise CheckpointError(f"{found.origin}: {error}") from None
 
@@ -78,14 +77,14 @@ def _from_own(state: dict[str, torch.Tensor], text: str, origin: str) -> Trained
     """cspnet's own file: its metadata has the recipe and the classes."""
     try:
         ours = json.loads(text)
-        recipe = from_text(ours["recipe"])
+        recipe = recipe_from_yaml(ours["recipe"])
         net = build_net(recipe, ours["count"])
         known = {key: ours[key] for key in ("classes", "step", "averaged", "seen", "order")}
-        known["unordered"] = ours.get("unordered", UNTOLD)
+        known["unordered"] = ours.get("unordered", UNKNOWN_ORIGIN)
         known["inferred"] = ours.get("inferred", False)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{origin}: its metadata is not cspnet's: {error}") from None
-    fill(net, state, origin)
+    load_strict(net, state, origin)
     return Trained(net, recipe, **known)
 
 
@@ -115,7 +114,7 @@ def from_state_dict(state: dict[str, torch.Tensor], origin: str, wanted: Recipe 
             f"{origin} has no tensor {weight}, the classifier of {wanted.model.name}"
         )
     net = build_net(wanted, len(state[weight]))
-    fill(net, state, origin)
+    load_strict(net, state, origin)
     return _guess_names(Trained(net, wanted, None))
 
 
@@ -129,17 +128,19 @@ def _from_timms(state: dict[str, torch.Tensor], origin: str) -> Trained:
             "classifier (num_classes=0)"
         ) from None
     shared = {}
-    for name in NETS:
+    for name in ARCHITECTURES:
         with torch.device("meta"):
-            net = create(name, classes=classes, width=features / NETS[name].stages[-1].outputs)
+            net = create(
+                name, classes=classes, width=features / ARCHITECTURES[name].stages[-1].outputs
+            )
         shared[name] = len(net.state_dict().keys() & state.keys()) / len(
             net.state_dict().keys() | state.keys()
         )
     name = max(shared, key=shared.get)
-    width = features / NETS[name].stages[-1].outputs
-    recipe = load_recipe(None, [f"model.name={name}", f"model.width={width}", *TIMMS_OWN])
+    width = features / ARCHITECTURES[name].stages[-1].outputs
+    recipe = load_recipe(None, [f"model.name={name}", f"model.width={width}", *TIMM_CONVENTIONS])
     net = build_net(recipe, classes)
-    fill(net, state, origin)
+    load_strict(net, state, origin)
     remark = (
         "a bare state dict: taken for timm's, so leaky with slope 0.01, ImageNet's mean and "
         "standard deviation, crop 0.887, bilinear"

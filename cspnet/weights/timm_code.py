@@ -8,13 +8,13 @@ import math
 from pathlib import Path
 
 from cspnet.data.augment import mean_and_std
-from cspnet.schema import TIMM, Model, Recipe
-from cspnet.weights.config import RESIZES
+from cspnet.recipe.schema import TIMM_PREFIX, Model, Recipe
+from cspnet.weights.config import INTERPOLATIONS
 from cspnet.weights.trained import Trained
 
-TIMMS_SLOPE, TIMMS_EPS = 0.01, 1e-5
+TIMM_LEAKY_SLOPE, TIMM_NORM_EPS = 0.01, 1e-5
 
-TIMMS_TRANSFORM = [
+TIMM_TRANSFORM = [
     "view = timm.data.resolve_model_data_config(net)",
     "transform = timm.data.create_transform(**view)",
 ]
@@ -24,13 +24,13 @@ def timm_code(trained: Trained, file: Path) -> list[str]:
     """Lines that define `net`, in evaluation mode, and `transform`, which takes a PIL image."""
     recipe = trained.recipe
     net = [
-        repr(recipe.model.name.removeprefix(TIMM)),
-        *([] if recipe.model.name.startswith(TIMM) else _layers(recipe.model)),
+        repr(recipe.model.name.removeprefix(TIMM_PREFIX)),
+        *([] if recipe.model.name.startswith(TIMM_PREFIX) else _layers(recipe.model)),
         f"num_classes={trained.net.classes}",
         f"checkpoint_path={str(file)!r}",
         f"pretrained_cfg_overlay={_overlay(recipe)}",
     ]
-    corners = recipe.evaluate.resize == "corners"
+    corners = recipe.evaluate.interpolation == "align_corners"
     partial = any("functools." in argument for argument in net)
     return [
         *["import functools"] * partial,
@@ -54,35 +54,35 @@ def _layers(model: Model) -> list[str]:
     layers = []
     if model.activation == "mish":
         layers.append("act_layer='mish'")
-    elif model.leaky_slope == TIMMS_SLOPE:
+    elif model.leaky_slope == TIMM_LEAKY_SLOPE:
         layers.append("act_layer='leaky_relu'")
     else:
         slope = f"negative_slope={model.leaky_slope!r}"
         layers.append(f"act_layer=functools.partial(torch.nn.LeakyReLU, {slope})")
-    if model.norm_eps != TIMMS_EPS:
+    if model.norm_eps != TIMM_NORM_EPS:
         eps = f"eps={model.norm_eps!r}"
         layers.append(f"norm_layer=functools.partial(torch.nn.BatchNorm2d, {eps})")
     return layers
 
 
 def _overlay(recipe: Recipe) -> dict:
-    """timm's data configuration of the recipe's view; for "corners" the nearest that timm has."""
+    """timm's data configuration of the recipe's view; for "align_corners" the nearest that timm has."""
     mean, std = mean_and_std(recipe.data)
-    names = {ours: timms for timms, ours in RESIZES.items()}
+    names = {ours: timms for timms, ours in INTERPOLATIONS.items()}
     return {
-        "input_size": (3, recipe.data.size, recipe.data.size),
+        "input_size": (3, recipe.data.image_size, recipe.data.image_size),
         "mean": mean,
         "std": std,
-        "crop_pct": recipe.evaluate.crop,
+        "crop_pct": recipe.evaluate.crop_pct,
         "crop_mode": "center",
-        "interpolation": names.get(recipe.evaluate.resize, "bilinear"),
+        "interpolation": names.get(recipe.evaluate.interpolation, "bilinear"),
     }
 
 
 def _corner_aligned(recipe: Recipe) -> list[str]:
-    """cspnet/data/decode.py's `evaluation_view` for "corners", in torch."""
-    size, (mean, std) = recipe.data.size, mean_and_std(recipe.data)
-    short = math.floor(size / recipe.evaluate.crop)
+    """cspnet/images/decode.py's `evaluation_view` for "align_corners", in torch."""
+    size, (mean, std) = recipe.data.image_size, mean_and_std(recipe.data)
+    short = math.floor(size / recipe.evaluate.crop_pct)
     square = f"top : top + {size}, left : left + {size}"
     return [
         "def transform(image):  # timm has no corner-aligned resize, which is Darknet's",

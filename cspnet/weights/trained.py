@@ -7,8 +7,8 @@ from torch import nn
 
 from cspnet.errors import CheckpointError, RecipeError
 from cspnet.nets import create
-from cspnet.nets.foreign import create_foreign
-from cspnet.schema import TIMM, Recipe
+from cspnet.nets.timm_net import create_timm_network
+from cspnet.recipe.schema import TIMM_PREFIX, Recipe
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,17 @@ def build_net(recipe: Recipe, classes: int) -> nn.Module:
     model = recipe.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        if model.name.startswith(TIMM):
+        if model.name.startswith(TIMM_PREFIX):
             try:
-                net = create_foreign(model.name, classes=classes, size=recipe.data.size)
+                net = create_timm_network(model.name, classes=classes, size=recipe.data.image_size)
             except ValueError as error:
                 raise RecipeError(f"model.name={model.name}: {error}") from None
             return net.to(memory_format=torch.channels_last)
-        net = create_own(recipe, classes)
+        net = create_from_recipe(recipe, classes)
     return net.to(memory_format=torch.channels_last)
 
 
-def create_own(recipe: Recipe, classes: int) -> nn.Module:
+def create_from_recipe(recipe: Recipe, classes: int) -> nn.Module:
     """A net of ours by a recipe, with weights of torch's present seed, on its present device."""
     model = recipe.model
     return create(
@@ -64,13 +64,13 @@ def create_own(recipe: Recipe, classes: int) -> nn.Module:
     )
 
 
-def problems(error: RecipeError) -> str:
+def recipe_problems(error: RecipeError) -> str:
     """The problems of a recipe that a file stands for, in one line."""
     _, _, listed = str(error).partition(":\n  - ")
     return listed.replace("\n  - ", "; ") or str(error)
 
 
-def fill(net: nn.Module, state: dict[str, torch.Tensor], origin: str) -> None:
+def load_strict(net: nn.Module, state: dict[str, torch.Tensor], origin: str) -> None:
     """Loads a state dict strictly; CheckpointError names the first tensor that does not fit."""
     for key, tensor in net.state_dict().items():
         if key not in state:

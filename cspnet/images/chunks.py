@@ -1,0 +1,185 @@
+"""PNG, WebP, GIF, AVIF and JPEG 2000: what their headers say, as far as decoding depends on it.
+
+Each function raises Unreadable where the structure is damaged before the pixels.
+"""
+
+import struct
+from collections.abc import Iterator
+
+from cspnet.images.formats import ImageInfo, UnreadableError, UnsupportedError
+from cspnet.images.ifd import Broken, exif_orientation
+
+
+def _turned(exif: bytes | None) -> tuple[int, bool]:
+    """The orientation in an EXIF block, and whether the block is damaged."""
+    if exif is None:
+        return 1, False
+    try:
+        return exif_orientation(exif), False
+    except Broken:
+        return 1, True
+
+
+def png(data: bytes) -> ImageInfo:
+    """PNG, third edition (W3C 2025). EXIF counts in its eXIf chunk only."""
+    found: dict[bytes, bytes] = {}
+    at = 8
+    while at + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        if kind in (b"IHDR", b"tRNS", b"acTL", b"eXIf"):
+            found.setdefault(kind, data[at + 8 : at + 8 + length])
+        elif kind == b"IEND":
+            break
+        at += 12 + length
+    head = found.get(b"IHDR", b"")
+    if len(head) != 13:
+        raise UnreadableError("not a readable image: the PNG header is damaged")
+    depth, colours = head[8], head[9]
+    orientation, damaged = _turned(found.get(b"eXIf"))
+    return ImageInfo(
+        "PNG",
+        orientation,
+        damaged,
+        top=65_535 if depth == 16 else 255,
+        grey=colours in (0, 4),
+        alpha=colours in (4, 6) or b"tRNS" in found,
+        frames=int.from_bytes(found.get(b"acTL", b"")[:4]) > 1,
+    )
+
+
+def _riff(data: bytes, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """Chunks of RIFF: name, first byte and length of the payload."""
+    while at + 8 <= end:
+        name, length = struct.unpack_from("<4sI", data, at)
+        yield name, at + 8, length
+        at += 8 + length + length % 2
+
+
+def webp(data: bytes) -> ImageInfo:
+    """WebP container (RFC 9649)."""
+    exif, alpha, frames = None, False, 0
+    for name, at, length in _riff(data, 12, len(data)):
+        if name == b"VP8X" and length >= 10:
+            alpha = bool(data[at] & 0x10) if at < len(data) else False
+        elif name == b"VP8L" and data[at : at + 1] == b"\x2f":
+            alpha = bool(int.from_bytes(data[at + 1 : at + 5], "little") >> 28 & 1)
+        elif name == b"ANMF":
+            frames += 1
+        elif name == b"EXIF" and exif is None:
+            exif = data[at : at + length]
+    orientation, damaged = _turned(exif)
+    return ImageInfo("WEBP", orientation, damaged, alpha=alpha, frames=frames > 1)
+
+
+def webp_still(data: bytes) -> bytes:
+    """The first frame of an animation as a still image, where it covers the canvas.
+
+    libwebp's decoder of animations blends with a transparent black canvas, so that the colour of
+    transparent pixels is lost. Any other WebP comes back unchanged.
+    """
+    canvas = None
+    for name, at, length in _riff(data, 12, len(data)):
+        if name == b"VP8X":
+            canvas = data[at + 4 : at + 10]
+        elif name == b"ANMF":
+            if at + length > len(data) or data[at + 6 : at + 12] != canvas:
+                return data
+            body = data[at + 16 : at + length]
+            alpha = b"\x10" if body[:4] in (b"ALPH", b"VP8L") else b"\0"
+            body = b"WEBPVP8X" + struct.pack("<I", 10) + alpha + bytes(3) + canvas + body
+            return b"RIFF" + struct.pack("<I", len(body)) + body
+    return data
+
+
+def _gif_blocks(data: bytes) -> Iterator[tuple[int, int]]:
+    """Offsets of the blocks of a GIF (GIF89a specification) with their introducers."""
+    at = 13 + (3 << (data[10] & 7) + 1 if len(data) > 10 and data[10] & 0x80 else 0)
+    while at + 10 < len(data) and data[at] in (0x21, 0x2C):
+        yield at, data[at]
+        if data[at] == 0x21:
+            at += 2
+        else:
+            packed = data[at + 9]
+            at += 11 + (3 << (packed & 7) + 1 if packed & 0x80 else 0)
+        while at < len(data) and data[at]:  # sub-blocks, each with its length in front
+            at += 1 + data[at]
+        at += 1
+
+
+def _gif_transparency(data: bytes) -> int | None:
+    """Offset of the byte that makes an index transparent in the first frame."""
+    found = None
+    for at, introducer in _gif_blocks(data):
+        if introducer == 0x2C:
+            return found
+        if data[at + 1 : at + 3] == b"\xf9\x04":
+            found = at + 3 if data[at + 3] & 1 else None
+    return None
+
+
+def gif(data: bytes) -> ImageInfo:
+    """GIF87a and GIF89a."""
+    frames = sum(introducer == 0x2C for _, introducer in _gif_blocks(data))
+    return ImageInfo("GIF", alpha=_gif_transparency(data) is not None, frames=frames > 1)
+
+
+def gif_opaque(data: bytes) -> bytes:
+    """The file without transparency in its first frame: indices keep the colour of the palette."""
+    at = _gif_transparency(data)
+    if at is None:
+        return data
+    return data[:at] + bytes([data[at] & ~1]) + data[at + 1 :]
+
+
+# EXIF's orientation for an anticlockwise rotation by 90° × angle, then a mirroring: of rows for
+# axis 0, of columns for axis 1, none for None (ISO/IEC 23008-12, 6.5.10 and 6.5.12).
+_TRANSFORMS = {
+    **{(0, None): 1, (1, None): 8, (2, None): 3, (3, None): 6},
+    **{(0, 0): 4, (1, 0): 5, (2, 0): 2, (3, 0): 7},
+    **{(0, 1): 2, (1, 1): 7, (2, 1): 4, (3, 1): 5},
+}
+_AUXILIARY_ALPHA = b"urn:mpeg:mpegB:cicp:systems:auxiliary:alpha"
+
+
+def avif(data: bytes) -> ImageInfo:
+    """AVIF: irot and imir orient the image, and EXIF does not, as the format demands."""
+    start = data.find(b"ipco")
+    end = start - 4 + int.from_bytes(data[start - 4 : start]) if start >= 4 else 0
+    properties: dict[bytes, set[bytes]] = {}
+    at = start + 4
+    while start > 0 and at + 8 <= min(end, len(data)):
+        length, name = struct.unpack_from(">I4s", data, at)
+        if length < 8:
+            break
+        properties.setdefault(name, set()).add(data[at + 8 : at + length])
+        at += length
+    turns, mirrors = properties.get(b"irot", {b"\0"}), properties.get(b"imir", {b""})
+    if len(turns) > 1 or len(mirrors) > 1 or b"clap" in properties:
+        raise UnsupportedError("AVIF with several orientations, or cropped by its header")
+    (turn,), (mirror,) = turns, mirrors
+    key = turn[0] & 3 if turn else 0, mirror[0] & 1 if mirror else None
+    depths = {byte for value in properties.get(b"pixi", ()) for byte in value[5:]}
+    return ImageInfo(
+        "AVIF",
+        _TRANSFORMS[key],
+        top=2 ** max(depths, default=8) - 1,
+        alpha=any(_AUXILIARY_ALPHA in value for value in properties.get(b"auxC", ())),
+        frames=data[8:12] == b"avis",
+    )
+
+
+def jpeg2000(data: bytes) -> ImageInfo:
+    """JPEG 2000: the SIZ segment of the codestream (ITU-T T.800, A.5.1)."""
+    start = data.find(b"\xff\x4f\xff\x51")
+    count = int.from_bytes(data[start + 40 : start + 42])
+    depths = {*data[start + 42 : start + 42 + 3 * count : 3]}
+    if start < 0 or not count or not depths:
+        raise UnreadableError("not a readable image: the JPEG 2000 header is damaged")
+    if depths - {7} and depths - {15}:  # a bit less than the depth; the top bit means signed
+        raise UnsupportedError("JPEG 2000 of other samples than 8 or 16 bits, unsigned")
+    return ImageInfo(
+        "JPEG2000",
+        top=65_535 if depths == {15} else 255,
+        grey=count < 3,
+        alpha=count in (2, 4),
+    )
