@@ -82,7 +82,7 @@ if "call" in plan:
     watch(pathlib.Path, "write_text", lambda arguments: arguments[0])
 
 if "torn" in plan:
-    from cspnet.train import checkpoint
+    from cspnet.run import checkpoint
 
     class Torn:
         def __init__(self, file):

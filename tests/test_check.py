@@ -306,7 +306,7 @@ def test_workers_do_not_outlive_a_kill(tmp_path):
     """They wait on a pipe that they hold open themselves."""
     script = (
         "import time\n"
-        "from cspnet.data import examine\n"
+        "from cspnet.datasets import inspect_file as examine\n"
         "from cspnet.sources.data_root import Digits\n"
         "if __name__ == '__main__':\n"
         "    looks = examine.looks([Digits(train=True)], 2)\n"

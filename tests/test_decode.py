@@ -421,7 +421,7 @@ def test_colours_come_out_as_rgb():
 WEIGH = """
 import sys
 {first}
-from cspnet.images.decode import LIMITED, TooLarge, decode
+from cspnet.images.decode import LIMITED, TooLargeError, decode
 from tests.bombs import BOMBS, peak
 bombs = {{make.__name__: make() for make in BOMBS}}
 decode(open(sys.argv[1], "rb").read())
@@ -430,7 +430,7 @@ for name, data in bombs.items():
     try:
         decode(data)
         told = "decoded"
-    except TooLarge:
+    except TooLargeError:
         told = "refused"
     print(name, told, peak() - before, LIMITED)
 """

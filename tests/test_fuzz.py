@@ -21,21 +21,22 @@ RUN = """
 import json, os, pathlib, sys
 from cspnet.data import loader
 from cspnet.sources.data_root import open_training
-from cspnet.recipe.load import load
+from cspnet.recipe.load import load_recipe
 from tests.bombs import peak
 root, workers = sys.argv[1], int(sys.argv[2])
 peaks = pathlib.Path(root, f"peaks-{workers}")
 peaks.mkdir()
-make = loader.Groups.__getitem__
+make = loader.TrainGroups.__getitem__
 def weighed(self, address):
     batch = make(self, address)
     (peaks / str(os.getpid())).write_text(str(peak()))
     return batch
-loader.Groups.__getitem__ = weighed
+loader.TrainGroups.__getitem__ = weighed
 source = open_training(root)
 steps = -(-len(source) // 8)
-small = ["data.image_size=32", "batch=8", "group=4", "mix.images_per_draw=2", f"schedule.steps={steps}"]
-recipe = load(None, [f"data.root={root}", *small])
+small = ["data.image_size=32", "batch=8", "group=4", "mix.images_per_draw=2"]
+small += [f"schedule.steps={steps}"]
+recipe = load_recipe(None, [f"data.root={root}", *small])
 unreadable, groups = set(), 0
 for batch in loader.training_groups(source, recipe, 0, workers, False):
     unreadable.update(batch.unreadable)

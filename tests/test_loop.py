@@ -28,18 +28,20 @@ CHILD = """
 import os, pathlib, signal, sys, torch
 torch.set_num_threads(1)
 from rich.console import Console
-from cspnet import recipe
-from cspnet.train import checkpoint, job, loop
-from cspnet.runtime.device import Place
+from cspnet.recipe import load
+from cspnet.run import checkpoint
+from cspnet.train import loop
+from cspnet.train import setup as job
+from cspnet.runtime.device import RunOptions
 text, output, workers, die_after = sys.argv[1:]
-original = checkpoint.Checkpoints.save
+original = checkpoint.CheckpointFiles.save
 def save(self, content, best=False):
     original(self, content, best)
     if content["step"] == int(die_after):
         os.kill(os.getpid(), signal.SIGKILL)
-checkpoint.Checkpoints.save = save
-place = Place(pathlib.Path(output), resume=True, device="cpu", workers=int(workers))
-loop.train(recipe.from_text(text), place, Console(quiet=True))
+checkpoint.CheckpointFiles.save = save
+place = RunOptions(pathlib.Path(output), resume=True, device="cpu", workers=int(workers))
+loop.train(load.recipe_from_yaml(text), place, Console(quiet=True))
 """
 
 

@@ -24,18 +24,19 @@ torch.set_num_threads(1)
 from cspnet import recipe as recipes
 from cspnet.cli import main_train
 from cspnet.errors import SaveError
-from cspnet.train import checkpoint, loop
+from cspnet.run import checkpoint
+from cspnet.train import loop
 plan = json.loads(os.environ.get("PLAN", "{}"))
 rank = int(os.environ.get("RANK", 0))
 
-original = checkpoint.Checkpoints.save
+original = checkpoint.CheckpointFiles.save
 def save(self, content, best=False):
     if content["step"] == plan.get("full_at"):
         raise SaveError("the disk is full")
     original(self, content, best)
     if content["step"] == plan.get("die_after"):
         os.kill(os.getpid(), signal.SIGKILL)
-checkpoint.Checkpoints.save = save
+checkpoint.CheckpointFiles.save = save
 
 due = loop.is_save_due
 def is_save_due(state):
@@ -50,19 +51,19 @@ def is_save_due(state):
 loop.is_save_due = is_save_due
 if "double" in plan:
     from cspnet.inference.evaluate import Scores
-    from cspnet.train import job
+    from cspnet.train import setup as job
     from cspnet.weights.load import build_net
     to_device = loop.to_device
     loop.to_device = lambda *those: tuple(part.double() for part in to_device(*those))
     loop.show_samples = lambda *_: None
     job.build_net = lambda recipe, classes: build_net(recipe, classes).double()
-    job.starting_net = lambda recipe, classes: (build_net(recipe, len(classes)).double(), [])
+    job.init_net = lambda recipe, classes: (build_net(recipe, len(classes)).double(), [])
     torch.Tensor.float = lambda tensor: tensor  # of the logits in the attack
     loop.cross_entropy = lambda x, t: -(t * x.log_softmax(1)).sum()
     loop.validate = lambda *_: Scores(0, 0, 0, 0, 0, 1)
 if "patience" in plan:
     from datetime import timedelta
-    from cspnet.train import world
+    from cspnet.runtime import distributed as world
     world.PATIENCE = timedelta(seconds=plan["patience"])
 if "root" in plan and rank == 1:
     sys.argv.append("data.root=" + plan["root"])

@@ -1,0 +1,1 @@
+"""Data sets before a run: download, check, pack."""

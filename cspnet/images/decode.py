@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from cspnet.data import LIMITED, MAX_PIXELS
+from cspnet.images import LIMITED, MAX_PIXELS
 from cspnet.images import codecs, jpeg
 from cspnet.images.formats import TOO_LARGE, TooLargeError, UnreadableError, opencv, upright
 from cspnet.recipe.schema import Augment, Evaluate

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from cspnet.data import MAX_PIXELS
+from cspnet.images import MAX_PIXELS
 
 TOO_LARGE = f"its header announces more than {MAX_PIXELS:,} pixels"
 # Signatures at the start of a file, by the names that Pillow gives the formats.

@@ -41,9 +41,9 @@ def builtin_recipes() -> list[str]:
 
 
 def _homes() -> list[Path]:
-    """Folders of shipped recipes: in the installed package, or beside it in a clone."""
-    here = Path(__file__).resolve().parent
-    return [folder for folder in (here / "recipes", here.parent / "recipes") if folder.is_dir()]
+    """Folders of built-in recipes: in the installed package, or next to it in a clone."""
+    package = Path(__file__).resolve().parent.parent
+    return [path for path in (package / "recipes", package.parent / "recipes") if path.is_dir()]
 
 
 def find_recipe(name: str) -> Path:

@@ -1,0 +1,1 @@
+"""Where a run executes: processes, device, precision, signals."""

@@ -1,0 +1,1 @@
+"""Where encoded images and their labels come from: folders, tar files, parquet files."""
