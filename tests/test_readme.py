@@ -19,9 +19,9 @@ DOCUMENTS = ["README.md", "data/README.md"]
 DOCUMENTS += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
 # Commands that cannot be run here as they stand, and why.
 EXCEPT = {
-    "cspnet data imagenet": "wants the archives; tests/test_fetch.py has small ones",
-    "cspnet data cifar10": "wants the network; tests/test_fetch.py",
-    "cspnet data imagenette": "wants the network; tests/test_fetch.py",
+    "cspnet prepare imagenet": "wants the archives; tests/test_fetch.py has small ones",
+    "cspnet prepare cifar10": "wants the network; tests/test_fetch.py",
+    "cspnet prepare imagenette": "wants the network; tests/test_fetch.py",
     "cspnet-train --recipe cspdarknet53-omega --data data/imagenet --device cuda": "wants a GPU",
     "cspnet-train --recipe cspdarknet53-omega --data data/imagenet --device cuda --resume": "too",
     "cspnet index data/packed": "wants tar files that `cspnet pack` has just made",
