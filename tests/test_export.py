@@ -265,7 +265,7 @@ def test_exports_that_cannot_be(tmp_path):
         ("net.pt", {}, "the suffix must be one of"),
         ("no/net.onnx", {}, "does not exist"),
         ("net.weights", {"pyramid": True}, "--pyramid is for .onnx"),
-        ("net.onnx", {"cut": 3}, "--cut is for .weights"),
+        ("net.onnx", {"cut": 3}, "--first-layers is for .weights"),
         ("net.weights", {"cut": 0}, "1 to 108"),
     ):
         with pytest.raises(ExportError, match=told):
@@ -285,9 +285,9 @@ def test_export_and_eval_as_commands(tmp_path, command):
     out = Trained(out.net, out.recipe, digits, 70, True, 70 * 128)
     export_network(out, tmp_path / "a.safetensors")
     done = command(
-        "main", "export", "--checkpoint", "a.safetensors", "--to", "b.weights", cwd=tmp_path
+        "main", "export", "--checkpoint", "a.safetensors", "--output", "b.weights", cwd=tmp_path
     )
-    assert done.returncode == 0 and "averaged weights" in done.stdout, done.stderr
+    assert done.returncode == 0 and "EMA weights" in done.stdout, done.stderr
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"a.safetensors", "b.weights", "b.cfg", "b.data", "b.names", "b.labels"}
     done = command(

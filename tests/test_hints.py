@@ -90,11 +90,11 @@ def test_an_override_is_not_taken_for_the_value_of_an_option(told):
 @pytest.mark.parametrize(
     "option, told_instead",
     [
-        ("--data-path 'a b'", "here it is --data 'a b'"),
-        ("--num-workers 4", "here it is --workers 4"),
-        ("--output-dir out", "here it is --output out"),
-        ("--gpu 0", "here it is --device cuda:N"),
-        ("--resume-from last.pt", "here it is --resume with the --output of the run"),
+        ("--data-path 'a b'", "use --data 'a b'"),
+        ("--num-workers 4", "use --workers 4"),
+        ("--output-dir out", "use --output out"),
+        ("--gpu 0", "use --device cuda:N"),
+        ("--resume-from last.pt", "use --resume with the --output of the run"),
     ],
 )
 def test_an_option_that_has_another_name_here(told, option, told_instead):

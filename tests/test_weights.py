@@ -518,7 +518,7 @@ def test_paths_of_any_bytes(tmp_path, command, suffix):
             "2",
         )
         assert command("main", *call).returncode == 0
-        done = command("main", "export", "--checkpoint", file, "--to", folder / "b.safetensors")
+        done = command("main", "export", "--checkpoint", file, "--output", folder / "b.safetensors")
         assert done.returncode == 0 and "\\udce9" in done.stdout
 
 

@@ -1,12 +1,13 @@
-"""The commands. A command is a function; its errors end here, as one message and an exit code.
+"""The command line. Errors of commands are caught here: one message and an exit code.
 
-torch is imported inside the commands: `--help` answers at once.
+torch is imported inside the commands, so that `--help` is fast.
 """
 
 import errno
 import os
 import platform
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Annotated
 
@@ -14,7 +15,7 @@ import typer
 
 from cspnet import __version__
 from cspnet.cli.datasets import check_command, index_command, pack_command, prepare_command
-from cspnet.cli.hints import RecipeCommand
+from cspnet.cli.hints import HintCommand, RecipeCommand
 from cspnet.cli.options import is_rank_zero, max_restarts
 from cspnet.cli.planning import plan_command, status_command
 from cspnet.cli.reports import compare_command, report_command
@@ -24,7 +25,7 @@ from cspnet.console import ensure_utf8_mode, escape_unencodable_output
 from cspnet.errors import CspnetError, StoppedError
 from cspnet.text import printable
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "train": train_command,
     "eval": eval_command,
     "predict": predict_command,
@@ -39,7 +40,7 @@ COMMANDS = {
     "report": report_command,
     "compare": compare_command,
 }
-WITH_RECIPE = ("train", "plan", "preview")  # those that take overrides of a recipe
+WITH_RECIPE = ("train", "plan", "preview")  # commands that accept recipe overrides
 
 
 def _app(*names: str) -> typer.Typer:
@@ -49,14 +50,14 @@ def _app(*names: str) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     for name in names:
-        kind = RecipeCommand if name in WITH_RECIPE else None
+        kind = RecipeCommand if name in WITH_RECIPE else HintCommand
         app.command(name, cls=kind, no_args_is_help=True)(COMMANDS[name])
     return app
 
 
-def _version(asked: bool) -> None:
-    if asked:
-        import torch  # its own word has the build, +cu132 or +cpu; its package's has not
+def _version(requested: bool) -> None:
+    if requested:
+        import torch  # torch.__version__ includes the build (+cu132, +cpu), package metadata does not
 
         others = ", ".join(f"{name} {version(name)}" for name in ("torchvision", "timm"))
         python = platform.python_version()
@@ -67,17 +68,19 @@ def _version(asked: bool) -> None:
 def _options(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Print versions, exit."),
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Print versions and exit."
+        ),
     ] = False,
 ) -> None:
-    """Train CSPDarknet53 by a recipe, and hand on the result."""
+    """Train CSPDarknet53 from a YAML recipe, evaluate it and export its weights."""
 
 
 def _run(app: typer.Typer) -> None:
-    """Runs the command line; a CspnetError becomes one message on stderr and its exit code.
+    """Run the command line. A CspnetError becomes one message on stderr and its exit code.
 
-    Of several processes the first one tells what all of them find; what befalls another one alone
-    is told with its number.
+    With several processes, rank 0 prints errors that all ranks raise. An error of another rank
+    alone is printed with its rank.
     """
     ensure_utf8_mode()
     escape_unencodable_output()
@@ -87,11 +90,11 @@ def _run(app: typer.Typer) -> None:
     except StoppedError as stopped:
         if is_rank_zero():
             print(stopped, file=sys.stderr)
-        sys.exit(0 if max_restarts() else stopped.exit_code)  # else torchrun would start it again
+        sys.exit(0 if max_restarts() else stopped.exit_code)  # torchrun restarts on any other code
     except CspnetError as error:
-        who = "" if is_rank_zero() else f"process {os.environ['RANK']}: "
+        rank = "" if is_rank_zero() else f"rank {os.environ['RANK']}: "
         if is_rank_zero() or error.exit_code != 2 or os.environ.get("LOCAL_RANK") == "0":
-            print(f"error: {who}{error}", file=sys.stderr)
+            print(f"error: {rank}{error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:  # `cspnet … | head`
         _discard_output()
@@ -109,7 +112,7 @@ def _run(app: typer.Typer) -> None:
         print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
         sys.exit(1)
     except SystemExit as end:
-        # What is still buffered: at the interpreter's exit, a closed pipe would print a traceback.
+        # Flush now: a closed pipe at interpreter exit would print a traceback.
         try:
             sys.stdout.flush()
         except OSError as error:
@@ -119,26 +122,26 @@ def _run(app: typer.Typer) -> None:
             sys.exit(end.code or 1)
         raise
     finally:
-        sys.stdout, sys.stderr = streams  # as they were before `survive_lost_output`
+        sys.stdout, sys.stderr = streams  # undo `survive_lost_output`
 
 
 def _discard_output() -> None:
-    """Lets the interpreter flush stdout into nothing at its exit."""
+    """Redirect stdout to /dev/null, so that the flush at interpreter exit cannot fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main() -> None:
-    """The command `cspnet`."""
+    """Entry point of `cspnet`."""
     app = _app(*COMMANDS)
     app.callback()(_options)
     _run(app)
 
 
 def main_train() -> None:
-    """The command `cspnet-train`."""
+    """Entry point of `cspnet-train`."""
     _run(_app("train"))
 
 
 def main_eval() -> None:
-    """The command `cspnet-eval`."""
+    """Entry point of `cspnet-eval`."""
     _run(_app("eval"))

@@ -1,4 +1,4 @@
-"""Options that other trainers have, and that are fields of the recipe or other options here."""
+"""Hints for options of other trainers and of earlier versions of cspnet."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ from cspnet.errors import RecipeError
 from cspnet.recipe.aliases import alias_hint, format_override, leaf_name
 from cspnet.shell import shell_quote
 
-# By option: what others call it.
+# Option of cspnet: its names in other trainers.
 _OPTIONS = {
     "--data DIR": "data_dir data_path dataset data_root root source",
     "--recipe NAME": "config cfg conf",
@@ -17,65 +17,90 @@ _OPTIONS = {
     "--device cuda:N": "gpu gpus gpu_id device_id",
     "--resume with the --output of the run": "resume_from resume_from_checkpoint auto_resume",
 }
+# Options of cspnet before version 0.2: what replaces them.
+_RENAMED = {
+    "passes": "--micro-batch, in images",
+    "memory": "--recompute none, light or full",
+    "stop_when_full": "--stop-on-full-disk",
+    "check": "--dry-run",
+    "out": "--output",
+    "to": "--output",
+    "cut": "--first-layers",
+    "short": "--short-side",
+    "record_only": "--no-evaluate",
+}
 _BY_NAME = {name: option for option, names in _OPTIONS.items() for name in names.split()}
 
 
-class RecipeCommand(TyperCommand):
-    """A command that takes overrides of the recipe.
+class HintCommand(TyperCommand):
+    """A command whose unknown options are answered with their equivalent.
 
-    An unknown option that names a field, here or in another trainer, raises a RecipeError with the
-    override; any other one is left to the parser.
+    Options of earlier versions and of other trainers raise a RecipeError that names the option to
+    use. All other errors are left to the parser.
     """
+
+    takes_overrides = False
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
         given = list(args)
         try:
             return super().parse_args(ctx, args)
         except Exception as error:
-            # NoSuchOption; typer brings a click of its own, whose exceptions have no public name.
+            # NoSuchOption. typer bundles its own click, whose exceptions have no public name.
             if not hasattr(error, "possibilities"):
                 raise
             known = {name for param in self.params for name in (*param.opts, *param.secondary_opts)}
-            if not (problems := list(_unknown(given, known | {"--help", "-h"}))):
+            if not (problems := list(self._unknown(given, known | {"--help", "-h"}))):
                 raise
-        one = len(problems) == 1
-        raise RecipeError("no such option: " + problems[0] if one else _list(problems))
+        if len(problems) == 1:
+            raise RecipeError(f"no such option: {problems[0]}")
+        raise RecipeError("no such options:" + "".join(f"\n  - {line}" for line in problems))
+
+    def _unknown(self, arguments: list[str], options: set[str]) -> Iterator[str]:
+        """Yield a hint for each unknown option that has an equivalent."""
+        for position, argument in enumerate(arguments):
+            if argument == "--":
+                return
+            option, equals, assigned = argument.partition("=")
+            value: str | None = assigned
+            if not option.startswith("-") or option in options:
+                continue
+            if not equals:
+                following = arguments[position + 1 : position + 2]
+                value = next((word for word in following if not word.startswith("--")), None)
+                if value and "=" in value:  # a recipe override, not the option's value
+                    value = None
+            if hint_text := self._equivalent(option.lstrip("-"), value, options):
+                yield f"{option}; {hint_text}"
+
+    def _equivalent(self, name: str, value: str | None, options: set[str]) -> str:
+        """How to write an unknown option in cspnet, or an empty string."""
+        if new := _RENAMED.get(name.replace("-", "_")):
+            option = new.partition(",")[0].partition(" ")[0]
+            if option in options:
+                return f"it was renamed: use {new}"
+        return _override(name, value, options) if self.takes_overrides else ""
 
 
-def _list(problems: list[str]) -> str:
-    return "no such options:" + "".join(f"\n  - {problem}" for problem in problems)
+class RecipeCommand(HintCommand):
+    """A command that accepts recipe overrides: fields of the recipe are suggested, too."""
+
+    takes_overrides = True
 
 
-def _unknown(arguments: list[str], options: set[str]) -> Iterator[str]:
-    """A line for each unknown option that stands for something else."""
-    for place, argument in enumerate(arguments):
-        if argument == "--":
-            return
-        option, equals, value = argument.partition("=")
-        if not option.startswith("-") or option in options:
-            continue
-        if not equals:
-            following = arguments[place + 1 : place + 2]
-            value = next((word for word in following if not word.startswith("--")), None)
-            if value and "=" in value:  # an override
-                value = None
-        if text := _instead(option.lstrip("-"), value, options):
-            yield f"{option}; {text}"
-
-
-def _instead(name: str, value: str | None, options: set[str]) -> str:
+def _override(name: str, value: str | None, options: set[str]) -> str:
+    """The option or the recipe override that an option of another trainer stands for."""
     from cspnet.recipe.load import flatten
     from cspnet.recipe.schema import Recipe
 
     other, _, rest = _BY_NAME.get(leaf_name(name), "").partition(" ")
     if other in options:
-        placeholder = rest.isupper() and value is not None
-        return f"here it is {other} {shell_quote(value) if placeholder else rest}"
-    if text := alias_hint(name, value):
-        return text
-    spelt = name.lower().replace("-", "_")
+        return f"use {other} {shell_quote(value) if rest.isupper() and value is not None else rest}"
+    if alias := alias_hint(name, value):
+        return alias
+    normalized = name.lower().replace("-", "_")
     fields = [key for key, _ in flatten(Recipe())]
-    fields = [key for key in fields if spelt in (key, leaf_name(key))]
+    fields = [key for key in fields if normalized in (key, leaf_name(key))]
     if not fields:
         return ""
     return "it is a recipe field: " + " or ".join(format_override(key, value) for key in fields)

@@ -1,4 +1,4 @@
-"""What several commands share: options, and how results are told and written."""
+"""Options and output helpers shared by several commands."""
 
 import os
 from pathlib import Path
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 def complete_recipe(incomplete: str) -> list[str]:
-    """Names of shipped recipes, and recipe files in the folder that is being typed."""
+    """Complete names of built-in recipes and recipe files in the folder being typed."""
     from cspnet.recipe.load import builtin_recipes
 
     folder = Path(incomplete) if incomplete.endswith("/") else Path(incomplete).parent
-    found = [*folder.glob("*.yaml"), *folder.glob("*.yml")]
-    below = [f"{path}/" for path in folder.glob("*") if path.is_dir() and "/" in incomplete]
-    names = [*builtin_recipes(), *sorted(map(str, found)), *sorted(below)]
+    files = [*folder.glob("*.yaml"), *folder.glob("*.yml")]
+    subfolders = [f"{path}/" for path in folder.glob("*") if path.is_dir() and "/" in incomplete]
+    names = [*builtin_recipes(), *sorted(map(str, files)), *sorted(subfolders)]
     return [name for name in names if name.startswith(incomplete)]
 
 
@@ -33,7 +33,7 @@ def complete_memory(incomplete: str) -> list[str]:
 
 
 def complete_data(incomplete: str) -> list[str]:
-    """The data sets that `cspnet data` knows."""
+    """Complete names of the data sets that `cspnet prepare` can download."""
     from cspnet.sources.messages import DOWNLOADABLE
 
     return [name for name in DOWNLOADABLE if name.startswith(incomplete)]
@@ -43,107 +43,105 @@ RecipeName = typer.Option(
     "--recipe",
     "-r",
     "-c",
-    help="Recipe: a path, or the name of a shipped one.",
+    help="Recipe file, or the name of a built-in recipe.",
     autocompletion=complete_recipe,
 )
 Checkpoint = Annotated[
     str,
     typer.Option(
-        help="Weights: .pt of a run, .safetensors, .pth, .weights with its .cfg, a folder of the "
-        "Hub's layout, or timm:NAME.",
+        help="Weights: .pt of a run, .safetensors, .pth, .weights with its .cfg, a folder in "
+        "Hugging Face Hub layout, or timm:NAME.",
         show_default=False,
     ),
 ]
 Labels = Annotated[
     Path | None,
     typer.Option(
-        help="Class names of weights that have none: a file with one a line, in class order.",
+        help="Class names, one per line in class order, for weights that have none.",
         show_default=False,
     ),
 ]
 ClassOrder = Annotated[
     Literal["natural", "sorted"] | None,
     typer.Option(
-        help="Class order of weights without class names: natural (2 before 10), as timm's, or "
-        "sorted by code point.",
+        help="Class order of weights without class names: natural (2 before 10, as in timm) or "
+        "sorted (by code point, as in torchvision).",
         show_default=False,
     ),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="[SECTION.KEY=VALUE]...", help="Overrides of the recipe.", show_default=False
-    ),
+    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Recipe overrides.", show_default=False),
 ]
 DataRoot = Annotated[
     str | None,
-    typer.Option(help="Folder with train/ and val/, or `digits`; same as data.root=DIR."),
+    typer.Option(help="Folder with train/ and val/, or `digits`. Sets data.root."),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda or cuda:N.")]
 Workers = Annotated[
     int | None,
-    typer.Option("--workers", "-j", help="Processes that decode images.", show_default="auto"),
+    typer.Option("--workers", "-j", help="Number of dataloader workers.", show_default="auto"),
 ]
 BatchSize = Annotated[
-    int | None, typer.Option(min=1, help="Images at once.", show_default="the recipe's")
+    int | None, typer.Option(min=1, help="Batch size.", show_default="from the recipe")
 ]
 
 
 def warning_console() -> "Console":
-    """A console for --quiet: it prints what has a colour, which is what may be wrong."""
+    """The console of --quiet. It prints only styled text, which is what warnings are."""
     from rich.console import Console
 
-    class Remarks(Console):
+    class WarningConsole(Console):
         def print(self, *objects, style=None, **options) -> None:
             if style:
                 super().print(*objects, style=style, **options)
 
-    # No terminal, so that no progress bar is drawn.
-    return Remarks(soft_wrap=True, markup=False, highlight=False, force_terminal=False)
+    # force_terminal=False also disables the progress bar.
+    return WarningConsole(soft_wrap=True, markup=False, highlight=False, force_terminal=False)
 
 
 def is_rank_zero() -> bool:
-    """Whether this process is the only one, or the first of those that torchrun has started."""
+    """Whether this is the only process, or rank 0 of a torchrun job."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def max_restarts() -> int:
-    """How often torchrun starts its processes again where one ends with another code than 0."""
+    """How often torchrun max_restarts its processes after a non-zero exit code (--max-restarts)."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
 
 
 def describe_network(trained: "Trained", precision: "Precision") -> list[str]:
-    """What a net is, and how its images are prepared, in lines for people."""
+    """Lines that describe a network, its weights and its preprocessing."""
     recipe, how = trained.recipe, trained.recipe.evaluate
     return [
         *trained.remarks,
         f"{recipe.model.name}, step {trained.step:,}, "
-        f"{'averaged' if trained.averaged else 'raw'} weights; as it was trained for: "
-        f"view {recipe.data.image_size}x{recipe.data.image_size}, crop {how.crop_pct:g}, resize {how.interpolation}, "
+        f"{'EMA' if trained.averaged else 'raw'} weights; preprocessing: "
+        f"{recipe.data.image_size}x{recipe.data.image_size}, crop_pct {how.crop_pct:g}, {how.interpolation} resize, "
         f"normalize {describe_normalization(recipe.data)}; {precision.name}",
     ]
 
 
 def describe_normalization(data: "Data") -> str:
-    """How images are normalised, in a few words."""
-    if data.normalize != "custom":
+    """Mean and standard deviation in words."""
+    if data.normalize != "custom" or data.mean is None or data.std is None:
         return data.normalize
     mean, std = (", ".join(f"{value:g}" for value in values) for values in (data.mean, data.std))
     return f"mean ({mean}) std ({std})"
 
 
 def require_writable(option: str, file: Path | None) -> None:
-    """Raises RecipeError unless the file of an option can be in its folder."""
+    """Raise RecipeError unless the file given by an option can be written."""
     if file and (file.is_dir() or not file.absolute().parent.is_dir()):
-        raise RecipeError(f"{option} {file}: must be a file in a folder that exists")
+        raise RecipeError(f"{option} {file}: must be a file in an existing folder")
     if file and str(file) != "-":
-        place = file if file.exists() else file.absolute().parent
-        if not os.access(place, os.W_OK):
-            raise RecipeError(f"{option} {file} cannot be written: no permission for {place}")
+        target = file if file.exists() else file.absolute().parent
+        if not os.access(target, os.W_OK):
+            raise RecipeError(f"{option} {file} cannot be written: no permission for {target}")
 
 
 def write_text(file: Path, text: str) -> None:
-    """Writes UTF-8 to a file, or text to stdout for `-`."""
+    """Write UTF-8 text to a file, or to stdout for `-`. Raises RecipeError."""
     if str(file) == "-":
         print(text, end="")
         return

@@ -1,8 +1,8 @@
-"""The commands of a trained net: `eval`, `predict`, `export`."""
+"""Commands for a trained network: `eval`, `predict`, `export`."""
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,11 +22,17 @@ from cspnet.errors import PartialResultError, RecipeError
 from cspnet.recipe.schema import DIGITS
 from cspnet.text import printable
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from cspnet.inference.evaluate import Scores
+    from cspnet.inference.predict import Prediction
+
 
 def eval_command(
     checkpoint: Checkpoint,
     data: Annotated[
-        str, typer.Option(help="Data root or its val folder, or `digits`.", show_default=False)
+        str, typer.Option(help="Data root, its val folder, or `digits`.", show_default=False)
     ],
     device: Device = "auto",
     workers: Workers = None,
@@ -37,7 +43,7 @@ def eval_command(
     labels: Labels = None,
     class_order: ClassOrder = None,
 ) -> None:
-    """Top-1 and top-5 of a checkpoint: cspnet-eval --checkpoint best.pt --data data/imagenet/val"""
+    """Report top-1 and top-5 accuracy: cspnet-eval --checkpoint best.pt --data data/imagenet/val"""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -48,48 +54,54 @@ def eval_command(
     from cspnet.weights.load import load_weights, resolve_class_names
 
     if json_file:
-        tolerate_lost_output()  # the file is what was asked for
-    world = find_processes()
-    where = setup_device(device, world)
-    workers = choose_workers(workers, where, world)
+        tolerate_lost_output()  # the scores are still written to the file
+    processes = find_processes()
+    torch_device = setup_device(device, processes)
+    workers = choose_workers(workers, torch_device, processes)
     require_writable("--json", json_file)
     if data != DIGITS:
         give = f"Give one with --data DIR; --data {DIGITS} needs none"
-        require_data_folder(data, give)  # before a net is loaded for nothing
+        require_data_folder(data, give)  # fail before the weights are loaded
     trained = load_weights(checkpoint, labels=labels)
     recipe = trained.recipe
-    # Inferred names give way to an order that the user knows.
+    # --class-order overrides class names that were only inferred.
     known = None if class_order and trained.inferred else trained.classes
     source = open_validation(data, known, trained.net.classes)
     trained = resolve_class_names(trained, source.classes, checkpoint, class_order)
-    precision = inference_precision(recipe.precision, where)
-    console = Console(soft_wrap=True, markup=False, highlight=False, quiet=not world.first)
+    precision = inference_precision(recipe.precision, torch_device)
+    console = Console(soft_wrap=True, markup=False, highlight=False, quiet=not processes.first)
     for line in describe_network(trained, precision):
         console.print(f"{printable(checkpoint)}: {line}")
     with (
-        process_group(world, where),
+        process_group(processes, torch_device),
         Progress(console=console, transient=True, disable=not console.is_terminal) as bar,
     ):
         task = bar.add_task("images", total=len(source))
         scores = score(
-            trained.net.to(where),
+            trained.net.to(torch_device),
             source,
             recipe,
             precision,
             workers,
             batch,
             progress=lambda images: bar.update(task, completed=images),
-            world=world,
+            world=processes,
         )
+    _print_scores(scores, console)
+    if json_file and processes.first:
+        content = {"checkpoint": str(checkpoint), "data": data, **scores.to_dict()}
+        write_text(json_file, json.dumps(content, indent=2) + "\n")
+
+
+def _print_scores(scores: "Scores", console: "Console") -> None:
     console.print(
         f"top-1 {scores.top1:.2f} %  top-5 {scores.top5:.2f} %  loss {scores.loss:.4f}  "
         f"{scores.images:,} images  {scores.images_per_second:,.0f} images/s"
     )
     if scores.unreadable:
-        console.print(f"{scores.unreadable} images are unreadable, count as black", style="red")
-    if json_file and world.first:
-        content = {"checkpoint": str(checkpoint), "data": data, **scores.to_dict()}
-        write_text(json_file, json.dumps(content, indent=2) + "\n")
+        console.print(
+            f"{scores.unreadable} images are unreadable and were evaluated as black", style="red"
+        )
 
 
 def predict_command(
@@ -97,12 +109,12 @@ def predict_command(
         list[str],
         typer.Argument(
             metavar="IMAGES",
-            help="Files, and folders to search for images.",
+            help="Image files, or folders to search for images.",
             show_default=False,
         ),
     ],
     checkpoint: Checkpoint,
-    top: Annotated[int, typer.Option(min=1, help="Classes to name per image.")] = 5,
+    top: Annotated[int, typer.Option(min=1, help="Number of classes per image.")] = 5,
     device: Device = "auto",
     workers: Workers = None,
     batch: BatchSize = None,
@@ -114,89 +126,100 @@ def predict_command(
     ] = None,
     labels: Labels = None,
 ) -> None:
-    """What is in these images? cspnet predict photo.jpg --checkpoint best.pt
+    """Classify images: cspnet predict photo.jpg --checkpoint best.pt
 
-    Results go to stdout, all else to stderr. Images that cannot be read are named there, and the
-    exit code is then 1; those of the others are predicted.
+    Results go to stdout, messages to stderr. Images that cannot be read are listed on stderr, and
+    the exit code is 1; all other images are classified.
     """
     from cspnet.sources.data_root import Files, find_images
 
     require_writable("--json", json_file)
     require_writable("--csv", csv_file)
     if json_file and json_file == csv_file:
-        raise RecipeError(f"--json and --csv both go to {json_file}: name two files")
+        raise RecipeError(f"--json and --csv name the same file {json_file}: use two files")
     files = Files(find_images(images))
 
     from rich.console import Console
     from rich.progress import Progress
 
     from cspnet.inference.predict import predict_files as look_at
+    from cspnet.runtime.device import choose_workers, inference_precision, setup_device
+    from cspnet.weights.load import load_weights
+
+    torch_device = setup_device(device)
+    workers = choose_workers(workers, torch_device)
+    trained = load_weights(checkpoint, labels=labels)
+    precision = inference_precision(trained.recipe.precision, torch_device)
+    trained.net.to(torch_device)
+    stderr = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False)
+    shown = printable(checkpoint)
+    for line in describe_network(trained, precision):
+        stderr.print(f"{shown}: {line}")
+    if trained.classes is None:
+        stderr.print(
+            f"{shown}: no class names, showing class indices. Name them with --labels FILE"
+        )
+    predictions = []
+    with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+        results = look_at(trained, files, precision, workers, top, batch)
+        for prediction in bar.track(results, total=len(files)):
+            predictions.append(prediction)
+            if prediction.error is not None:
+                stderr.print(printable(f"{prediction.file}: {prediction.error}"), style="red")
+    _write_predictions(predictions, json_file, csv_file)
+    unreadable = sum(prediction.error is not None for prediction in predictions)
+    if unreadable:
+        raise PartialResultError(f"{unreadable} of {len(files)} images could not be read")
+
+
+def _write_predictions(
+    predictions: "list[Prediction]", json_file: Path | None, csv_file: Path | None
+) -> None:
+    """Write predictions to the given files, or as a table to stdout."""
+    from rich.console import Console
+
     from cspnet.inference.predict import (
         predictions_to_csv,
         predictions_to_json,
         predictions_to_table,
     )
-    from cspnet.runtime.device import choose_workers, inference_precision, setup_device
-    from cspnet.weights.load import load_weights
 
-    where = setup_device(device)
-    workers = choose_workers(workers, where)
-    trained = load_weights(checkpoint, labels=labels)
-    precision = inference_precision(trained.recipe.precision, where)
-    trained.net.to(where)
-    notes = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False)
-    shown = printable(checkpoint)
-    for line in describe_network(trained, precision):
-        notes.print(f"{shown}: {line}")
-    if trained.classes is None:
-        notes.print(
-            f"{shown}: no class names; classes are shown by index. --labels FILE names them"
-        )
-    predictions = []
-    with Progress(console=notes, transient=True, disable=not notes.is_terminal) as bar:
-        found = look_at(trained, files, precision, workers, top, batch)
-        for prediction in bar.track(found, total=len(files)):
-            predictions.append(prediction)
-            if prediction.error is not None:
-                notes.print(printable(f"{prediction.file}: {prediction.error}"), style="red")
     allow_raw_bytes_on_stdout()
     if json_file:
         write_text(json_file, predictions_to_json(predictions))
     if csv_file:
         write_text(csv_file, predictions_to_csv(predictions))
     if not (json_file or csv_file):
-        # As wide as it comes: nothing is cut off, in a narrow terminal nor in a pipe.
+        # Unlimited width: rich must not truncate cells in a narrow terminal or a pipe.
         console = Console(soft_wrap=True, markup=False, highlight=False, width=100_000)
         console.print(predictions_to_table(predictions))
-    unreadable = sum(prediction.error is not None for prediction in predictions)
-    if unreadable:
-        raise PartialResultError(f"{unreadable} of {len(files)} images could not be read")
 
 
 def export_command(
     checkpoint: Checkpoint,
-    to: Annotated[
+    output: Annotated[
         Path,
-        typer.Option(help="File to write: .safetensors, .onnx or .weights.", show_default=False),
+        typer.Option(help="Output file: .safetensors, .onnx or .weights.", show_default=False),
     ],
     pyramid: Annotated[
-        bool, typer.Option("--pyramid", help=".onnx of the three detector maps, not the logits.")
+        bool,
+        typer.Option("--pyramid", help="Export the three feature maps of a detector (.onnx only)."),
     ] = False,
-    cut: Annotated[
+    first_layers: Annotated[
         int | None,
-        typer.Option(help=".weights of the first N layers only: a backbone file.", metavar="N"),
+        typer.Option(help="Export only the first N layers (.weights only).", metavar="N"),
     ] = None,
     labels: Labels = None,
 ) -> None:
-    """Write a net for others: cspnet export --checkpoint best.pt --to cspdarknet53.weights"""
+    """Export weights: cspnet export --checkpoint best.pt --output cspdarknet53.weights"""
     from cspnet.weights.export import check_export_target
     from cspnet.weights.export import export_network as write_net
     from cspnet.weights.load import load_weights
 
-    check_export_target(to, pyramid, cut)
+    check_export_target(output, pyramid, first_layers)
     trained = load_weights(checkpoint, labels=labels)
-    which = "the averaged weights" if trained.averaged else "the weights"
-    remarks = [*trained.remarks, *write_net(trained, to, pyramid, cut)]
-    print(f"{printable(str(to))}: {which} of {trained.net.name}, step {trained.step:,}")
+    weights = "EMA weights" if trained.averaged else "weights"
+    remarks = [*trained.remarks, *write_net(trained, output, pyramid, first_layers)]
+    print(f"{printable(str(output))}: {weights} of {trained.net.name}, step {trained.step:,}")
     for remark in remarks:
         print(f"  {remark}")

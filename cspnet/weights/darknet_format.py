@@ -159,7 +159,7 @@ def to_darknet_weights(net: CspNet, seen: int, cut: int | None = None) -> bytes:
     layers = list(cfg_sections(net))
     if cut is not None and not 0 < cut <= len(layers):
         raise DarknetFormatError(
-            f"the net has layers 0 … {len(layers) - 1}: --cut must be 1 to {len(layers)}"
+            f"the net has layers 0 … {len(layers) - 1}: --first-layers must be 1 to {len(layers)}"
         )
     for section in layers[:cut]:
         if section.convolution:

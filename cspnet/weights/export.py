@@ -42,7 +42,7 @@ def check_export_target(to: Path, pyramid: bool = False, cut: int | None = None)
     if pyramid and to.suffix != ".onnx":
         raise ExportError("--pyramid is for .onnx: the other files hold the whole net anyway")
     if cut is not None and to.suffix != ".weights":
-        raise ExportError("--cut is for .weights")
+        raise ExportError("--first-layers is for .weights")
     if not to.absolute().parent.is_dir():
         raise ExportError(f"{to}: the folder {to.parent} does not exist")
     if to.is_dir():
@@ -249,7 +249,7 @@ def _require_lines(labels: list[str]) -> None:
     for label in labels:
         if not label or "\n" in label or "\r" in label:
             raise ExportError(
-                f"the class name {label!a} cannot be a line of .labels. --cut N writes a "
+                f"the class name {label!a} cannot be a line of .labels. --first-layers N writes a "
                 "backbone without classes; .safetensors and .onnx take any name"
             )
 
