@@ -8,7 +8,6 @@ the last finished step saved; `--resume` continues. A closed stdout and a killed
 it. torture.py has the kills of the main process.
 """
 
-import argparse
 import json
 import os
 import random
@@ -19,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from harness import argument_parser, new_record, write_record
 from torture import PATIENCE, ROOT, Life, differences, processes, recipe, saved_step
 
 KINDS = ("hangup", "pipe", "worker")
@@ -158,13 +158,12 @@ def disturb(folder: Path, kind: str, count: int, steps: int, seed: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argument_parser(__doc__, device=False)
     parser.add_argument("--each", type=int, default=20, help="interruptions of each kind")
     parser.add_argument("--runs", type=int, default=4, help="of each kind")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     results = []
     with tempfile.TemporaryDirectory() as folder:
@@ -184,8 +183,7 @@ def main() -> None:
                     flush=True,
                 )
             print(f"{kind}: {total} interruptions", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+    write_record(arguments.json, new_record(arguments) | {"runs": results})
     sys.exit(any(found["wrong"] for found in results))
 
 

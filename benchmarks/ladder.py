@@ -1,27 +1,27 @@
-"""The ablation ladder on a small data set: each rung's recipe, equal steps, several seeds.
+"""Ablation on a small data set: each recipe with the same number of steps and several seeds.
 
     python benchmarks/ladder.py --data data/cifar10 --steps 800 --seeds 3 --jobs 2
 
-Each run is an ordinary `cspnet-train` in runs/ladder/, one thread each; a second call goes on where
-the first was stopped. Prints a table of the last validation's top-1, and writes it as JSON.
+Each run is an ordinary single-threaded `cspnet-train` in runs/ladder/. A second call resumes the
+runs. Prints the top-1 of the last validation and writes runs/ladder/ladder.json.
 """
 
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
 from pathlib import Path
+
+from harness import argument_parser, new_record, write_record
 
 RUNGS = ("plain", "gamma", "omega", "sat")
 
 
 def overrides(arguments: argparse.Namespace, seed: int) -> list[str]:
-    """What makes the published recipes small; the same for every rung."""
+    """Overrides that shrink the published recipes, the same for each of them."""
     return [
         f"data.image_size={arguments.size}",
         f"model.width={arguments.width}",
@@ -54,18 +54,17 @@ def last_top1(folder: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True)
+    parser = argument_parser(__doc__, device=False, data=True)
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--width", type=float, default=0.25)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--jobs", type=int, default=1, help="parallel runs")
     parser.add_argument("--output", type=Path, default=Path("runs/ladder"))
     arguments = parser.parse_args()
-    # Seed by seed, so that an unfinished ladder compares all rungs.
+    # Seed by seed, so that an unfinished ablation already compares all recipes.
     tasks = [(rung, seed) for seed in range(arguments.seeds) for rung in RUNGS]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(lambda task: run(*task, arguments), tasks))
@@ -75,13 +74,8 @@ def main() -> None:
         spread = statistics.stdev(top1) if len(top1) > 1 else 0.0
         table[rung] = {"top1": top1, "mean": statistics.mean(top1), "stdev": spread}
         print(f"{rung:6} {statistics.mean(top1):6.2f} ± {spread:.2f} %   {top1}")
-    record = {
-        "date": str(date.today()),
-        "machine": platform.processor() or platform.machine(),
-        "arguments": {key: str(value) for key, value in vars(arguments).items()},
-        "rungs": table,
-    }
-    (arguments.output / "ladder.json").write_text(json.dumps(record, indent=2) + "\n")
+    record = new_record(arguments) | {"rungs": table}
+    write_record(arguments.json or arguments.output / "ladder.json", record)
 
 
 if __name__ == "__main__":

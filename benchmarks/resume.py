@@ -1,37 +1,31 @@
-"""Time from the start of a process to the end of its first step: resumed far on, and started fresh.
+"""Time from process start to the end of the first step: fresh runs and resumed runs.
 
     OMP_NUM_THREADS=1 python benchmarks/resume.py [--images 100000000 --rounds 7 --json FILE]
 
-The embedded digits and a tiny net, on a CPU, with two workers: what is measured is the way to the
-first step, not the step. A checkpoint of one of the first steps (`near`) is given the number of a
-step that is so many images on, and is sealed again (`far`). Each round has all three in turn. Then,
-once each, the images that are decoded up to the end of the first step, those that workers fetch
-ahead among them.
+The embedded digits and a tiny network on a CPU with two workers, so that the time to the first step
+dominates. The checkpoint of an early step (`near`) is also rewritten with a step number that many
+images later (`far`). Kinds are interleaved. Then the images decoded until the end of the first step
+are counted once per kind, including those that workers prefetch.
 """
 
-import argparse
-import json
 import os
-import platform
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
-import torch
+from harness import argument_parser, new_record, write_record
 
-import cspnet
 from cspnet.run.checkpoint import load_checkpoint, write_checkpoint
 
 ROOT = Path(__file__).parent.parent
 BATCH, GROUP = 16, 8
 KINDS = ("fresh", "near", "far")
 
-# The command; with a file to note addresses in, the groups that are decoded, by whichever process.
+# The training command. With a file name, each process appends the groups that it decodes.
 CHILD = """
 import os, sys
 from cspnet.cli import main_train
@@ -40,7 +34,7 @@ notes = sys.argv.pop(1)
 sys.argv[0] = "cspnet-train"
 if notes:
     from cspnet.data import stream
-    positions = stream.positions  # asked for once by each group that is decoded
+    positions = stream.positions  # called once per decoded group
     def noted(step, group, *sizes):
         with open(notes, "a") as file:
             file.write(f"{step} {group}\\n")
@@ -51,8 +45,8 @@ main_train()
 
 
 def train(folder: Path, images: int, workers: int, notes: str = "") -> subprocess.Popen:
-    """`cspnet-train --resume` of a run that is twice as long as the way to that image."""
-    never = images  # steps: more than the run has up to its first new one
+    """Start `cspnet-train --resume` of a run of twice so many images."""
+    never = images  # more steps than the run has
     overrides = [
         *(f"batch={BATCH}", f"group={GROUP}", "model.width=0.125", "mix.probability=0.5"),
         *(f"schedule.steps={2 * images // BATCH}", f"evaluate.every={never}"),
@@ -73,23 +67,23 @@ def train(folder: Path, images: int, workers: int, notes: str = "") -> subproces
 
 
 def first_step(process: subprocess.Popen) -> int:
-    """Waits for the first step that the process logs, and returns its number."""
-    told = []
+    """Wait for the first step that the process logs; return its number."""
+    output = []
     for line in process.stdout:
         if line.startswith("step "):
             return int(line.split()[1].replace(",", ""))
-        told.append(line)
-    raise RuntimeError("no step was made:\n" + "".join(told[-5:]))
+        output.append(line)
+    raise RuntimeError("the process ended before its first step:\n" + "".join(output[-5:]))
 
 
 def kill(process: subprocess.Popen) -> None:
     process.kill()
-    process.stdout.close()  # its workers have it open too, and end some seconds later
+    process.stdout.close()  # its workers keep it open for some seconds
     process.wait()
 
 
 def prepare(folder: Path, images: int) -> dict[str, Path]:
-    """Run folders to resume: one saved at its beginning, one that is said to be far on."""
+    """Run folders to resume: one saved at its first step, one with a rewritten step number."""
     folders = {kind: folder / kind for kind in ("near", "far")}
     for kind, run in folders.items():
         process = train(run, images, workers=0)
@@ -105,7 +99,7 @@ def prepare(folder: Path, images: int) -> dict[str, Path]:
 
 
 def measure(folder: Path, images: int, workers: int) -> tuple[float, int]:
-    """Seconds to the end of the first step, and its number; the process is then killed."""
+    """Seconds until the end of the first step, and its number. Kills the process."""
     start = time.perf_counter()
     process = train(folder, images, workers)
     step = first_step(process)
@@ -115,7 +109,7 @@ def measure(folder: Path, images: int, workers: int) -> tuple[float, int]:
 
 
 def decoded(folder: Path, images: int, workers: int) -> dict[str, int]:
-    """Images decoded up to the end of the first step, by whether that step needs them."""
+    """Images decoded until the end of the first step, by the step that they belong to."""
     notes = folder.with_name(f"{folder.name}-{workers}.txt")
     process = train(folder, images, workers, str(notes))
     step = first_step(process) - 1  # addresses count from 0
@@ -129,11 +123,10 @@ def decoded(folder: Path, images: int, workers: int) -> dict[str, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=100_000_000, help="position of the resume")
+    parser = argument_parser(__doc__, device=False)
+    parser.add_argument("--images", type=int, default=100_000_000, help="before the resumed step")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     images = arguments.images
     with tempfile.TemporaryDirectory() as temporary:
@@ -142,7 +135,7 @@ def main() -> None:
         seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
         first: dict[str, int] = {}
         for number in range(arguments.rounds):
-            # Turned each round, so that none always follows the same one.
+            # Rotate the order, so that no kind always follows the same one.
             for kind in KINDS[number % 3 :] + KINDS[: number % 3]:
                 run = folders.get(kind, folder / f"fresh-{number}")
                 taken, first[kind] = measure(run, images, arguments.workers)
@@ -157,32 +150,24 @@ def main() -> None:
             for kind in KINDS
         }
     if first["far"] != images // BATCH + 1:
-        raise RuntimeError(f"the resumed run went on at step {first['far']}")
+        raise RuntimeError(f"the run resumed at step {first['far']}")
     print("kind   first step  median   min .. max    decoded before, for, after that step")
     for kind in KINDS:
-        told = "; ".join(
+        counted = "; ".join(
             f"{n['before']}, {n['of_the_step']}, {n['ahead']} (workers {workers})"
             for workers, n in counts[kind].items()
         )
         print(
             f"{kind:5} {first[kind]:11,} {statistics.median(seconds[kind]):6.2f} s "
-            f"{min(seconds[kind]):5.2f} .. {max(seconds[kind]):4.2f}   {told}"
+            f"{min(seconds[kind]):5.2f} .. {max(seconds[kind]):4.2f}   {counted}"
         )
-    if arguments.json:
-        record = {
-            "date": str(date.today()),
-            "machine": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "cspnet": cspnet.__version__,
-            "arguments": {key: str(value) for key, value in vars(arguments).items()},
-            "seconds": seconds,
-            "median": {kind: statistics.median(values) for kind, values in seconds.items()},
-            "first_step": first,
-            "decoded": counts,
-        }
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+    record = new_record(arguments) | {
+        "seconds": seconds,
+        "median": {kind: statistics.median(values) for kind, values in seconds.items()},
+        "first_step": first,
+        "decoded": counts,
+    }
+    write_record(arguments.json, record)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,9 @@ may be left. What SIGKILL does not do is lose what the kernel has not written ye
 not in this.
 """
 
-import argparse
 import json
 import logging
 import os
-import platform
 import random
 import signal
 import subprocess
@@ -23,13 +21,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from datetime import date
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+from harness import argument_parser, new_record, write_record
 
-import cspnet
 from cspnet.errors import CheckpointError
 from cspnet.recipe.load import recipe_from_yaml
 from cspnet.run.checkpoint import CheckpointFiles, has_valid_checksum, load_checkpoint
@@ -443,12 +440,11 @@ def deal(count: int, draw: random.Random) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argument_parser(__doc__, device=False)
     parser.add_argument("--kills", type=int, default=100, help="in all")
     parser.add_argument("--runs", type=int, default=4)
     parser.add_argument("--steps", type=int, default=80, help="of a run")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--output", type=Path, help="folder for the runs; kept")
     arguments = parser.parse_args()
     if arguments.steps < 20:
@@ -479,18 +475,7 @@ def main() -> None:
         f"{sum(run['kills'] for run in results)} kills, {total['save']} in saves, "
         f"{total['validation']} in validations; {equal} of {len(results)} runs equal"
     )
-    if arguments.json:
-        record = {
-            "date": str(date.today()),
-            "machine": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "cspnet": cspnet.__version__,
-            "arguments": {key: str(value) for key, value in vars(arguments).items()},
-            "runs": results,
-        }
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+    write_record(arguments.json, new_record(arguments) | {"runs": results})
     sys.exit(equal < len(results))
 
 

@@ -1,54 +1,43 @@
-"""Images/s of a validation: ours against the loop of timm's validate.py, on the same net and files.
+"""Images per second of a validation: cspnet against the loop of timm's validate.py.
 
     python benchmarks/validate.py --data data/imagenet/val [--images 256 --json FILE]
 
-Both decode, resize to the same view (shorter side to size / 0.887, antialiased, central square),
-normalise, send the batch through cspdarknet53 with Mish, and count top-1, top-5 and the loss. The
-weights are the same, and the mean losses are compared. Windows of whole validations, in turns.
+Both decode the same files, resize to the same view (shorter side to size / 0.887, antialiased,
+center crop), normalize, run cspdarknet53 with the same weights, and compute top-1, top-5 and the
+loss. The mean losses must agree. A window is a whole validation.
 """
 
-import argparse
-import statistics
 import time
 from pathlib import Path
 
-import numpy as np
 import timm
 import timm.data
 import torch
-from common import about, write
+from harness import (
+    RepeatedSource,
+    Windows,
+    argument_parser,
+    interleave,
+    new_record,
+    print_table,
+    use_defaults,
+    write_record,
+)
 from timm.utils import AverageMeter, accuracy
 
 from cspnet.inference.evaluate import evaluate_network
 from cspnet.nets import create
 from cspnet.recipe import load as recipes
-from cspnet.runtime.device import choose_precision, choose_workers, setup_device
+from cspnet.runtime.device import DTYPES, choose_precision, choose_workers, setup_device
 from cspnet.sources.data_root import Folder, validation_folder
 
-CROP = 0.887  # timm's for cspdarknet53
-
-
-class Part:
-    """The first images of a source, again and again until there are enough."""
-
-    def __init__(self, source: Folder, images: int):
-        self.source, self.classes = source, source.classes
-        self.labels = np.resize(source.labels, images)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def read(self, index: int) -> tuple[bytes, int]:
-        return self.source.read(index % len(self.source))
-
-    def name(self, index: int) -> str:
-        return self.source.name(index % len(self.source))
+CROP_PCT = 0.887  # timm's default for cspdarknet53
 
 
 @torch.no_grad()
-def timms(net, folder: Path, options, device, precision, workers: int) -> tuple[float, float]:
-    """Images/s and mean loss by the loop of timm's validate.py (timm 1.0), channels-last."""
-    torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = True  # its settings
+def run_timm(net, folder: Path, options, device, precision, workers: int) -> tuple[float, float]:
+    """Images per second and mean loss of the loop in timm's validate.py (timm 1.0)."""
+    torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = True  # as there
     dataset = timm.data.ImageDataset(str(folder))
     repeats = -(-options.images // len(dataset.reader.samples))
     dataset.reader.samples = (dataset.reader.samples * repeats)[: options.images]
@@ -58,7 +47,7 @@ def timms(net, folder: Path, options, device, precision, workers: int) -> tuple[
         options.batch,
         is_training=False,
         num_workers=workers,
-        crop_pct=CROP,
+        crop_pct=CROP_PCT,
         interpolation="bilinear",
         device=device,
     )
@@ -75,35 +64,34 @@ def timms(net, folder: Path, options, device, precision, workers: int) -> tuple[
     return len(dataset) / (time.perf_counter() - start), meters[0].avg
 
 
+def build_networks(classes: int, device: torch.device) -> list[torch.nn.Module]:
+    """cspnet's and timm's network with the same weights."""
+    torch.manual_seed(0)
+    ours = create("cspdarknet53", classes=classes, norm_momentum=1.0)
+    with torch.no_grad():
+        ours(torch.randn(8, 3, 128, 128))  # running statistics
+    theirs = timm.create_model("cspdarknet53", act_layer="mish", num_classes=classes)
+    theirs.load_state_dict(ours.state_dict())
+    return [
+        net.eval().to(device=device, memory_format=torch.channels_last) for net in (ours, theirs)
+    ]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto")
+    parser = argument_parser(__doc__, data=True, precision=tuple(DTYPES))
     parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--batch", type=int, help="on a GPU 256, else 32")
-    parser.add_argument("--images", type=int, help="on a GPU 10,000, else 160")
+    parser.add_argument("--batch", type=int, help="32 on a CPU, else 256")
+    parser.add_argument("--images", type=int, help="160 on a CPU, else 10,000")
     parser.add_argument("--workers", type=int)
-    parser.add_argument("--rounds", type=int, default=3, help="beside the first, which is dropped")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=3, help="after one dropped round")
     options = parser.parse_args()
     device = setup_device(options.device)
     precision = choose_precision(options.precision, device)
     workers = choose_workers(options.workers, device)
-    small = device.type == "cpu"
-    options.batch = options.batch or (32 if small else 256)
-    options.images = options.images or (160 if small else 10_000)
+    use_defaults(options, device.type == "cpu", batch=(32, 256), images=(160, 10_000))
     folder = validation_folder(options.data)
-    source = Part(Folder(folder), options.images)
-    torch.manual_seed(0)
-    ours = create("cspdarknet53", classes=len(source.classes), norm_momentum=1.0)
-    with torch.no_grad():
-        ours(torch.randn(8, 3, 128, 128))  # statistics of a batch, so that signals live
-    theirs = timm.create_model("cspdarknet53", act_layer="mish", num_classes=len(source.classes))
-    theirs.load_state_dict(ours.state_dict())
-    nets = [
-        net.eval().to(device=device, memory_format=torch.channels_last) for net in (ours, theirs)
-    ]
+    source = RepeatedSource(Folder(folder), options.images)
+    nets = build_networks(len(source.classes), device)
     recipe = recipes.load_recipe(
         None,
         [
@@ -112,31 +100,34 @@ def main() -> None:
                 "data.normalize=imagenet",
                 f"batch={options.batch}",
             ),
-            *(f"evaluate.crop_pct={CROP}", "evaluate.interpolation=antialias"),
+            *(f"evaluate.crop_pct={CROP_PCT}", "evaluate.interpolation=antialias"),
         ],
     )
-    record = about(options) | {"precision": precision.name, "workers": workers}
-    speeds: dict[str, list[float]] = {"ours": [], "timm": []}
-    for _ in range(options.rounds + 1):
+    record = new_record(options) | {"precision": precision.name, "workers": workers}
+
+    def ours() -> tuple[float, float]:
         torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = False
         scores = evaluate_network(nets[0], source, recipe, precision, workers)
-        speed, loss = timms(nets[1], folder, options, device, precision, workers)
-        speeds["ours"].append(scores.images_per_second)
-        speeds["timm"].append(speed)
-        write(options.json, {**record, "images_per_second, first ones too": speeds})
-    record["loss"] = {"ours": scores.loss, "timm": loss}
-    if abs(scores.loss - loss) > 0.02 * abs(loss):  # PIL's pixels and rounding differ from OpenCV's
-        raise RuntimeError(f"not the same validation: loss {scores.loss:.4f}, timm's {loss:.4f}")
-    ratios = [a / b for a, b in zip(*speeds.values(), strict=True)][1:]
-    for name, windows in speeds.items():
-        windows.pop(0)
-        low, high = min(windows), max(windows)
-        print(f"{name:5} {statistics.median(windows):9.2f} images/s ({low:.2f}–{high:.2f})")
-    print(
-        f"ours to timm's {statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f}); "
-        f"mean loss {scores.loss:.4f}, timm's {loss:.4f}"
-    )
-    write(options.json, {**record, "images_per_second": speeds, "ratios": ratios})
+        return scores.images_per_second, scores.loss
+
+    variants = {
+        "cspnet": ours,
+        "timm": lambda: run_timm(nets[1], folder, options, device, precision, workers),
+    }
+    results = interleave(variants, options.rounds, dropped=1)
+    speeds = {name: Windows([speed for speed, _ in runs]) for name, runs in results.items()}
+    losses = {name: runs[-1][1] for name, runs in results.items()}
+    # PIL's pixels and rounding differ slightly from OpenCV's.
+    if abs(losses["cspnet"] - losses["timm"]) > 0.02 * abs(losses["timm"]):
+        raise RuntimeError(f"the validations differ: mean losses {losses}")
+    print_table(speeds, "images/s", reference="timm")
+    print(f"mean loss {losses['cspnet']:.4f}, timm {losses['timm']:.4f}")
+    record |= {
+        "loss": losses,
+        "images_per_second": {name: windows.values for name, windows in speeds.items()},
+        "ratios": speeds["cspnet"].ratios_to(speeds["timm"]).values,
+    }
+    write_record(options.json, record)
 
 
 if __name__ == "__main__":
