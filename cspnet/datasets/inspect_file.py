@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from cspnet.images import MAX_PIXELS, worker
+from cspnet.data import worker
+from cspnet.images import MAX_PIXELS
 from cspnet.errors import CspnetError
 from cspnet.images import codecs
 from cspnet.images.decode import MAX_ASPECT, MAX_SIDE, PILLOW_FORMATS, decode
