@@ -60,7 +60,7 @@ def draws_of(groups, size=256, group=32, mix=None, seed=0):
     partners, boxes = [], []
     for number in range(groups):
         rng = stream.rng_for(seed, stream.GROUP_DOMAIN, number)
-        drawn = augment._draw_mix(rng, group, size, mix or Mix())
+        drawn = augment._sample_mix(rng, group, size, mix or Mix())
         partners.append(drawn[0])
         boxes.append(drawn[1])
     return np.concatenate(partners), np.concatenate(boxes)
@@ -184,7 +184,7 @@ def test_groups_at_once_change_nothing(tiny):
 
 def test_colour_draws_cover_their_ranges():
     rng = stream.rng_for(0, stream.GROUP_DOMAIN, 0)
-    hue, saturation, value = augment._draw_colours(rng, 20_000, Augment())
+    hue, saturation, value = augment._sample_colours(rng, 20_000, Augment())
     assert -0.1 <= hue.min() < -0.099 and 0.099 < hue.max() <= 0.1
     for factor in (saturation, value):
         assert 0.75 <= factor.min() < 0.751 and 1.33 < factor.max() <= 4 / 3 + 1e-9

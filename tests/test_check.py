@@ -17,7 +17,7 @@ from PIL import Image
 
 from cspnet.datasets import inspect_file
 from cspnet.datasets.check import check_dataset, preflight
-from cspnet.datasets.contents import KINDS, SAME
+from cspnet.datasets.contents import DUPLICATE_FINDINGS, FILE_FINDINGS
 from cspnet.errors import CspnetError, DataError
 from cspnet.sources.data_root import Digits, Folder, open_training
 from tests import bombs
@@ -53,9 +53,9 @@ def test_a_sound_data_set_has_its_counts_and_no_error(folder):
     steps = []
     report = check_dataset(str(folder), progress=lambda *step: steps.append(step))
     assert found(report) == {"few"} and report.count("error") == 0
-    train, val = report.parts
+    train, val = report.splits
     assert train.classes == dict.fromkeys(("apple", "bear", "cat"), 12)
-    assert str(val) == "val: 9 images, 3 classes of 3 to 3, median 3"
+    assert str(val) == "val: 9 images, 3 classes of 3 to 3 images (median 3)"
     assert steps[0] == (0, 45) and steps[-1] == (45, 45)
 
 
@@ -112,11 +112,11 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 def test_what_a_file_is(name):
     data, kinds = FILES[name]
-    look = inspect_file.look_at(data, os.path.splitext(name)[1].lower())
-    assert {kind for kind, _ in look.found} == kinds
-    assert kinds <= set(KINDS)
-    wrong = any(KINDS[kind][0] == "error" for kind in kinds)
-    assert bool(look.digest) != wrong, "what cannot be decoded is compared with nothing"
+    inspection = inspect_file.inspect_bytes(data, os.path.splitext(name)[1].lower())
+    assert {kind for kind, _ in inspection.findings} == kinds
+    assert kinds <= set(FILE_FINDINGS)
+    wrong = any(FILE_FINDINGS[kind][0] == "error" for kind in kinds)
+    assert bool(inspection.digest) != wrong, "what cannot be decoded is compared with nothing"
 
 
 def test_every_file_is_named_whatever_the_number_of_workers(folder):
@@ -182,11 +182,11 @@ def test_classes_that_are_empty_small_alone_or_alike(folder):
     for file in list((train / "cat").iterdir())[1:]:
         file.unlink()
     report = check_dataset(str(train))
-    assert [part.name for part in report.parts] == ["train"]
-    assert report.parts[0].classes["dog"] == 0
+    assert [part.name for part in report.splits] == ["train"]
+    assert report.splits[0].classes["dog"] == 0
     assert the(report, "empty class").classes == ["dog"]
     assert the(report, "small class").classes == ["cat"]
-    assert "median of 12 images" in the(report, "small class").message
+    assert "median class size (12 images)" in the(report, "small class").message
     assert the(report, "alike").classes == ["Bear", "bear"]
     for label in os.listdir(train):
         if label != "bear":
@@ -213,7 +213,7 @@ def test_a_part_that_cannot_be_opened_does_not_hide_the_other(folder):
     (bear(folder) / "0.jpg").write_bytes(b"")
     report = check_dataset(str(folder))
     assert "is empty" in the(report, "layout").message
-    assert [part.name for part in report.parts] == ["train"] and "empty" in found(report)
+    assert [part.name for part in report.splits] == ["train"] and "empty" in found(report)
 
 
 def test_a_wrong_path_is_an_error_of_the_command(folder, tmp_path):
@@ -238,17 +238,17 @@ def test_quick_looks_at_names_and_sizes_only(folder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(builtins, "open", files)
         (few,) = preflight(train, val)
-        assert "9 images only" in few and preflight(*digits) == []
+        assert "only 9 images" in few and preflight(*digits) == []
         (same,) = (text for text in preflight(train, train) if "the same folder" in text)
-        assert "score will say nothing" in same
-        assert any("exchanged" in text for text in preflight(val, train))
+        assert "score is meaningless" in same
+        assert any("swapped" in text for text in preflight(val, train))
     shutil.rmtree(folder / "val" / "cat")
     (folder / "val" / "cat").symlink_to(folder / "train" / "cat")
-    assert "same folders of 1 class (cat)" in preflight(train, Folder(folder / "val"))[-1]
+    assert "share the folders of 1 class (cat)" in preflight(train, Folder(folder / "val"))[-1]
     (folder / "val" / "cat").unlink()
     (folder / "val" / "cat").mkdir()
     os.link(folder / "train" / "cat" / "0.jpg", folder / "val" / "cat" / "0.jpg")
-    assert "links to the files of train" in preflight(train, Folder(folder / "val"))[-1]
+    assert "are links to files of train" in preflight(train, Folder(folder / "val"))[-1]
 
 
 class Deadly(Digits):
@@ -259,11 +259,13 @@ class Deadly(Digits):
 
 
 def test_the_death_of_a_process_is_told():
-    with pytest.raises(CspnetError, match=r"died.*soon after digits/0.png"):
-        list(inspect_file.looks([Deadly(train=True)], workers=2))
+    with pytest.raises(CspnetError, match=r"died while reading digits/0.png"):
+        list(inspect_file.inspect_sources([Deadly(train=True)], workers=2))
 
 
-@pytest.mark.parametrize("phrase", [phrase for _, phrase in (KINDS | SAME).values()])
+@pytest.mark.parametrize(
+    "phrase", [phrase for _, phrase in (FILE_FINDINGS | DUPLICATE_FINDINGS).values()]
+)
 def test_docs_have_what_is_said_of_files(phrase):
     assert phrase in (ROOT / "docs" / "data.md").read_text()
 
@@ -276,7 +278,7 @@ def test_the_command_shows_examples_and_writes_everything(folder, process, tmp_p
         pass
     done = process("main", "check", "data", "--json", "all.json", "-j", 0, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
-    assert "error: train: 9 files empty" in done.stdout and "\x1b" not in done.stdout
+    assert "error: train, 9 files: empty" in done.stdout and "\x1b" not in done.stdout
     assert "data/train/bear/4.jpg" in done.stdout and "5.jpg" not in done.stdout
     assert "    … and 4 more" in done.stdout
     report = json.loads((tmp_path / "all.json").read_text())
@@ -309,8 +311,8 @@ def test_workers_do_not_outlive_a_kill(tmp_path):
         "from cspnet.datasets import inspect_file as examine\n"
         "from cspnet.sources.data_root import Digits\n"
         "if __name__ == '__main__':\n"
-        "    looks = examine.looks([Digits(train=True)], 2)\n"
-        "    print(next(looks)[1], flush=True)\n"
+        "    chunks = examine.inspect_sources([Digits(train=True)], 2)\n"
+        "    print(next(chunks)[1], flush=True)\n"
         "    time.sleep(60)\n"
     )
     (tmp_path / "wait.py").write_text(script)

@@ -35,7 +35,7 @@ finally:
 
 
 def test_commands_are_completed(tmp_path):
-    assert complete("cspnet", "cspnet pre", tmp_path) == ["predict", "preview"]
+    assert complete("cspnet", "cspnet pre", tmp_path) == ["predict", "prepare", "preview"]
     assert "--resume" in complete("cspnet-train", "cspnet-train --re", tmp_path)
 
 
@@ -54,7 +54,7 @@ def test_recipes_are_completed_by_name_and_as_files(tmp_path):
     [
         ("cspnet-train --memory ", ["fast", "fit", "tiny"]),
         ("cspnet-train --memory t", ["tiny"]),
-        ("cspnet data imagenet", ["imagenet", "imagenette"]),
+        ("cspnet prepare imagenet", ["imagenet", "imagenette"]),
     ],
 )
 def test_words_of_options_are_completed(words, told, tmp_path):

@@ -1,4 +1,4 @@
-"""`cspnet data`: official archives, fabricated small, into class folders."""
+"""`cspnet prepare`: official archives, fabricated small, into class folders."""
 
 import io
 import pickle
@@ -12,7 +12,7 @@ from torchvision.datasets import CIFAR10, Imagenette, imagenet
 from torchvision.datasets.utils import calculate_md5
 
 from cspnet.datasets import download as module
-from cspnet.datasets.download import fetch
+from cspnet.datasets.download import prepare_dataset
 from cspnet.errors import DataError, RecipeError
 from cspnet.sources.data_root import open_training, open_validation
 from tests.conftest import picture
@@ -69,18 +69,18 @@ def archives(tmp_path, monkeypatch):
         known[kind] = (file.name, calculate_md5(file))
     monkeypatch.setattr(imagenet, "ARCHIVE_META", known)
     sizes = {kind: len(content[kind]) for kind in ("train", "val")}
-    monkeypatch.setattr(module, "SIZES", sizes)
+    monkeypatch.setattr(module, "ARCHIVE_SIZES", sizes)
     monkeypatch.setitem(module.DOWNLOADABLE, "imagenet", 3)
     return folder
 
 
 @pytest.fixture
 def get(tmp_path):
-    """Runs `fetch` into tmp_path/root; returns whether it made something, and the lines told."""
+    """Calls `prepare_dataset` for tmp_path/root; returns its result and the reported lines."""
 
     def run(name, archives=None, progress=lambda done, total: None):
         lines = []
-        return fetch(name, tmp_path / "root", archives, lines.append, progress), lines
+        return prepare_dataset(name, tmp_path / "root", archives, lines.append, progress), lines
 
     return run
 
@@ -141,7 +141,7 @@ def test_an_interrupted_val_is_never_half(archives, get, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(imagenet.shutil, "move", cut)
-        with pytest.raises(DataError, match=r"No space left on device.*the same command goes on"):
+        with pytest.raises(DataError, match=r"No space left on device.*run the same command again"):
             get("imagenet", archives)
     assert not (tmp_path / "root" / "val").exists()
     get("imagenet", archives)
@@ -183,14 +183,14 @@ def test_the_room_is_looked_at_first(archives, get, tmp_path, monkeypatch):
     monkeypatch.setattr(
         module.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 9, 9)
     )
-    with pytest.raises(DataError, match="Make room, or give another disk with --to"):
+    with pytest.raises(DataError, match="Free disk space or choose another disk with --output"):
         get("imagenet", archives)
     assert not (tmp_path / "root").exists()
 
 
 def test_a_part_that_something_else_made_is_left_alone(archives, get, tmp_path):
     (tmp_path / "root" / "train" / WNIDS[0]).mkdir(parents=True)
-    with pytest.raises(DataError, match="with 1 class folders in place of 3"):
+    with pytest.raises(DataError, match="with 1 class folders instead of 3"):
         get("imagenet", archives)
     assert [p.name for p in (tmp_path / "root").rglob("*")] == ["train", WNIDS[0]]
 
@@ -262,7 +262,7 @@ def test_cifar10_goes_on(cifar, get, tmp_path):
 
 def test_a_damaged_small_archive_is_not_written_over(cifar, get, tmp_path):
     cifar.write_bytes(b"half a download")
-    with pytest.raises(DataError, match="is damaged or was not downloaded to its end"):
+    with pytest.raises(DataError, match="is damaged or incomplete"):
         get("cifar10", cifar.parent)
     assert cifar.read_bytes() == b"half a download" and not (tmp_path / "root").exists()
 
@@ -310,5 +310,5 @@ def test_without_a_network_it_says_what_to_do(name, tmp_path, get, monkeypatch):
     url, md5 = Imagenette._ARCHIVES["320px"]
     url, md5 = (CIFAR10.url, CIFAR10.tgz_md5) if name == "cifar10" else (url, md5)
     assert url in text and md5 in text and "Name or service not known" in text
-    assert f"put it into {tmp_path / 'root'} as" in text
+    assert f"copy it to {tmp_path / 'root'} as" in text
     assert not (tmp_path / "root").exists()

@@ -53,7 +53,7 @@ def test_a_row_of_the_table(key):
     *_, what, reported = (cell.strip() for cell in ROWS[key].split("|"))
     with warnings.catch_warnings():  # Pillow's, of damaged EXIF
         warnings.simplefilter("ignore")
-        found = {kind for kind, _ in inspect_file.look_at(data, f".{suffix}").found}
+        found = {kind for kind, _ in inspect_file.inspect_bytes(data, f".{suffix}").findings}
     assert found == set(re.findall(r"`([^`]+)`", reported))
     assert what.startswith("refused") == isinstance(expected, type)
     if isinstance(expected, type):
@@ -159,10 +159,10 @@ def test_views_of_a_turned_image_are_those_of_the_upright_one(suffix, kind):
 def test_what_is_too_long_and_narrow_is_found_before_an_evaluation_refuses_it():
     for height, width in ((1, 501), (1002, 2)):
         data = saved(np.zeros((height, width, 3), np.uint8), "PNG")
-        assert [kind for kind, _ in inspect_file.look_at(data, ".png").found] == ["ribbon"]
+        assert [kind for kind, _ in inspect_file.inspect_bytes(data, ".png").findings] == ["ribbon"]
         for how in (Evaluate(), Evaluate(interpolation="antialias", crop_pct=0.875)):
             with pytest.raises(TooLargeError, match="too long and narrow"):
                 decode.evaluation_view(decode.decode(data), 64, how)
     data = saved(np.zeros((1, 500, 3), np.uint8), "PNG")
-    assert "ribbon" not in dict(inspect_file.look_at(data, ".png").found)
+    assert "ribbon" not in dict(inspect_file.inspect_bytes(data, ".png").findings)
     assert decode.evaluation_view(decode.decode(data), 64, Evaluate()).shape == (64, 64, 3)

@@ -106,6 +106,11 @@ def test_an_option_that_the_command_lacks_is_not_suggested(capsys):
     assert "--workers" not in capsys.readouterr().err.replace("--num-workers", "")
 
 
+def test_a_renamed_command_is_answered_with_the_new_name(told):
+    expected = "error: no such command: data; it was renamed: use cspnet prepare\n"
+    assert told("cspnet data imagenet --to data") == expected
+
+
 @pytest.mark.parametrize(
     "override, wanted",
     [

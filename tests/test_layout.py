@@ -387,7 +387,7 @@ def test_no_message_of_a_data_command_speaks_of_a_network_or_an_option(folder, c
     shutil.make_archive(str(folder), "zip", folder)
     told = []
     for path in (folder, folder / "gone", folder.with_suffix(".zip"), folder.parent, "digit"):
-        for line in (["check", path], ["index", path], ["pack", path, "--to", tmp_path / "to"]):
+        for line in (["check", path], ["index", path], ["pack", path, "--output", tmp_path / "to"]):
             done = command("main", *line)
             assert done.returncode in (1, 2) or line[0] == "index"
             told.append(done.stdout + done.stderr)

@@ -13,14 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cspnet.data.loader import (
-    EvalBatches,
-    Place,
-    Slots,
-    TrainGroups,
-    evaluation_batches,
-    training_groups,
-)
+from cspnet.data.loader import EvalBatches, TrainGroups, evaluation_batches, training_groups
+from cspnet.data.shared_memory import SharedBuffers, SlotRequest
 from cspnet.images import decode
 from cspnet.recipe.load import load_recipe
 from cspnet.recipe.schema import Evaluate
@@ -89,18 +83,18 @@ def test_memory_is_used_again_and_given_back(source):
     groups = training_groups(source, small(), 0, 1, False)
     kept = next(groups)
     before = content(kept)
-    assert len(Slots.here) == 1
+    assert len(SharedBuffers.pools) == 1
     groups.close()
     del groups
     gc.collect()
-    assert not Slots.here and content(kept) == before
+    assert not SharedBuffers.pools and content(kept) == before
     assert not multiprocessing.active_children()
 
 
 def test_pictures_are_not_pickled(source):
     groups = TrainGroups(source, small())
-    groups.slots = Slots(2, 4 * 64 * 64 * 3)
-    data = pickle.dumps(groups[Place((0, 0), groups.slots.take())])
+    groups.buffers = SharedBuffers(2, 4 * 64 * 64 * 3)
+    data = pickle.dumps(groups[SlotRequest((0, 0), groups.buffers.acquire())])
     assert len(data) < 2000
     assert content(pickle.loads(data)) == content(groups[0, 0])
 
@@ -110,9 +104,9 @@ def test_what_a_slot_held_before_does_not_show(source):
     with open(source.name(33), "wb"):
         pass
     batches = EvalBatches(source, 16, 64, Evaluate())
-    batches.slots = Slots(1, 16 * 64 * 64 * 3)
-    batches.slots.memory.fill_(255)
-    batch = pickle.loads(pickle.dumps(batches[Place(2, batches.slots.take())]))
+    batches.buffers = SharedBuffers(1, 16 * 64 * 64 * 3)
+    batches.buffers.memory.fill_(255)
+    batch = pickle.loads(pickle.dumps(batches[SlotRequest(2, batches.buffers.acquire())]))
     assert batch.mask.tolist() == [True] * 4 + [False] * 12 and batch.unreadable == [33]
     black = [not image.any() for image in batch.images]
     assert black == [False, True, False, False] + [True] * 12
@@ -128,7 +122,7 @@ def test_without_room_in_shared_memory_batches_come_all_the_same(source, monkeyp
     monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", no_room)
     monkeypatch.setattr(torch.UntypedStorage, "_new_shared", no_room)
     with pytest.raises(RuntimeError, match="unable to allocate"):
-        Slots(1, 1)
+        SharedBuffers(1, 1)
     assert [content(batch) for batch in both(source, small(), 2)] == expected
 
 

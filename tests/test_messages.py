@@ -81,8 +81,8 @@ def test_the_command_after_training_as_it_is_printed(command, tmp_path):
 
 
 def test_the_command_after_a_download(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "fetch", lambda *_: True)
-    done = command("main", "data", "imagenette", "--to", "my data", cwd=tmp_path)
+    monkeypatch.setattr(download, "prepare_dataset", lambda *_: True)
+    done = command("main", "prepare", "imagenette", "--output", "my data", cwd=tmp_path)
     assert copied(done.stdout.strip()) == ["cspnet", "check", "my data"]
 
 
@@ -148,7 +148,7 @@ def sources():
 
 
 def test_no_command_is_put_together_without_quoting():
-    names = "train|eval|predict|data|check|index|pack|plan|status|preview|export|report|compare"
+    names = "train|eval|predict|prepare|check|index|pack|plan|status|preview|export|report|compare"
     begun = re.compile(rf"(cspnet ({names})|cspnet-(train|eval)|darknet [a-z]+) [^`\n]*$")
     for path, nodes in sources():
         for node in nodes:

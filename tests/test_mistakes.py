@@ -53,7 +53,7 @@ MISTAKES = [
     ("cspnet-eval --checkpoint run/checkpoints/best.pt", "Missing option '--data'"),
     ("cspnet predict --checkpoint run/checkpoints/best.pt", "Missing argument 'IMAGES"),
     ("cspnet export run/checkpoints/best.pt", "Missing option '--checkpoint'"),
-    ("cspnet pack data", "Missing option '--to'"),
+    ("cspnet pack data", "Missing option '--output'"),
     # Recipes
     ("cspnet-train --recipe digit", "there is no recipe 'digit'"),
     ("cspnet-train --recipe digit", "Did you mean 'digits'?"),
@@ -128,21 +128,24 @@ MISTAKES = [
     ("cspnet check data --workers -1", "--workers -1: must be 0 (none) or more"),
     ("cspnet check data --json void", "--json void: must be a file in a folder that exists"),
     ("cspnet index nowhere", "the data folder nowhere does not exist"),
-    ("cspnet pack nowhere --to packed", "the data folder nowhere does not exist"),
-    ("cspnet pack data --to data", "data"),
-    ("cspnet pack data --to data/packed", "data/packed"),
-    ("cspnet pack data --to file", "file"),
-    ("cspnet pack data --to /proc/packed", "--to /proc/packed cannot be made"),
-    ("cspnet pack data --to packed --labels foo", "--labels foo: must be name or index"),
-    ("cspnet pack data --to packed --short 8", "Invalid value for '--short'"),
-    ("cspnet pack data --to packed --quality 101", "Invalid value for '--quality'"),
-    ("cspnet data imagnet", "Did you mean 'imagenet'?"),
-    ("cspnet data coco", "there are imagenet, imagenette, cifar10"),
-    ("cspnet data imagenet", "ILSVRC2012_img_train.tar (147,897,477,120 bytes) is not there"),
-    ("cspnet data cifar10 --to file", "file is not a folder"),
-    ("cspnet data cifar10 --to file/sub", "the folder file/sub cannot be made: Not a directory"),
-    ("cspnet data imagenet --archives file", "file is not a folder"),
-    ("cspnet data imagenet --to data", "data/train is there with 3 class folders"),
+    ("cspnet pack nowhere --output packed", "the data folder nowhere does not exist"),
+    ("cspnet pack data --output data", "data"),
+    ("cspnet pack data --output data/packed", "data/packed"),
+    ("cspnet pack data --output file", "file"),
+    ("cspnet pack data --output /proc/packed", "--output /proc/packed cannot be created"),
+    ("cspnet pack data --output packed --labels foo", "--labels foo: must be name or index"),
+    ("cspnet pack data --output packed --short-side 8", "Invalid value for '--short-side'"),
+    ("cspnet pack data --output packed --quality 101", "Invalid value for '--quality'"),
+    ("cspnet prepare imagnet", "Did you mean 'imagenet'?"),
+    ("cspnet prepare coco", "choose from imagenet, imagenette, cifar10"),
+    ("cspnet prepare imagenet", "ILSVRC2012_img_train.tar (147,897,477,120 bytes) is missing"),
+    ("cspnet prepare cifar10 --output file", "file is not a folder"),
+    (
+        "cspnet prepare cifar10 --output file/sub",
+        "cannot create the folder file/sub: Not a directory",
+    ),
+    ("cspnet prepare imagenet --archives file", "file is not a folder"),
+    ("cspnet prepare imagenet --output data", "data/train exists with 3 class folders"),
     # Where it runs
     ("cspnet plan --recipe digits --gpu gtx970", "--gpu gtx970: there are figures for rtx2070"),
     ("cspnet plan --recipe digits --gpu 2070 --workers 4", "nothing: leave out --workers"),
@@ -278,7 +281,7 @@ def test_a_mistake_is_told(home, line, told, capsys, monkeypatch):
     assert listing(home) == before, "something was written"
 
 
-@pytest.mark.parametrize("line", ["cspnet", "cspnet check", "cspnet data", "cspnet-eval"])
+@pytest.mark.parametrize("line", ["cspnet", "cspnet check", "cspnet prepare", "cspnet-eval"])
 def test_without_a_word_it_helps(line, capsys):
     assert call(line) == 2
     output = capsys.readouterr()

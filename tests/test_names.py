@@ -125,7 +125,7 @@ def test_the_data_commands_write_no_control_character(odd, command, tmp_path):
     assert os.fsencode(report["data"]) == os.fsencode(odd), "byte for byte"
     assert sorted(report["parts"][0]["classes"]) == ODD
     outputs = [done, command("main", "index", odd)]
-    outputs.append(command("main", "pack", odd, "--to", tmp_path / "packed"))
+    outputs.append(command("main", "pack", odd, "--output", tmp_path / "packed"))
     assert outputs[-1].returncode == 2 and "cannot hold these names" in outputs[-1].stderr
     for done in outputs:
         assert "\x1b" not in done.stdout + done.stderr
@@ -162,7 +162,7 @@ def test_labels_in_tar_files_are_kept_byte_for_byte(tmp_path):
 def test_pack_takes_every_name_that_is_a_line(folder, tmp_path, command):
     for part in ("train", "val"):
         (folder / part / "bear").rename(folder / part / "b\u00a0ä\u200dr")
-    done = command("main", "pack", folder, "--to", tmp_path / "packed", "--short", 64)
+    done = command("main", "pack", folder, "--output", tmp_path / "packed", "--short-side", 64)
     assert done.returncode == 0, done.stderr
     assert data_root.open_training(str(tmp_path / "packed")).classes[1] == "b\u00a0ä\u200dr"
 

@@ -17,7 +17,9 @@ from PIL import Image
 
 from cspnet.data.loader import TrainGroups
 from cspnet.datasets import pack as packing
-from cspnet.datasets.pack import Settings, pack, shrink
+from cspnet.datasets import pack_journal
+from cspnet.datasets.pack import limit_short_side, pack_dataset
+from cspnet.datasets.pack_journal import PackSettings
 from cspnet.errors import CspnetError, DataError
 from cspnet.images.decode import UnreadableError, decode
 from cspnet.recipe.load import load_recipe
@@ -25,7 +27,7 @@ from cspnet.sources import data_root
 from tests.conftest import ROOT, picture
 
 # Pictures of 80×60 are scaled; of one MB or so a tar file, which nothing here reaches.
-SMALL = Settings(short=40, quality=90, shard_mb=1, labels="name")
+SMALL = PackSettings(short_side=40, quality=90, shard_mb=1, labels="name")
 
 
 def encoded(kind, image=None, **options):
@@ -36,8 +38,8 @@ def encoded(kind, image=None, **options):
 
 def small_shards(monkeypatch, most=20_000):
     """Tar files of some bytes, not megabytes: several a part."""
-    add = packing._Tar.size.fget
-    monkeypatch.setattr(packing._Tar, "size", property(lambda tar: add(tar) + 10**6 - most))
+    add = packing._TarWriter.size.fget
+    monkeypatch.setattr(packing._TarWriter, "size", property(lambda tar: add(tar) + 10**6 - most))
 
 
 def snapshot(root):
@@ -66,28 +68,28 @@ def samples(file):
 
 def test_an_image_is_scaled_to_its_shorter_side_or_left_as_it_is():
     data = encoded("JPEG")
-    assert shrink(data, 60, 90) is data and shrink(data, 61, 90) is data
+    assert limit_short_side(data, 60, 90) is data and limit_short_side(data, 61, 90) is data
     for short in (59, 40, 32):
-        small = decode(shrink(data, short, 90))
+        small = decode(limit_short_side(data, short, 90))
         assert small.shape == (short, round(80 * short / 60), 3)
         want = cv2.resize(decode(data), small.shape[1::-1], interpolation=cv2.INTER_AREA)
         assert np.abs(want.astype(int) - small).mean() < 5  # colours at half size
-    assert len(shrink(data, 40, 95)) > len(shrink(data, 40, 50))
+    assert len(limit_short_side(data, 40, 95)) > len(limit_short_side(data, 40, 50))
     ribbon = encoded("PNG", Image.new("RGB", (5000, 50)))
-    assert decode(shrink(ribbon, 40, 90)).shape == (40, 4000, 3)
+    assert decode(limit_short_side(ribbon, 40, 90)).shape == (40, 4000, 3)
     exif = Image.Exif()
     exif[0x0112] = 6
-    turned = shrink(encoded("JPEG", exif=exif), 40, 90)
+    turned = limit_short_side(encoded("JPEG", exif=exif), 40, 90)
     assert decode(turned).shape == (53, 40, 3) and not Image.open(io.BytesIO(turned)).getexif()
     for bad in (b"", data[:50], encoded("PNG", Image.new("L", (40_000, 1)))):
         with pytest.raises(UnreadableError):
-            shrink(bad, 40, 90)
+            limit_short_side(bad, 40, 90)
 
 
 def test_any_reader_opens_the_samples(folder, tmp_path):
     (folder / "train" / "bear" / "a.b.JPEG").write_bytes(encoded("JPEG"))
     (folder / "train" / "bear" / "ü.png").write_bytes(encoded("PNG", Image.new("RGB", (30, 20))))
-    report = pack(str(folder), tmp_path / "out", SMALL)
+    report = pack_dataset(str(folder), tmp_path / "out", SMALL)
     plain = data_root.open_training(str(folder))
     found = samples(tmp_path / "out" / "train" / "000000.tar")
     assert len(found) == 38 and list(found) == sorted(found)
@@ -104,14 +106,14 @@ def test_any_reader_opens_the_samples(folder, tmp_path):
     assert (tmp_path / "out/train/classes.txt").read_text() == "apple\nbear\ncat\n"
     (shard,) = report["train"]
     assert (shard.encoded, shard.copied, shard.unreadable) == (37, 1, [])
-    assert shard.before == sum(len(plain.read(index)[0]) for index in range(38))
+    assert shard.bytes_before == sum(len(plain.read(index)[0]) for index in range(38))
 
 
 def test_the_stream_is_that_of_the_folder(folder, tmp_path, monkeypatch):
     small_shards(monkeypatch)
     before, then = snapshot(folder), times(folder)
     for name, short in (("copied", 60), ("scaled", 59)):
-        pack(str(folder), tmp_path / name, Settings(short, 95, 1, "name"))
+        pack_dataset(str(folder), tmp_path / name, PackSettings(short, 95, 1, "name"))
     assert snapshot(folder) == before and times(folder) == then
     assert len(list((tmp_path / "copied" / "train").glob("*.tar"))) > 2
     recipe = load_recipe(
@@ -133,18 +135,18 @@ def test_the_stream_is_that_of_the_folder(folder, tmp_path, monkeypatch):
 def test_the_number_of_threads_changes_nothing(folder, tmp_path, monkeypatch):
     small_shards(monkeypatch)
     steps = []
-    pack(str(folder), tmp_path / "a", SMALL, 0, lambda *step: steps.append(step))
-    pack(str(folder), tmp_path / "b", SMALL, 3)
+    pack_dataset(str(folder), tmp_path / "a", SMALL, 0, lambda *step: steps.append(step))
+    pack_dataset(str(folder), tmp_path / "b", SMALL, 3)
     assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
     assert steps == sorted(steps) and steps[0] == (0, 45) and steps[-1] == (45, 45)
 
 
 def test_tar_files_are_packed_again_and_not_written_to(folder, tmp_path):
-    pack(str(folder), tmp_path / "a", Settings(50, 95, 1, "name"))
+    pack_dataset(str(folder), tmp_path / "a", PackSettings(50, 95, 1, "name"))
     for file in (tmp_path / "a").rglob("index.cspnet"):
         file.unlink()
     before = times(tmp_path / "a")
-    pack(str(tmp_path / "a"), tmp_path / "b", SMALL)
+    pack_dataset(str(tmp_path / "a"), tmp_path / "b", SMALL)
     assert times(tmp_path / "a") == before
     plain, packed = (data_root.open_training(str(root)) for root in (folder, tmp_path / "b"))
     assert packed.labels.tolist() == plain.labels.tolist()
@@ -155,7 +157,7 @@ def test_classes_that_are_numbers_are_written_as_indices(folder, tmp_path):
     for part in ("train", "val"):
         for old, new in (("apple", "10"), ("bear", "2"), ("cat", "0")):
             (folder / part / old).rename(folder / part / new)
-    pack(str(folder), tmp_path / "a", SMALL)
+    pack_dataset(str(folder), tmp_path / "a", SMALL)
     source = data_root.open_training(str(tmp_path / "a"))
     assert source.classes == ["0", "10", "2"]
     assert source.labels.tolist() == data_root.open_training(str(folder)).labels.tolist()
@@ -164,7 +166,7 @@ def test_classes_that_are_numbers_are_written_as_indices(folder, tmp_path):
 
 
 def test_labels_by_index_for_readers_that_want_them(folder, tmp_path):
-    pack(str(folder), tmp_path / "a", Settings(40, 90, 1, "index"))
+    pack_dataset(str(folder), tmp_path / "a", PackSettings(40, 90, 1, "index"))
     labels = [sample["cls"] for sample in samples(tmp_path / "a/val/000000.tar").values()]
     assert labels == [b"0"] * 3 + [b"1"] * 3 + [b"2"] * 3
     assert len(data_root.open_validation(str(tmp_path / "a"), ["apple", "bear", "cat"])) == 9
@@ -174,7 +176,7 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(folder, tmp_path, mon
     """The interruption comes before each rename, and after each."""
     small_shards(monkeypatch)
     (folder / "train" / "bear" / "1.jpg").write_bytes(b"")
-    report = pack(str(folder), tmp_path / "whole", SMALL)
+    report = pack_dataset(str(folder), tmp_path / "whole", SMALL)
     whole = snapshot(tmp_path / "whole")
     replace, out, calls = os.replace, tmp_path / "out", []
 
@@ -187,7 +189,7 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(folder, tmp_path, mon
             raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", count)
-    pack(str(folder), out, SMALL)
+    pack_dataset(str(folder), out, SMALL)
     crashes = [(n, when) for n in range(1, len(calls) + 1) for when in ("before", "after")]
     assert len(crashes) > 20
     for crash in crashes[:-1]:  # after the last one, all is done
@@ -195,12 +197,12 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(folder, tmp_path, mon
         calls.clear()
         monkeypatch.setattr(os, "replace", partial(count, crash=crash))
         with pytest.raises(KeyboardInterrupt):
-            pack(str(folder), out, SMALL)
+            pack_dataset(str(folder), out, SMALL)
         monkeypatch.setattr(os, "replace", replace)
         if "train" not in os.listdir(out):
             with pytest.raises(DataError, match="has no folder train/"):
                 data_root.open_training(str(out))
-        assert pack(str(folder), out, SMALL) == report
+        assert pack_dataset(str(folder), out, SMALL) == report
         assert snapshot(out) == whole
 
 
@@ -212,18 +214,18 @@ def test_what_is_packed_is_not_packed_again(folder, tmp_path, monkeypatch):
         done.append(data)
         if len(done) == full:
             raise KeyboardInterrupt
-        return shrink(data, *how)
+        return limit_short_side(data, *how)
 
-    monkeypatch.setattr(packing, "shrink", lambda *how: count(*how, full=30))
+    monkeypatch.setattr(packing, "limit_short_side", lambda *how: count(*how, full=30))
     with pytest.raises(KeyboardInterrupt):
-        pack(str(folder), out, SMALL)
-    kept = json.loads((out / "pack.json").read_text())["parts"]["train"][-1]["end"]
+        pack_dataset(str(folder), out, SMALL)
+    kept = json.loads((out / "pack.json").read_text())["splits"]["train"][-1]["end"]
     assert kept > 5
     (out / ".train" / "000001.tar").write_bytes(b"x")  # and what was kept is looked at
     done.clear()
-    monkeypatch.setattr(packing, "shrink", count)
-    second = json.loads((out / "pack.json").read_text())["parts"]["train"][1]["start"]
-    pack(str(folder), out, SMALL)
+    monkeypatch.setattr(packing, "limit_short_side", count)
+    second = json.loads((out / "pack.json").read_text())["splits"]["train"][1]["start"]
+    pack_dataset(str(folder), out, SMALL)
     assert len(done) == 45 - second
     assert len(data_root.open_training(str(out))) == 36
 
@@ -232,29 +234,33 @@ def interrupted(folder, out):
     (out / ".train").mkdir(parents=True)
     sized = {"train": data_root.open_training(str(folder))}
     sized["val"] = data_root.open_validation(str(folder), sized["train"].classes)
-    packing._Journal(shutil.rmtree(out) or out, SMALL, sized)
+    pack_journal.PackJournal(shutil.rmtree(out) or out, SMALL, sized)
 
 
 def refusals(folder, out):
     """Folders that are refused, each with what the message says."""
     out.mkdir()
     (out / "x").touch()
-    yield out, SMALL, "is not empty, and no interrupted pack"
-    yield out / "x", SMALL, "is a file. Give a folder"
-    yield folder, SMALL, "may not lie in each other"
-    yield folder / "train" / "packed", SMALL, "may not lie in each other"
-    yield folder.parent, SMALL, "may not lie in each other"
+    yield out, SMALL, "is neither empty nor an interrupted pack"
+    yield out / "x", SMALL, "is a file. Choose a folder"
+    yield folder, SMALL, "must not be inside"
+    yield folder / "train" / "packed", SMALL, "must not be inside"
+    yield folder.parent, SMALL, "must not be inside"
     (folder.parent / "link").symlink_to(folder / "val")
-    yield folder.parent / "link" / "packed", SMALL, "may not lie in each other"
+    yield folder.parent / "link" / "packed", SMALL, "must not be inside"
     interrupted(folder, out)
-    yield out, Settings(48, 90, 1, "index"), "with --short 40, --labels name. Give the same"
+    yield (
+        out,
+        PackSettings(48, 90, 1, "index"),
+        "with --short-side 40, --labels name. Use the same options",
+    )
     (folder / "train" / "apple" / "new.jpg").write_bytes(encoded("JPEG"))
     yield out, SMALL, "an interrupted pack of other images"
     (out / "pack.json").write_text('{"plan": 3}')
     yield out, SMALL, "pack.json is damaged"
     shutil.rmtree(out)
-    pack(str(folder), out, SMALL)
-    yield out, SMALL, "holds a finished pack"
+    pack_dataset(str(folder), out, SMALL)
+    yield out, SMALL, "contains a finished pack"
     for part in ("train", "val"):
         (folder / part / "bear").rename(folder / part / "be\nar")
     yield folder.parent / "new", SMALL, "classes.txt cannot hold these names"
@@ -264,7 +270,7 @@ def test_folders_that_are_refused(folder, tmp_path):
     for out, settings, told in refusals(folder, tmp_path / "out"):
         before = times(tmp_path)
         with pytest.raises(DataError) as caught:
-            pack(str(folder), out, settings)
+            pack_dataset(str(folder), out, settings)
         assert told in str(caught.value) and "\n" not in str(caught.value)
         assert times(tmp_path) == before
 
@@ -280,12 +286,10 @@ def test_a_full_disk_is_told_and_survived(folder, tmp_path, monkeypatch):
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(
-        CspnetError, match=r"No space left.*What is packed stays: make room"
-    ) as told:
-        pack(str(folder), tmp_path / "out", SMALL, workers=2)
+    with pytest.raises(CspnetError, match=r"No space left.*Finished tar files are kept") as told:
+        pack_dataset(str(folder), tmp_path / "out", SMALL, workers=2)
     assert told.value.exit_code == 1
-    pack(str(folder), tmp_path / "out", SMALL)
+    pack_dataset(str(folder), tmp_path / "out", SMALL)
     assert len(data_root.open_training(str(tmp_path / "out"))) == 36
 
 
@@ -295,19 +299,19 @@ def test_the_command_says_what_it_did_and_names_what_it_left_out(folder, command
     (bear / "4\x1b.jpg").write_bytes(b"")
     (bear / "5.jpg").unlink()
     (bear / "5.jpg").symlink_to("gone")
-    arguments = ("pack", "data", "--to", "out", "--short", 40, "-j", 2)
+    arguments = ("pack", "data", "--output", "out", "--short-side", 40, "-j", 2)
     done = command("main", *arguments, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
-    assert "train: tar files 1, images 34, " in done.stdout and "\x1b" not in done.stdout
-    assert "34 scaled to a shorter side of 40 pixels as JPEG of quality 92, 0 copied" in done.stdout
-    assert "has other pixels than before" in done.stdout
+    assert "train: 34 images in 1 tar files, " in done.stdout and "\x1b" not in done.stdout
+    assert "34 resized to a shorter side of 40 pixels (JPEG quality 92), 0 copied" in done.stdout
+    assert "have other pixels than the originals" in done.stdout
     for told in ("3.jpg: not a readable image", "5.jpg: No such file or directory"):
-        assert f"error: train: left out: data/train/bear/{told}" in done.stdout
-    assert done.stdout.count("left out") == 3
+        assert f"error: train: skipped data/train/bear/{told}" in done.stdout
+    assert done.stdout.count("skipped") == 3
     assert len(data_root.open_training(str(tmp_path / "out"))) == 34
     again = command("main", *arguments, cwd=tmp_path)
-    assert again.returncode == 2 and "holds a finished pack" in again.stderr
-    for wrong in (("--short", 0), ("--quality", 101), ("--labels", "x"), ("-j", -1)):
-        done = command("main", "pack", "data", "--to", "new", *wrong, cwd=tmp_path)
+    assert again.returncode == 2 and "contains a finished pack" in again.stderr
+    for wrong in (("--short-side", 0), ("--quality", 101), ("--labels", "x"), ("-j", -1)):
+        done = command("main", "pack", "data", "--output", "new", *wrong, cwd=tmp_path)
         assert done.returncode == 2 and not (tmp_path / "new").exists()
     assert "What is lost" in (ROOT / "docs" / "data.md").read_text()

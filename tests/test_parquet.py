@@ -242,7 +242,7 @@ def test_check_pack_and_index_take_them(root, tmp_path, command):
     assert "train: 36 images, 3 classes" in done.stdout
     done = command("main", "index", folder)
     assert "train: parquet files, which need no index" in done.stdout
-    done = command("main", "pack", folder, "--to", tmp_path / "packed", "--short", "96")
+    done = command("main", "pack", folder, "--output", tmp_path / "packed", "--short-side", "96")
     assert done.returncode == 0, done.stdout + done.stderr
     packed = data_root.open_training(str(tmp_path / "packed"))
     source = data_root.open_training(str(folder))

@@ -139,7 +139,7 @@ def test_the_numbers_are_those_of_a_slow_recount(judged):
     counted, wrong = np.zeros((3, 3), int), []
     for index in range(15):
         image = torch.empty(1, 32, 32, 3, dtype=torch.uint8)
-        EvalBatches(source, 1, 32, recipe.evaluate).make(index, image)
+        EvalBatches(source, 1, 32, recipe.evaluate).load(index, image)
         with torch.no_grad():
             shares = net(image.permute(0, 3, 1, 2).float() / 255).double().softmax(1)[0]
         true, taken = int(source.labels[index]), int(shares.argmax())

@@ -32,23 +32,23 @@ def test_a_class_may_be_named_like_a_part(folder, name, deep, command, tmp_path)
     if deep:
         deepen(folder, name)
     for part, count in (("train", 36), ("val", 9)):
-        (read,) = check_dataset(str(folder / part)).parts
+        (read,) = check_dataset(str(folder / part)).splits
         assert read.name == part and sorted(read.classes) == classes
         assert sum(read.classes.values()) == count
         assert list(data_root.places(str(folder / part))) == [part]
     assert len(data_root.open_validation(str(folder / "val"), classes)) == 9
     training, validation = data_root.open_parts(str(folder))
     assert training.classes == validation.classes == classes
-    assert [part.name for part in check_dataset(str(folder)).parts] == ["train", "val"]
+    assert [part.name for part in check_dataset(str(folder)).splits] == ["train", "val"]
     with pytest.raises(DataError, match="It is a train folder itself: give the one above"):
         data_root.open_training(str(folder / "train"))
     with pytest.raises(DataError, match="holds the training images"):
         data_root.open_validation(str(folder / "train"), classes)
     done = command("main", "index", folder / "val")
     assert done.returncode == 0 and "val: class folders" in done.stdout
-    done = command("main", "pack", folder / "train", "--to", tmp_path / "packed")
+    done = command("main", "pack", folder / "train", "--output", tmp_path / "packed")
     assert done.returncode == 2 and "give the one above" in done.stderr
-    done = command("main", "pack", folder, "--to", tmp_path / "packed", "--short", 64)
+    done = command("main", "pack", folder, "--output", tmp_path / "packed", "--short-side", 64)
     assert done.returncode == 0, done.stderr
     assert data_root.open_training(str(tmp_path / "packed")).classes == classes
 
@@ -62,7 +62,7 @@ def test_two_classes_of_which_one_is_named_valid(folder):
     away = folder.with_name("away")
     (folder / "val").rename(away)
     for path in (folder / "train", away):
-        assert check_dataset(str(path)).parts[0].classes.keys() == {"invalid", "valid"}
+        assert check_dataset(str(path)).splits[0].classes.keys() == {"invalid", "valid"}
     assert len(data_root.open_validation(str(away), ["invalid", "valid"])) == 6
 
 
@@ -90,7 +90,7 @@ def test_a_whole_data_root_among_class_folders_is_refused(folder):
 def test_images_are_found_at_any_depth_by_check_and_messages(folder):
     for name in ("apple", "bear", "cat"):
         deepen(folder, name)
-    assert check_dataset(str(folder / "train")).parts[0].classes == dict.fromkeys(
+    assert check_dataset(str(folder / "train")).splits[0].classes == dict.fromkeys(
         ("apple", "bear", "cat"), 12
     )
     with pytest.raises(DataError, match="It is a train folder itself"):
@@ -144,7 +144,7 @@ def test_tiny_imagenet_is_recognised_in_check_and_training(folder):
         (folder / "train" / name / f"{name}_boxes.txt").touch()
     (folder / "wnids.txt").touch()
     report = check_dataset(str(folder))
-    assert report.parts[0].classes == dict.fromkeys(("apple", "bear", "cat"), 12)
+    assert report.splits[0].classes == dict.fromkeys(("apple", "bear", "cat"), 12)
     (finding,) = (f for f in report.findings if f.kind == "layout")
     assert "Tiny-ImageNet" in finding.message
     with pytest.raises(DataError, match=r"val_annotations\.txt names their classes"):
@@ -222,7 +222,7 @@ def test_a_class_that_begins_like_a_split_is_none(folder):
     classes = ["apple", "train_station", "valve"]
     with pytest.raises(DataError, match="It is a train folder itself"):
         data_root.open_training(str(folder / "train"))
-    (read,) = check_dataset(str(folder / "val")).parts
+    (read,) = check_dataset(str(folder / "val")).splits
     assert sorted(read.classes) == classes
     (folder / "train").rename(folder.with_name("set"))
     with pytest.raises(DataError, match=r"It has 3 class folders \(apple, train_station, valve\)"):

@@ -680,7 +680,7 @@ def test_the_check_reads_the_images_in_tar_files(folder):
     assert [f.kind for f in report.findings] == [f.kind for f in plain.findings]
     (leak,) = (f for f in report.findings if f.kind == "leak")
     assert leak.files[0].endswith(".tar:apple/0.jpg") and leak.files[1].endswith("bear/a.jpg")
-    assert [part.classes for part in report.parts] == [part.classes for part in plain.parts]
+    assert [part.classes for part in report.splits] == [part.classes for part in plain.splits]
     os.truncate(root / "train" / "000001.tar", 3000)
     (error,) = (f for f in check_dataset(str(root)).findings if f.kind == "layout")
     assert "000001.tar: cut short" in error.message
@@ -693,7 +693,7 @@ def test_the_command_makes_the_index_and_names_what_is_wrong(folder, command, tm
     root = sharded(folder, as_named_samples)
     done = command("main", "index", root)
     assert done.returncode == 0, done.stderr
-    assert "train: tar files 3, images 36, classes 3;" in done.stdout
+    assert "train: 3 tar files, 36 images, 3 classes;" in done.stdout
     assert "val: class folders, which need no index" in done.stdout
     assert (root / "train" / "index.cspnet").exists()
     done = command("main", "check", root, "-j", 2)

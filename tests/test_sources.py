@@ -175,7 +175,7 @@ def test_folders_of_a_system_are_no_classes_and_not_read(folder, name, command):
     assert done.returncode == 0, done.stdout
     found = [line for line in done.stdout.splitlines() if "operating system" in line]
     assert [line.rpartition(": ")[2] for line in found] == [f"2 × {name}", f"1 × {name}"]
-    assert "train: 2 files or folders of" in found[0] and "val: 1 file or folders of" in found[1]
+    assert "train, 2 files or folders: " in found[0] and "val, 1 file or folders: " in found[1]
 
 
 def test_files_of_a_system_are_counted_apart(folder):
@@ -187,8 +187,8 @@ def test_files_of_a_system_are_counted_apart(folder):
     messages = [finding.message for finding in check_dataset(str(folder)).findings]
     (system,) = (text for text in messages if "operating system" in text)
     assert system.endswith("2 × Thumbs.db, 1 × .DS_Store, 1 × desktop.ini")
-    (others,) = (text for text in messages if "of no image suffix" in text)
-    assert others.endswith("1 file of no image suffix, not read: 1 × .txt")
+    (others,) = (text for text in messages if "no image suffix" in text)
+    assert others.endswith("1 file: no image suffix; ignored: 1 × .txt")
 
 
 def test_folders_of_a_system_in_a_tar_file_are_no_classes(folder):

@@ -61,7 +61,7 @@ def test_killed_workers_change_nothing(source):
     assert found == expected
     assert monitor.deaths == len(lines) == 3
     assert "was killed by SIGKILL" in lines[0]
-    assert "(3 so far)" in lines[2]
+    assert "(3 deaths so far)" in lines[2]
     assert multiprocessing.active_children() == []
 
 
@@ -127,13 +127,14 @@ def test_without_semaphores_the_main_process_decodes(source, no_semaphores, capf
     batches = evaluation_batches(source, 8, 32, Evaluate(), 2, False)
     assert sum(int(batch.mask.sum()) for batch in batches) == len(source)
     errors = capfd.readouterr().err
-    assert errors.count("no dataloader worker can be started") == 1 and "Traceback" not in errors
+    assert errors.count("cannot start dataloader workers") == 1 and "Traceback" not in errors
 
 
 def test_without_semaphores_check_reads_the_files_itself(source, no_semaphores, capfd):
-    looks = [look for _, _, chunk in inspect_file.looks([source], 2) for look in chunk]
-    assert len(looks) == len(source) and all(look.digest for look in looks)
-    assert "no worker process can be started (No space left" in capfd.readouterr().err
+    chunks = [chunk for *_, chunk in inspect_file.inspect_sources([source], 2)]
+    inspections = [inspection for chunk in chunks for inspection in chunk]
+    assert len(inspections) == len(source) and all(each.digest for each in inspections)
+    assert "cannot start worker processes (No space left" in capfd.readouterr().err
 
 
 def test_a_run_whose_workers_are_killed_is_the_undisturbed_one(tiny, tmp_path, monkeypatch):
@@ -154,7 +155,7 @@ def test_a_run_whose_workers_are_killed_is_the_undisturbed_one(tiny, tmp_path, m
     assert same(last(tmp_path / "cut")["state_dict"], last(tmp_path / "whole")["state_dict"])
     assert numbers(metrics(tmp_path / "cut")) == numbers(metrics(tmp_path / "whole"))
     log = (tmp_path / "cut" / "train.log").read_text()
-    assert log.count("the workers are started again") == 2
+    assert log.count("restarting the workers") == 2
     assert "dataloader workers died 2 times" in log
 
 
@@ -199,7 +200,7 @@ def test_workers_that_die_at_once_do_not_ask_for_another_start(tiny, tmp_path, m
 
 def test_a_torn_message_does_not_block_the_restart(source, monkeypatch):
     """torch's pin-memory thread waits for the rest of it, and its shutdown for that thread."""
-    monkeypatch.setattr(supervision, "SHUTDOWN_SECONDS", 0.2)
+    monkeypatch.setattr(supervision, "SHUTDOWN_TIMEOUT", 0.2)
     release = threading.Event()
     monkeypatch.setattr(
         _MultiProcessingDataLoaderIter, "_shutdown_workers", lambda _: release.wait()

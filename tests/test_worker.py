@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from cspnet.data import worker
+from cspnet.runtime import cpu
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def system(tmp_path, monkeypatch):
         for name, text in files.items():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text(f"{text}\n")
-        return worker.cores(process)
+        return cpu.available_cores(process)
 
     return cores
 
@@ -87,9 +87,9 @@ def test_a_container_without_a_namespace_sees_the_path_of_its_host(system):
 
 def test_without_cgroups_the_affinity_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 5, 7}, raising=False)
-    assert worker.cores(tmp_path / "none") == 3
+    assert cpu.available_cores(tmp_path / "none") == 3
     monkeypatch.delattr(os, "sched_getaffinity")
-    assert worker.cores(tmp_path / "none") == os.cpu_count()
+    assert cpu.available_cores(tmp_path / "none") == os.cpu_count()
 
 
 def test_a_place_of_a_mount_may_have_blanks(system, tmp_path):

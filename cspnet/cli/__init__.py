@@ -15,7 +15,7 @@ import typer
 
 from cspnet import __version__
 from cspnet.cli.datasets import check_command, index_command, pack_command, prepare_command
-from cspnet.cli.hints import HintCommand, RecipeCommand
+from cspnet.cli.hints import CommandGroup, HintCommand, RecipeCommand
 from cspnet.cli.options import is_rank_zero, max_restarts
 from cspnet.cli.planning import plan_command, status_command
 from cspnet.cli.reports import compare_command, report_command
@@ -29,7 +29,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train_command,
     "eval": eval_command,
     "predict": predict_command,
-    "data": prepare_command,
+    "prepare": prepare_command,
     "check": check_command,
     "index": index_command,
     "pack": pack_command,
@@ -45,6 +45,7 @@ WITH_RECIPE = ("train", "plan", "preview")  # commands that accept recipe overri
 
 def _app(*names: str) -> typer.Typer:
     app = typer.Typer(
+        cls=CommandGroup,
         pretty_exceptions_enable=False,
         no_args_is_help=True,
         context_settings={"help_option_names": ["-h", "--help"]},

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from cspnet.errors import RecipeError
 from cspnet.recipe.aliases import alias_hint, format_override, leaf_name
@@ -104,3 +104,15 @@ def _override(name: str, value: str | None, options: set[str]) -> str:
     if not fields:
         return ""
     return "it is a recipe field: " + " or ".join(format_override(key, value) for key in fields)
+
+
+class CommandGroup(TyperGroup):
+    """The commands of `cspnet`. Names of earlier versions raise a RecipeError with the new name."""
+
+    def resolve_command(self, ctx, args: list[str]):
+        if new := RENAMED_COMMANDS.get(args[0]):
+            raise RecipeError(f"no such command: {args[0]}; it was renamed: use cspnet {new}")
+        return super().resolve_command(ctx, args)
+
+
+RENAMED_COMMANDS = {"data": "prepare"}

@@ -1,9 +1,9 @@
-"""What happens to images on the device, group by group: colour, CutMix and Mosaic, soft targets.
+"""Augmentation on the device: colour jitter, CutMix, Mosaic, soft targets, normalization.
 
-The random numbers are drawn on the host, by group, from (seed, step, group) and travel as a few
-small arrays; the device applies them. A device, or a number of groups at once, changes nothing in
-them. CutMix and Mosaic are the same operation: up to three rectangles, each taken in place from
-another image of the group. A label's weight is the area that its image holds.
+The host samples the random parameters per group, from (seed, step, group), and copies them to the
+device as a few small arrays. They depend neither on the device nor on the size of a micro-batch.
+CutMix and Mosaic are one operation: up to three rectangles of an image are replaced by the same
+rectangles of other images of its group. The weight of a label is the area of its image.
 """
 
 from dataclasses import dataclass, fields
@@ -21,63 +21,69 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class AugmentParams:
-    """The random numbers of one or more groups of B images in all."""
+    """Augmentation parameters of one or more groups with B images in total."""
 
-    hue: torch.Tensor  # float32 [B], shift as a share of the colour circle
+    hue: torch.Tensor  # float32 [B], shift as a fraction of the colour circle
     saturation: torch.Tensor  # float32 [B], factor
     value: torch.Tensor  # float32 [B], factor
-    partners: torch.Tensor  # int64 [B, 3], index of the image that each rectangle comes from
-    boxes: torch.Tensor  # int64 [B, 3, 4], rows y0 ≤ y < y1 and columns x0 ≤ x < x1; may be empty
+    partners: torch.Tensor  # int64 [B, 3], index of the source image of each rectangle
+    # int64 [B, 3, 4], rectangles (y0, y1, x0, x1): rows y0 ≤ y < y1, columns x0 ≤ x < x1. An empty
+    # rectangle replaces nothing.
+    boxes: torch.Tensor
 
     def to(self, device: torch.device) -> "AugmentParams":
-        """A copy on the device, without waiting for it: one transfer, out of pinned memory."""
+        """Copy to the device in one asynchronous transfer from pinned memory."""
         if device.type == "cpu":
             return self
-        parts = [getattr(self, entry.name) for entry in fields(self)]
+        tensors: list[torch.Tensor] = [getattr(self, field.name) for field in fields(self)]
         packed = torch.cat(
-            [part.flatten(1) if part.ndim > 1 else part[:, None] for part in parts], 1
+            [tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None] for tensor in tensors], 1
         )
-        packed = packed.pin_memory().to(device, non_blocking=True)  # float32 holds the indices
-        moved = packed.split([part[0].numel() for part in parts], 1)
+        # float32 represents the indices exactly.
+        packed = packed.pin_memory().to(device, non_blocking=True)
+        columns = packed.split([tensor[0].numel() for tensor in tensors], 1)
         return AugmentParams(
             *(
-                new.reshape(part.shape).to(part.dtype)
-                for new, part in zip(moved, parts, strict=True)
+                column.reshape(tensor.shape).to(tensor.dtype)
+                for column, tensor in zip(columns, tensors, strict=True)
             )
         )
 
 
 def sample_params(recipe: Recipe, step: int, groups: range) -> AugmentParams:
-    """The random numbers of the given groups of a step; partners stay within their group."""
-    drawn = []
-    for place, group in enumerate(groups):
+    """Sample the parameters of some groups of a step. Mixing partners stay within their group."""
+    per_group = []
+    for number, group in enumerate(groups):
         rng = stream.rng_for(recipe.seed, stream.GROUP_DOMAIN, step, group)
-        colours = _draw_colours(rng, recipe.group, recipe.augment)
-        partners, boxes = _draw_mix(rng, recipe.group, recipe.size_at(step), recipe.mix)
-        drawn.append((*colours, partners + place * recipe.group, boxes))
-    hue, saturation, value, partners, boxes = (
-        torch.from_numpy(np.concatenate(part)) for part in zip(*drawn, strict=True)
-    )
-    return AugmentParams(hue.float(), saturation.float(), value.float(), partners, boxes)
+        colours = _sample_colours(rng, recipe.group, recipe.augment)
+        partners, boxes = _sample_mix(rng, recipe.group, recipe.size_at(step), recipe.mix)
+        per_group.append((*colours, partners + number * recipe.group, boxes))
+    tensors = [torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*per_group, strict=True)]
+    factors = [tensor.float() for tensor in tensors[:3]]  # hue, saturation, value
+    return AugmentParams(*factors, *tensors[3:])
 
 
-def _draw_colours(rng: np.random.Generator, images: int, augment: Augment) -> tuple:
-    def two_sided(low: float) -> np.ndarray:
+def _sample_colours(
+    rng: np.random.Generator, images: int, augment: Augment
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Hue shifts, saturation factors and value factors, float64 [images] each."""
+
+    def rand_scale(low: float) -> np.ndarray:
         factor = rng.uniform(low, 1, images)
         return np.where(rng.random(images) < 0.5, factor, 1 / factor)
 
     hue = rng.uniform(-augment.hue, augment.hue, images)
-    return hue, two_sided(augment.saturation), two_sided(augment.value)
+    return hue, rand_scale(augment.saturation), rand_scale(augment.value)
 
 
-def _draw_mix(
+def _sample_mix(
     rng: np.random.Generator, images: int, size: int, mix: Mix
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Partners int64 [images, 3] and boxes int64 [images, 3, 4], by Darknet's src/data.c.
+    """Partners int64 [images, 3] and boxes int64 [images, 3, 4], following Darknet's src/data.c.
 
-    One coin for `share` consecutive images; then each picks CutMix or Mosaic for itself. Darknet
-    draws partners from the whole list; here they come from the group, three distinct other images,
-    which costs one decode for each sample and not four.
+    One random decision covers `mix.images_per_draw` consecutive images. Each of them then chooses between
+    CutMix and Mosaic. Darknet samples partners from the whole data set. Here they are three
+    distinct other images of the group, so that a sample costs one decode instead of four.
     """
     coins = rng.random(-(-images // mix.images_per_draw)) < mix.probability
     coins = np.repeat(coins, mix.images_per_draw)[:images]
@@ -85,7 +91,7 @@ def _draw_mix(
         is_mosaic = rng.random(images) < 0.5
     else:
         is_mosaic = np.full(images, mix.mosaic)
-    # Random order of the others: the first three offsets of a shuffled 1 … images - 1.
+    # The first three offsets of a random permutation of 1 … images - 1.
     offsets = 1 + np.argsort(rng.random((images, images - 1)), axis=1)[:, :3]
     offsets = np.pad(offsets, ((0, 0), (0, 3 - offsets.shape[1])))
     partners = (np.arange(images)[:, None] + offsets) % images
@@ -96,9 +102,9 @@ def _draw_mix(
     cut_y, cut_x = rng.integers(low, high, (2, images), endpoint=True)
     zero, full = np.zeros(images, np.int64), np.full(images, size)
     (top, left), (height, width) = corners, sides
-    nothing = (zero, zero, zero, zero)
-    cutmix = ((top, top + height, left, left + width), nothing, nothing)
-    mosaic = (  # the image itself keeps the top left
+    empty = (zero, zero, zero, zero)
+    cutmix = ((top, top + height, left, left + width), empty, empty)
+    mosaic = (  # the image itself keeps the top left corner
         (zero, cut_y, cut_x, full),
         (cut_y, full, zero, cut_x),
         (cut_y, full, cut_x, full),
@@ -108,20 +114,21 @@ def _draw_mix(
     return partners, boxes * coins[:, None, None]
 
 
-def distort_colour(images: torch.Tensor, draws: AugmentParams) -> torch.Tensor:
-    """Changes hue, saturation and value of RGB images in [0, 1], float [B, 3, H, W].
+def distort_colour(images: torch.Tensor, params: AugmentParams) -> torch.Tensor:
+    """Jitter hue, saturation and value of RGB images in [0, 1], float [B, 3, H, W].
 
-    Each image by its draws, as Darknet's distort_image: hue wraps, saturation and value may pass 1
-    on the way, RGB is clamped at the end. Grey stays grey and black stays black.
+    Follows Darknet's distort_image: hue wraps around, saturation and value may exceed 1 in between,
+    RGB is clamped at the end. Grey stays grey and black stays black.
     """
     hue, saturation, value = (
-        part[:, None, None].to(images.dtype) for part in (draws.hue, draws.saturation, draws.value)
+        factors[:, None, None].to(images.dtype)
+        for factors in (params.hue, params.saturation, params.value)
     )
     red, green, blue = images.unbind(1)  # [B, H, W]
     top = images.amax(1)
     span = top - images.amin(1)
     inverse = 1 / torch.where(span == 0, 1, span)
-    # Sextant of the colour circle, in units of a sixth of a turn.
+    # Hue in sextants: 6 is a full turn.
     sextant = torch.where(
         red == top,
         (green - blue) * inverse,
@@ -137,63 +144,71 @@ def distort_colour(images: torch.Tensor, draws: AugmentParams) -> torch.Tensor:
     return torch.stack(channels, 1).clamp(0, 1)
 
 
-def mix_images(images: torch.Tensor, draws: AugmentParams) -> torch.Tensor:
-    """Pastes each image's rectangles from its partners; [B, C, S, S] in, the same out."""
+def mix_images(images: torch.Tensor, params: AugmentParams) -> torch.Tensor:
+    """Replace the rectangles of each image by those of its partners; [B, C, S, S] to the same."""
     height, width = images.shape[2:]
     rows = torch.arange(height, device=images.device)[None, :, None]
     columns = torch.arange(width, device=images.device)[None, None, :]
     mixed = images
-    for place in range(3):
-        y0, y1, x0, x1 = draws.boxes[:, place, :, None, None].unbind(1)  # [B, 1, 1] each
+    for box in range(3):
+        y0, y1, x0, x1 = params.boxes[:, box, :, None, None].unbind(1)  # [B, 1, 1] each
         inside = (rows >= y0) & (rows < y1) & (columns >= x0) & (columns < x1)  # [B, H, W]
-        mixed = torch.where(inside[:, None], images[draws.partners[:, place]], mixed)
+        mixed = torch.where(inside[:, None], images[params.partners[:, box]], mixed)
     return mixed
 
 
-def label_weights(draws: AugmentParams, size: int) -> torch.Tensor:
-    """Area that the image itself and each of its three partners hold, float32 [B, 4], sums to 1."""
-    y0, y1, x0, x1 = draws.boxes.unbind(-1)
+def label_weights(params: AugmentParams, size: int) -> torch.Tensor:
+    """Fraction of the area that shows the image and its three partners, float32 [B, 4].
+
+    Rows sum to 1.
+    """
+    y0, y1, x0, x1 = params.boxes.unbind(-1)
     others = ((y1 - y0) * (x1 - x0)).float() / size**2  # [B, 3]
     return torch.cat([1 - others.sum(1, keepdim=True), others], 1)
 
 
 def soft_targets(
-    labels: torch.Tensor, draws: AugmentParams, size: int, classes: int, smoothing: float
+    labels: torch.Tensor, params: AugmentParams, size: int, classes: int, smoothing: float
 ) -> torch.Tensor:
-    """Target distribution of mixed images: float32 [B, classes] from int64 labels [B].
+    """Target distributions of mixed images: float32 [B, classes] from int64 labels [B].
 
-    Smoothing each image before mixing, as Darknet does, equals smoothing the mixture.
+    Smoothing the mixture equals smoothing each image before mixing, as Darknet does.
     """
-    holders = torch.cat([labels[:, None], labels[draws.partners]], 1)  # [B, 4]
+    mixed_labels = torch.cat([labels[:, None], labels[params.partners]], 1)  # [B, 4]
     targets = torch.zeros(len(labels), classes, device=labels.device)
-    targets.scatter_add_(1, holders, label_weights(draws, size))
+    targets.scatter_add_(1, mixed_labels, label_weights(params, size))
     rest = smoothing / (classes - 1)
     return rest + targets * (1 - smoothing - rest)
 
 
 def augment(
-    images: torch.Tensor, labels: torch.Tensor, draws: AugmentParams, recipe: Recipe, classes: int
+    images: torch.Tensor, labels: torch.Tensor, params: AugmentParams, recipe: Recipe, classes: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images in [0, 1], float32 [B, 3, S, S] channels-last, and soft targets [B, classes].
+    """Augment uint8 images [B, S, S, 3] with int64 labels [B] on their device.
 
-    From uint8 images [B, S, S, 3] and int64 labels [B], on the device where they are.
+    Returns images in [0, 1], float32 [B, 3, S, S] in channels-last format, and soft targets,
+    float32 [B, classes].
     """
     pixels = images.permute(0, 3, 1, 2).float() / 255
-    pixels = distort_colour(pixels, draws)
+    pixels = distort_colour(pixels, params)
     if recipe.mix.probability > 0:
-        pixels = mix_images(pixels, draws)
-    targets = soft_targets(labels, draws, images.shape[1], classes, recipe.loss.label_smoothing)
+        pixels = mix_images(pixels, params)
+    targets = soft_targets(labels, params, images.shape[1], classes, recipe.loss.label_smoothing)
     return pixels.contiguous(memory_format=torch.channels_last), targets
 
 
 def mean_and_std(data: Data) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """What is subtracted from RGB in [0, 1], and what that is divided by; 3 values each."""
-    known = {"none": ((0.0,) * 3, (1.0,) * 3), "imagenet": (IMAGENET_MEAN, IMAGENET_STD)}
-    return known.get(data.normalize) or (tuple(data.mean), tuple(data.std))
+    """Mean and standard deviation by which RGB images in [0, 1] are normalized, 3 values each."""
+    if data.normalize == "none":
+        return (0.0,) * 3, (1.0,) * 3
+    if data.normalize == "imagenet":
+        return IMAGENET_MEAN, IMAGENET_STD
+    assert data.mean is not None and data.std is not None, "the schema requires both"
+    return tuple(data.mean), tuple(data.std)
 
 
 def normalize(images: torch.Tensor, data: Data) -> torch.Tensor:
-    """What the net expects of images in [0, 1], float [B, 3, H, W]: (images - mean) / std."""
+    """Normalize images in [0, 1], float [B, 3, H, W], for the network: (images - mean) / std."""
     if data.normalize == "none":
         return images
     mean, std = _on_device(*mean_and_std(data), images.device)
@@ -204,6 +219,6 @@ def normalize(images: torch.Tensor, data: Data) -> torch.Tensor:
 def _on_device(
     mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    # Kept on the device: a fresh copy at each step would make the host wait.
+    # Cached on the device: copying them in each step would block the host.
     both = torch.tensor([mean, std], device=device)[..., None, None]
     return both[0], both[1]

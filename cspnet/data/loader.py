@@ -1,29 +1,30 @@
-"""Groups of decoded images, from any step on, and the batches of an evaluation.
+"""Batches of decoded images: training groups from any step on, and evaluation batches.
 
-A worker makes a whole group at once. Nothing depends on the number of workers: a group is a
-function of the seed and of its address in the stream.
-
-The images are written where they stay, into slots of memory that the processes share: the main
-process hands out a free slot with each address and gets back the slot's number and the labels. A
-slot is free again when nobody holds its images any more. Fresh memory for each group would cost as
-much as a tenth of the decoding, for the pages alone.
+A dataloader worker makes whole groups. A group is a function of the seed and its address in the
+stream, so nothing depends on the number of workers.
 """
 
 import atexit
 import contextlib
-import itertools
-import math
 import signal
-import weakref
-from collections.abc import Collection, Generator, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Generator, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from cspnet.data import stream, worker
-from cspnet.data.supervision import WorkerMonitor, end_all, supervised
+from cspnet.data import stream
+from cspnet.data.shared_memory import (
+    Addresses,
+    Batch,
+    BatchHandle,
+    SharedBuffers,
+    SlotRequest,
+    SlotSampler,
+)
+from cspnet.data.supervision import WorkerMonitor, shut_down_all, supervised_items
+from cspnet.data.worker import init_worker
 from cspnet.images.decode import (
     SampledView,
     UnreadableError,
@@ -35,108 +36,41 @@ from cspnet.images.decode import (
 from cspnet.recipe.schema import Evaluate, Recipe
 from cspnet.sources.data_root import Source
 
-TRIES = 20  # images in a row, from an unreadable one on, that are tried in its place
+MAX_CANDIDATES = 20  # consecutive images tried for one position: the intended one and replacements
 
 
-class Batch(NamedTuple):
-    """Images of a group, or of a batch of an evaluation."""
+class BatchDataset(Dataset):
+    """Batches by address.
 
-    images: torch.Tensor  # uint8 [B, S, S, 3]
-    labels: torch.Tensor  # int64 [B]
-    mask: torch.Tensor  # bool [B]: false for what only fills up the last batch
-    replaced: int  # images that another one, or black, stands in for
-    unreadable: list[int]  # indices of the files that could not be read
-
-
-class Slots:
-    """Memory for a number of batches of images, `size` bytes each, which all processes share."""
-
-    numbers = itertools.count()
-    # Those of this process by number: where a batch looks for its images when it arrives.
-    here: ClassVar = weakref.WeakValueDictionary()
-
-    def __init__(self, count: int, size: int):
-        self.number = next(self.numbers)
-        self.memory = torch.empty(count, size, dtype=torch.uint8).share_memory_()
-        self._free = list(range(count))
-        self.here[self.number] = self
-
-    def take(self) -> int | None:
-        """A free slot; None where there is none."""
-        return self._free.pop() if self._free else None
-
-    def images(self, slot: int, shape: tuple[int, ...]) -> torch.Tensor:
-        """The images in a slot, uint8 of that shape."""
-        return self.memory[slot, : math.prod(shape)].view(shape)
-
-    def lend(self, slot: int, shape: tuple[int, ...]) -> torch.Tensor:
-        """The same, of a slot that was taken: when the last tensor on them goes, it is free."""
-        images = self.images(slot, shape).numpy()
-        weakref.finalize(images, self._free.append, slot).atexit = False
-        return torch.from_numpy(images)  # holds on to that very array, as do all views of it
-
-
-class Place(NamedTuple):
-    """What to make, and where: the slot is None where memory has to be found for it."""
-
-    address: Any
-    slot: int | None
-
-
-class Parcel:
-    """A batch on its way to the main process: unpickled there, it is a Batch.
-
-    Its images lie in a slot; where there are no slots they go with it, through the pipe.
+    In a dataloader worker it returns BatchHandles. With buffers, addresses arrive as SlotRequests.
     """
 
-    def __init__(self, batch: Batch, slots: Slots | None = None, slot: int | None = None):
-        images, labels, mask, *rest = batch
-        where = (slots.number, slot, images.shape) if slots else images.numpy()
-        self._content = (where, labels.numpy(), mask.numpy(), *rest)
+    buffers: SharedBuffers | None = None
+    in_worker = False
 
-    def __reduce__(self):
-        return _unpack, self._content
+    def __init__(self, source: Source, batch: int, size: int):
+        self.source, self.batch, self.size = source, batch, size
 
-
-def _unpack(
-    where: np.ndarray | tuple[int, int, torch.Size], labels: np.ndarray, mask: np.ndarray, *rest
-) -> Batch:
-    if isinstance(where, tuple):
-        number, slot, shape = where
-        images = Slots.here[number].lend(slot, shape)
-    else:
-        images = torch.from_numpy(where)
-    return Batch(images, torch.from_numpy(labels), torch.from_numpy(mask), *rest)
-
-
-class Made(Dataset):
-    """Batches by address; for another process as Parcels. With slots, addresses come as Places."""
-
-    slots: Slots | None = None
-    sent = False  # to another process
-
-    def __init__(self, source: Source, count: int, size: int):
-        self.source, self.count, self.size = source, count, size
-
-    def __getitem__(self, address: Any) -> Batch | Parcel:
-        address, slot = address if isinstance(address, Place) else (address, None)
+    def __getitem__(self, address: Any) -> Batch | BatchHandle:
+        address, slot = address if isinstance(address, SlotRequest) else (address, None)
         size = self.size_at(address)
-        shape = (self.count, size, size, 3)
-        if slot is None:
-            batch = self.make(address, torch.empty(shape, dtype=torch.uint8))
-            return Parcel(batch) if self.sent else batch
-        return Parcel(self.make(address, self.slots.images(slot, shape)), self.slots, slot)
+        shape = (self.batch, size, size, 3)
+        if self.buffers is None or slot is None:
+            batch = self.load(address, torch.empty(shape, dtype=torch.uint8))
+            return BatchHandle(batch) if self.in_worker else batch
+        batch = self.load(address, self.buffers.view(slot, shape))
+        return BatchHandle(batch, self.buffers, slot)
 
     def size_at(self, address: Any) -> int:
-        """Side of the images at an address, at most `size`."""
+        """Side length of the images at an address, at most `size`."""
         return self.size
 
-    def make(self, address: Any, images: torch.Tensor) -> Batch:
-        """The batch at an address, its images written into the given ones, uint8 [B, S, S, 3]."""
+    def load(self, address: Any, images: torch.Tensor) -> Batch:
+        """Load the batch at an address; write its images into `images`, uint8 [B, S, S, 3]."""
         raise NotImplementedError
 
 
-class TrainGroups(Made):
+class TrainGroups(BatchDataset):
     """Training groups by address: `groups[step, group]`."""
 
     def __init__(self, source: Source, recipe: Recipe):
@@ -146,24 +80,31 @@ class TrainGroups(Made):
     def size_at(self, address: tuple[int, int]) -> int:
         return self.recipe.size_at(address[0])
 
-    def make(self, address: tuple[int, int], images: torch.Tensor) -> Batch:
-        recipe, views = self.recipe, images.numpy()
+    def load(self, address: tuple[int, int], images: torch.Tensor) -> Batch:
+        recipe, rows = self.recipe, images.numpy()
         labels = torch.empty(recipe.group, dtype=torch.int64)
         mask = torch.ones(recipe.group, dtype=torch.bool)
-        replaced, unreadable = 0, set()
+        replaced = 0
+        unreadable: set[int] = set()
         positions = stream.group_positions(*address, recipe.batch, recipe.group)
         indices = [stream.index_at(recipe.seed, at, len(self.source)) for at in positions]
-        # All are drawn before the first is made: `draw_view` says why.
+        # `draw_view` explains why all views are drawn before the first one is made.
         size = self.size_at(address)
-        drawn = [self._draw(*where, size) for where in zip(indices, positions, strict=True)]
+        views = [
+            self._draw_view(index, position, size)
+            for index, position in zip(indices, positions, strict=True)
+        ]
         for row, index in enumerate(indices):
-            labels[row], failed = self._make(index, positions[row], drawn[row], views[row])
+            labels[row], failed = self._write_view(index, positions[row], views[row], rows[row])
             replaced += bool(failed)
             unreadable.update(failed)
         return Batch(images, labels, mask, replaced, sorted(unreadable))
 
-    def _draw(self, index: int, position: int, size: int) -> tuple[SampledView, int] | None:
-        """The view of the image at `index` that belongs to a position, and the image's label."""
+    def _draw_view(self, index: int, position: int, size: int) -> tuple[SampledView, int] | None:
+        """The random view of image `index` at a stream position, and its label.
+
+        None if the file cannot be read.
+        """
         rng = stream.rng_for(self.recipe.seed, stream.VIEW_DOMAIN, position)
         try:
             data, label = self.source.read(index)
@@ -171,29 +112,31 @@ class TrainGroups(Made):
             return None
         return sample_view(data, rng, size, self.recipe.augment), label
 
-    def _make(
-        self, index: int, position: int, drawn: tuple[SampledView, int] | None, view: np.ndarray
+    def _write_view(
+        self, index: int, position: int, view: tuple[SampledView, int] | None, out: np.ndarray
     ) -> tuple[int, list[int]]:
-        """Writes the view of the image at `index`, or of the next one that can be read.
+        """Write the view of image `index`, or of the next readable image, to `out`.
 
-        Nothing in that is random. Its label, and the indices of those that could not be read.
+        Returns the label and the indices of the unreadable images. Replacing is deterministic.
         """
-        recipe, size, failed = self.recipe, len(view), []
-        for offset in range(TRIES):
+        recipe, size = self.recipe, len(out)
+        failed: list[int] = []
+        for offset in range(MAX_CANDIDATES):
             candidate = (index + offset) % len(self.source)
             if offset:
-                drawn = self._draw(candidate, position, size)
+                view = self._draw_view(candidate, position, size)
             with contextlib.suppress(UnreadableError):
-                if drawn:
-                    render_view(drawn[0], size, recipe.augment, recipe.data.reduced_decode, view)
-                    return drawn[1], failed
+                if view:
+                    drawn, label = view
+                    render_view(drawn, size, recipe.augment, recipe.data.reduced_decode, out)
+                    return label, failed
             failed.append(candidate)
-        view[:] = 0  # so many in a row: black, with the right label
+        out[:] = 0  # give up: a black image with the right label
         return int(self.source.labels[index]), failed
 
 
-class Addresses:
-    """Addresses (step, group) of some groups of each step, from one step to another."""
+class StepSampler:
+    """Addresses (step, group) of the given groups of the steps from `start` to `stop` - 1."""
 
     def __init__(self, start: int, stop: int, groups: range):
         self.start, self.stop, self.groups = start, stop, groups
@@ -202,53 +145,39 @@ class Addresses:
         return max(0, self.stop - self.start) * len(self.groups)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return (self[place] for place in range(len(self)))
+        return (self[index] for index in range(len(self)))
 
-    def __getitem__(self, place: int) -> tuple[int, int]:
-        step, group = divmod(place, len(self.groups))
+    def __getitem__(self, index: int, /) -> tuple[int, int]:
+        step, group = divmod(index, len(self.groups))
         return self.start + step, self.groups[group]
 
 
-class Places:
-    """Addresses, each with a slot that is free when its turn comes."""
-
-    def __init__(self, addresses: Collection, slots: Slots):
-        self.addresses, self.slots = addresses, slots
-
-    def __len__(self) -> int:
-        return len(self.addresses)
-
-    def __iter__(self) -> Iterator[Place]:
-        for address in self.addresses:
-            yield Place(address, self.slots.take())
-
-
-class EvalBatches(Made):
-    """Evaluation batches of one fixed shape, by number; under the mask, each image exactly once."""
+class EvalBatches(BatchDataset):
+    """Evaluation batches by number. All have the same shape; the mask excludes padding."""
 
     def __init__(self, source: Source, batch: int, size: int, how: Evaluate):
         super().__init__(source, batch, size)
         self.how = how
 
     def __len__(self) -> int:
-        return -(-len(self.source) // self.count)
+        return -(-len(self.source) // self.batch)
 
-    def make(self, address: int, images: torch.Tensor) -> Batch:
-        views = images.numpy()
-        labels = torch.zeros(self.count, dtype=torch.int64)
-        mask = torch.zeros(self.count, dtype=torch.bool)
+    def load(self, address: int, images: torch.Tensor) -> Batch:
+        rows = images.numpy()
+        labels = torch.zeros(self.batch, dtype=torch.int64)
+        mask = torch.zeros(self.batch, dtype=torch.bool)
         unreadable: list[int] = []
-        first = address * self.count
-        indices = range(first, min(first + self.count, len(self.source)))
-        views[len(indices) :] = 0
+        first = address * self.batch
+        indices = range(first, min(first + self.batch, len(self.source)))
+        rows[len(indices) :] = 0
         for row, index in enumerate(indices):
             labels[row] = int(self.source.labels[index])
             mask[row] = True
             try:
                 image = decode(self.source.read(index)[0])
-                evaluation_view(image, self.size, self.how, views[row])
+                evaluation_view(image, self.size, self.how, rows[row])
             except (OSError, UnreadableError):
-                views[row] = 0  # black, and counts: a val set is never thinned
+                rows[row] = 0  # black, but counted: a validation set is never thinned out
                 unreadable.append(index)
         return Batch(images, labels, mask, len(unreadable), unreadable)
 
@@ -262,20 +191,21 @@ def training_groups(
     groups: range | None = None,
     monitor: WorkerMonitor | None = None,
 ) -> Generator[Batch, None, None]:
-    """Groups in the order of the stream from step `start` to the end of the schedule.
+    """Training groups in stream order, from step `start` to the end of the schedule.
 
-    All of each step, or those of them that are asked for. `monitor` hears of workers that died.
+    `groups` selects groups of each step (default: all). `monitor` is notified when workers die.
+    Raises WorkersLost if they keep dying, unless the monitor handles that.
     """
     groups = range(recipe.groups) if groups is None else groups
-    addresses = Addresses(start, recipe.schedule.steps, groups)
-    ahead = prefetch_factor(len(groups), workers)
-    # A pass may hold all groups of a step while those of the next one are fetched.
-    held = 2 * len(groups)
-    return _load(TrainGroups(source, recipe), addresses, workers, pin, ahead, held, monitor)
+    addresses = StepSampler(start, recipe.schedule.steps, groups)
+    prefetch = prefetch_factor(len(groups), workers)
+    # A micro-batch may hold all groups of a step while those of the next step are fetched.
+    in_use = 2 * len(groups)
+    return _load(TrainGroups(source, recipe), addresses, workers, pin, prefetch, in_use, monitor)
 
 
 def prefetch_factor(groups: int, workers: int) -> int:
-    """Groups that each worker makes ahead: together two steps' worth, and two at least."""
+    """Groups that each worker loads ahead: two steps in total, but at least two per worker."""
     return max(2, -(-2 * groups // max(1, workers)))
 
 
@@ -286,76 +216,62 @@ def evaluation_batches(
     how: Evaluate,
     workers: int,
     pin: bool,
-    first: int = 0,
-    each: int = 1,
+    rank: int = 0,
+    ranks: int = 1,
     monitor: WorkerMonitor | None = None,
 ) -> Generator[Batch, None, None]:
-    """Every image of the source once, in its order, in the view that `how` asks for.
+    """Every image of the source once, in order, in the view that `how` defines.
 
-    Or batch `first` of every `each` batches, equally many for each `first`: the last may be empty.
+    With several ranks, rank r receives the batches r, r + ranks, r + 2 * ranks … All ranks receive
+    the same number of batches, the last of which may contain padding only.
     """
     batches = EvalBatches(source, batch, size, how)
-    rounds = -(-len(batches) // each)
-    return _load(batches, range(first, rounds * each, each), workers, pin, 2, 2, monitor)
+    rounds = -(-len(batches) // ranks)
+    return _load(batches, range(rank, rounds * ranks, ranks), workers, pin, 2, 2, monitor)
 
 
 def _load(
-    made: Made,
-    addresses: Sequence,
+    dataset: BatchDataset,
+    addresses: Addresses,
     workers: int,
     pin: bool,
-    ahead: int,
-    held: int,
+    prefetch: int,
+    in_use: int,
     monitor: WorkerMonitor | None,
 ) -> Generator[Batch, None, None]:
-    """The batches at the addresses, in their order. Closing the generator ends the workers.
+    """The batches at the addresses, in order. Closing the generator shuts down the workers.
 
-    Each worker is `ahead` batches ahead, at most; of `held` at a time the memory is used again.
+    Each worker loads at most `prefetch` batches ahead. Buffers are reused as long as the consumer
+    holds at most `in_use` batches.
     """
 
-    def make(start: int, with_workers: bool) -> DataLoader:
-        made.sent = with_workers
-        places = _Rest(addresses, start)
+    def make_loader(start: int, with_workers: bool) -> DataLoader:
+        dataset.in_worker, dataset.buffers = with_workers, None
         if with_workers:
-            count = min(len(places), workers * ahead + held)
-            # Without room for that in shared memory (a container's /dev/shm) the images go through
-            # pipes: torch's way of sending a tensor needs it too, and would wait for ever.
-            made.slots = None
+            count = min(len(addresses) - start, workers * prefetch + in_use)
+            # If shared memory is too small for the buffers (/dev/shm of a container), images are
+            # pickled. torch would send tensors through shared memory, too, and block forever.
             with contextlib.suppress(RuntimeError, OSError):
-                made.slots = Slots(count, made.count * made.size**2 * 3)
-                places = Places(places, made.slots)
+                dataset.buffers = SharedBuffers(count, dataset.batch * dataset.size**2 * 3)
         return DataLoader(
-            made,
+            dataset,
             batch_size=None,  # an item is a batch already
-            sampler=places,
+            sampler=SlotSampler(addresses, start, dataset.buffers),
             num_workers=workers if with_workers else 0,
             pin_memory=pin,
-            prefetch_factor=ahead if with_workers else None,
-            worker_init_fn=_start_worker,
+            prefetch_factor=prefetch if with_workers else None,
+            worker_init_fn=_init_loader_worker,
         )
 
-    yield from supervised(make, len(addresses), workers, monitor or WorkerMonitor())
+    yield from supervised_items(make_loader, len(addresses), workers, monitor or WorkerMonitor())
 
 
-class _Rest:
-    """A sequence of addresses from the one at `start` on."""
-
-    def __init__(self, addresses: Sequence, start: int):
-        self.addresses, self.start = addresses, start
-
-    def __len__(self) -> int:
-        return len(self.addresses) - self.start
-
-    def __iter__(self) -> Iterator:
-        for place in range(self.start, len(self.addresses)):
-            yield self.addresses[place]
+# Otherwise the interpreter would wait forever for the workers of generators that were never closed.
+atexit.register(shut_down_all)
 
 
-atexit.register(end_all)  # workers of what was never closed would be waited for, for ever
-
-
-def _start_worker(_: int) -> None:
-    # A terminal sends SIGINT and SIGHUP to every process, a batch system SIGTERM; only the main one
-    # decides what they mean.
-    worker.begin(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+def _init_loader_worker(_: int) -> None:
+    # A terminal sends SIGINT and SIGHUP to all processes, a batch system SIGTERM. Only the main
+    # process handles them.
+    init_worker(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     torch.set_num_threads(1)

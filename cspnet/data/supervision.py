@@ -1,8 +1,8 @@
-"""Dataloader workers that die are replaced; where none can be started, the main process decodes.
+"""Restart dataloader workers that die; without workers, decode in the main process.
 
-torch notices a dead worker by SIGCHLD and raises in whatever code runs at that moment, which may be
-the middle of an optimizer step or of a save. Here the exception is held back until the main process
-waits for a batch: the only place where workers can be replaced without losing anything.
+torch detects a dead worker through SIGCHLD and raises an exception in whatever code is running,
+such as an optimizer step or a save. Here the exception is deferred until the main process waits for
+a batch. Only there can workers be restarted without losing anything.
 """
 
 import contextlib
@@ -10,23 +10,25 @@ import multiprocessing
 import signal
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Sequence
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
 
 from cspnet.errors import WorkersFailedError
 
-MOST_DEATHS = 3  # of workers, before `reset` is called
-SHUTDOWN_SECONDS = 12  # longer than twice the interval at which torch's threads look around
-TORCHS_WORDS = "DataLoader worker (pid"  # how its own message of a dead worker begins
+MAX_DEATHS = 3  # deaths of workers between two calls of `reset` that make the monitor give up
+SHUTDOWN_TIMEOUT = 12  # seconds, more than twice the polling interval of torch's threads
+TORCH_DEATH_MESSAGE = "DataLoader worker (pid"  # prefix of torch's own error about a dead worker
 
 
 class WorkerMonitor:
-    """Reports and counts the deaths of dataloader workers.
+    """Counts and reports the deaths of dataloader workers.
 
-    `report` gets a line for each event. The third death since the last `reset` calls `give_up` with
-    the reason, which raises WorkersLost unless another function is given.
+    `report` receives one line per event. `give_up` receives the reason when MAX_DEATHS workers have
+    died since the last `reset`; by default it raises WorkersLost.
     """
 
     def __init__(
@@ -34,36 +36,36 @@ class WorkerMonitor:
         report: Callable[[str], None] | None = None,
         give_up: Callable[[str], None] | None = None,
     ):
-        self.deaths = 0  # in all
-        self._recent = 0  # since the last reset
+        self.deaths = 0  # in total
+        self._recent_deaths = 0  # since the last reset
         self._report = report or _report_to_stderr
         self._give_up = give_up or _raise_workers_lost
 
     def reset(self) -> None:
-        """Begins a new interval for the count."""
-        self._recent = 0
+        """Start a new interval for the limit on deaths."""
+        self._recent_deaths = 0
 
-    def died(self, reason: str) -> None:
-        """A worker died; returns where the workers are to be started again."""
+    def worker_died(self, reason: str) -> None:
+        """Record a death. Returns if the workers should be restarted; otherwise see `give_up`."""
         self.deaths += 1
-        self._recent += 1
-        if self._recent >= MOST_DEATHS:
+        self._recent_deaths += 1
+        if self._recent_deaths >= MAX_DEATHS:
             self._give_up(
-                f"dataloader workers died {self._recent} times in a short time, the last one: "
-                f"{reason}. If the machine is short of memory, use fewer --workers"
+                f"dataloader workers died {self._recent_deaths} times in a short time. Last death: "
+                f"{reason}. If memory is low, reduce --workers"
             )
-        if self._recent >= 3 * MOST_DEATHS:  # `give_up` only asks for a stop
+        if self._recent_deaths >= 3 * MAX_DEATHS:  # a `give_up` that returns only requests a stop
             _raise_workers_lost(reason)
         self._report(
-            f"{reason}; the workers are started again at the same position, nothing is lost "
-            f"({self.deaths} so far)"
+            f"{reason}; restarting the workers at the same position, no data is lost "
+            f"({self.deaths} deaths so far)"
         )
 
-    def unavailable(self, reason: str) -> None:
-        """No worker can be started."""
+    def workers_unavailable(self, reason: str) -> None:
+        """Report that no worker can be started."""
         self._report(
-            f"no dataloader worker can be started ({reason}): the main process decodes the images, "
-            "which is slower. In a container, check /dev/shm (docker run --shm-size=1g)"
+            f"cannot start dataloader workers ({reason}): the main process decodes the images, "
+            "which is slower. In a container, check the size of /dev/shm (docker run --shm-size=1g)"
         )
 
 
@@ -75,47 +77,53 @@ def _raise_workers_lost(reason: str) -> None:
     raise WorkersFailedError(reason)
 
 
-def supervised(
-    make: Callable[[int, bool], DataLoader], total: int, workers: int, monitor: WorkerMonitor
+def supervised_items(
+    make_loader: Callable[[int, bool], DataLoader],
+    total: int,
+    workers: int,
+    monitor: WorkerMonitor,
 ) -> Generator[Any, None, None]:
-    """The items of a DataLoader, 0 … total - 1, whatever happens to its workers.
+    """Items 0 … total - 1 of a DataLoader, across deaths of its workers.
 
-    `make(start, with_workers)` returns a DataLoader of the items from `start` on. Closing the
-    generator ends the workers.
+    `make_loader(start, with_workers)` returns a DataLoader of the items from `start` on. Closing
+    the generator shuts down the workers.
     """
     done = 0
     while done < total:
-        iterator = death = None
+        iterator: _BaseDataLoaderIter | None = None
+        death: str | None = None
         try:
-            iterator = _start(make(done, workers > 0))
+            iterator = _start(make_loader(done, workers > 0))
             while done < total:
                 item = _next(iterator)
                 done += 1
                 yield item
-                del item  # its memory is used again once nobody holds it
+                del item  # so that its buffer can be reused
         except OSError as error:
             if iterator is not None:
                 raise
-            # No semaphores, no room for them, or no memory for a process.
-            monitor.unavailable(error.strerror or str(error))
+            # Semaphores are missing or /dev/shm is full, or there is no memory for a process.
+            monitor.workers_unavailable(error.strerror or str(error))
             workers = 0
         except RuntimeError as error:
             if iterator is None and "can't start new thread" in str(error):
-                monitor.unavailable(str(error))
+                monitor.workers_unavailable(str(error))
                 workers = 0
                 continue
-            if not isinstance(error, _WorkerDied) and not str(error).startswith(TORCHS_WORDS):
+            if not isinstance(error, _WorkerDied) and not str(error).startswith(
+                TORCH_DEATH_MESSAGE
+            ):
                 raise
             death = _death(iterator) or str(error).partition("\n")[0].rstrip(". ")
         finally:
-            _end(iterator, death is not None)
+            _shut_down(iterator, death is not None)
             del iterator
-        if death:  # outside of the handler: its traceback would keep the iterator's memory
-            monitor.died(death)
+        if death:  # outside the handler, whose traceback would keep the iterator's memory alive
+            monitor.worker_died(death)
 
 
-def _start(loader: DataLoader) -> Iterator:
-    """An iterator of the loader, which ends its workers if it cannot start all. OSError."""
+def _start(loader: DataLoader) -> _BaseDataLoaderIter:
+    """Start iterating over a loader. If a worker cannot be started, end the others and re-raise."""
     before = set(multiprocessing.active_children())
     try:
         iterator = iter(loader)
@@ -123,65 +131,72 @@ def _start(loader: DataLoader) -> Iterator:
         for process in set(multiprocessing.active_children()) - before:
             process.kill()
             process.join()
-        # torch's half-made iterator, which the traceback keeps alive, prints errors as it goes.
+        # Dropping the traceback deletes torch's incomplete iterator, which prints errors then.
         hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
         error.__traceback__ = None
         sys.unraisablehook = hook
         raise
-    _open.append(iterator)
-    _hold_back_sigchld()
+    _open_iterators.append(iterator)
+    _take_over_sigchld()
     return iterator
 
 
-def _end(iterator: Iterator | None, after_death: bool = False) -> None:
-    """Ends the workers of an iterator.
+def _workers(iterator: _BaseDataLoaderIter | None) -> Sequence[BaseProcess]:
+    return iterator._workers if isinstance(iterator, _MultiProcessingDataLoaderIter) else []
 
-    A worker that died may have left half a message in the queue, for whose rest torch's pin-memory
-    thread waits for ever, and torch for that thread: after a death this is not waited for.
+
+def _shut_down(iterator: _BaseDataLoaderIter | None, after_death: bool = False) -> None:
+    """End the workers of an iterator.
+
+    A worker that died may have left an incomplete message in the queue. torch's pin-memory thread
+    then waits forever for the rest, and torch's shutdown for that thread. So after a death this
+    waits SHUTDOWN_TIMEOUT seconds at most.
     """
-    # Left to the interpreter's exit, they would be sent SIGTERM, which they ignore.
-    _open[:] = [other for other in _open if other is not iterator]
-    processes = getattr(iterator, "_workers", [])
-    if not processes:
+    _open_iterators[:] = [other for other in _open_iterators if other is not iterator]
+    if not isinstance(iterator, _MultiProcessingDataLoaderIter) or not iterator._workers:
         return
     if after_death:
-        for process in processes:
+        for process in iterator._workers:
             process.kill()
             process.join()
         shutdown = threading.Thread(target=iterator._shutdown_workers, daemon=True)
         shutdown.start()
-        shutdown.join(SHUTDOWN_SECONDS)
+        shutdown.join(SHUTDOWN_TIMEOUT)
         if shutdown.is_alive():
-            iterator._worker_result_queue.cancel_join_thread()  # nor does the process's exit wait
+            iterator._worker_result_queue.cancel_join_thread()  # do not block at exit either
         return
-    with contextlib.suppress(RuntimeError):  # a death meanwhile
+    processes = iterator._workers
+    with contextlib.suppress(RuntimeError):  # a worker died in the meantime
         iterator._shutdown_workers()
     for process in processes:
-        if process.is_alive():  # it hangs: perhaps at a lock that a dead one holds
+        if process.is_alive():  # it hangs, perhaps at a lock that a dead worker holds
             process.kill()
 
 
-_open: list[Iterator] = []
+# Iterators with running workers. The interpreter's exit would send the workers SIGTERM, which they
+# ignore, and wait for them forever.
+_open_iterators: list[_BaseDataLoaderIter] = []
 
 
-def end_all() -> None:
-    """Ends the workers of every iterator that was never closed."""
-    for iterator in list(_open):
-        _end(iterator)
+def shut_down_all() -> None:
+    """End the workers of all iterators that were never closed."""
+    for iterator in list(_open_iterators):
+        _shut_down(iterator)
 
 
-_awaited: Iterator | None = None  # the iterator whose next item the main thread waits for
+# The iterator whose next item the main thread waits for.
+_awaited: _BaseDataLoaderIter | None = None
 
 
 class _WorkerDied(RuntimeError):
-    """A worker of the awaited iterator has ended otherwise than by itself."""
+    """A worker of the awaited iterator died."""
 
 
-def _next(iterator: Iterator) -> Any:
+def _next(iterator: _BaseDataLoaderIter) -> Any:
     """The iterator's next item. Raises _WorkerDied."""
     global _awaited
     if threading.current_thread() is not threading.main_thread():
-        return next(iterator)  # torch looks at its workers every few seconds
+        return next(iterator)  # without signals: torch polls its workers every few seconds
     _awaited = iterator
     try:
         _require_alive(iterator)
@@ -190,15 +205,15 @@ def _next(iterator: Iterator) -> Any:
         _awaited = None
 
 
-def _require_alive(iterator: Iterator) -> None:
+def _require_alive(iterator: _BaseDataLoaderIter) -> None:
     if death := _death(iterator):
         raise _WorkerDied(death)
 
 
-def _death(iterator: Iterator) -> str | None:
-    """How a worker of the iterator has died; None where none has."""
-    for process in getattr(iterator, "_workers", []):
-        code = process.exitcode  # None: it is alive; 0: it ended after its last batch
+def _death(iterator: _BaseDataLoaderIter | None) -> str | None:
+    """How a worker of the iterator died, or None if none has."""
+    for process in _workers(iterator):
+        code = process.exitcode  # None: alive; 0: finished after its last batch
         if code:
             how = (
                 f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
@@ -207,8 +222,8 @@ def _death(iterator: Iterator) -> str | None:
     return None
 
 
-def _hold_back_sigchld() -> None:
-    """Takes SIGCHLD from torch: its handler raises in whatever code runs at that moment."""
+def _take_over_sigchld() -> None:
+    """Replace torch's SIGCHLD handler, which raises in whatever code is running."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, _on_sigchld)
 

@@ -1,7 +1,7 @@
-"""Is this data set what you think it is? `quick` asks names and sizes only, `check` reads it all.
+"""Check a data set: before a run by names and sizes only, or by reading every file.
 
-What training or an evaluation would refuse, replace or score wrongly is an error; what is seldom
-meant, a warning; the rest are notes. docs/data.md lists them.
+Errors are what training or an evaluation would refuse, replace or score incorrectly. Warnings are
+probably unintended. The rest are notes. docs/data.md lists all findings.
 """
 
 import os
@@ -10,9 +10,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-from cspnet.datasets import findings as find
-from cspnet.datasets.contents import of_contents
-from cspnet.datasets.findings import Finding
+from cspnet.datasets.contents import content_findings
+from cspnet.datasets.findings import (
+    Finding,
+    class_findings,
+    class_name_findings,
+    ignored_file_findings,
+    image_counts,
+    overlap_findings,
+)
 from cspnet.errors import DataError
 from cspnet.recipe.schema import DIGITS
 from cspnet.sources import messages, roots, tar_set
@@ -30,18 +36,18 @@ from cspnet.sources.parquet import ParquetSource
 from cspnet.sources.tar_set import TarSource
 from cspnet.text import printable
 
-GIVE = f"Give a data root, a folder with one folder per class, or `{DIGITS}`"
 SEVERITIES = ("error", "warning", "note")
-SHOWN = 5  # examples of a finding before people
+MAX_EXAMPLES = 5  # files shown per finding in the text report
+_HINT = f"Give a data root, a folder with one folder per class, or `{DIGITS}`"
 
 
 @dataclass(frozen=True)
-class Part:
-    """One of the folders of class folders that make up a data set."""
+class SplitSummary:
+    """Sizes of one split of a data set."""
 
     name: str
     folder: str
-    classes: dict[str, int]  # images of each
+    classes: dict[str, int]  # images per class
 
     def to_dict(self) -> dict:
         counts = self.classes.values()
@@ -52,85 +58,84 @@ class Part:
         sizes = self.to_dict()
         return (
             f"{self.name}: {sizes['images']:,} images, {len(self.classes):,} classes of "
-            f"{sizes['min']:,} to {sizes['max']:,}, median {sizes['median']:g}"
+            f"{sizes['min']:,} to {sizes['max']:,} images (median {sizes['median']:g})"
         )
 
 
 @dataclass(frozen=True)
-class Report:
-    """What `check` found, the worst first."""
+class CheckReport:
+    """The findings of `check`, most severe first."""
 
     data: str
-    parts: list[Part]
+    splits: list[SplitSummary]
     findings: list[Finding]
 
     def count(self, severity: str) -> int:
         return sum(finding.severity == severity for finding in self.findings)
 
     def to_dict(self) -> dict:
-        """For JSON: everything, with the names of all files."""
+        """The full report for JSON, with the names of all files."""
         counts = {f"{severity}s": self.count(severity) for severity in SEVERITIES}
-        parts = [part.to_dict() for part in self.parts]
-        return {"data": self.data, **counts, "parts": parts, "findings": _dicts(self.findings)}
+        splits = [split.to_dict() for split in self.splits]
+        findings = [
+            {key: value for key, value in asdict(finding).items() if value}
+            for finding in self.findings
+        ]
+        return {"data": self.data, **counts, "parts": splits, "findings": findings}
 
     def lines(self) -> Iterator[tuple[str, str]]:
-        """For people: lines, each with the severity of what it is about; some files as examples."""
-        for part in self.parts:
-            yield "", printable(str(part))
+        """The report as text: (severity, line) pairs, with up to MAX_EXAMPLES files per finding."""
+        for split in self.splits:
+            yield "", printable(str(split))
         for finding in self.findings:
             yield finding.severity, printable(f"{finding.severity}: {finding.message}")
             examples = finding.groups or [[file] for file in finding.files]
-            for group in examples[:SHOWN]:
+            for group in examples[:MAX_EXAMPLES]:
                 yield "", "    " + " = ".join(map(printable, group))
-            if len(examples) > SHOWN:
-                yield "", f"    … and {len(examples) - SHOWN:,} more"
+            if len(examples) > MAX_EXAMPLES:
+                yield "", f"    … and {len(examples) - MAX_EXAMPLES:,} more"
         counts = [
             f"{self.count(name)} {name}" + "s" * (self.count(name) != 1) for name in SEVERITIES
         ]
         yield "", ", ".join(counts)
 
 
-def _dicts(findings: list[Finding]) -> list[dict]:
-    """Findings without what they have nothing of."""
-    return [{key: value for key, value in asdict(f).items() if value} for f in findings]
-
-
 def check_dataset(
     data: str, workers: int = 0, progress: Callable[[int, int], None] = lambda done, total: None
-) -> Report:
-    """Reads every file of a data root, of a single folder of class folders, or of `digits`.
+) -> CheckReport:
+    """Read and check every file of a data root, a single folder of class folders, or `digits`.
 
-    By `workers` processes; their number changes nothing in the report. `progress` is told how many
-    files are done, and of how many. Raises DataError where the path is wrong.
+    The report does not depend on the number of `workers` (processes). `progress` is called with the
+    number of files done and their total. Raises DataError if the path is wrong.
     """
     sources, findings = _open(data)
     for name, source in sources.items():
-        findings += find.of_classes(name, source)
+        findings += class_findings(name, source)
         if isinstance(source, Folder):
-            findings += find.of_strays(name, source)
+            findings += ignored_file_findings(name, source)
     if {"train", "val"} <= sources.keys():
-        findings += find.of_pair(data, sources["train"], sources["val"])
-        findings += find.of_sharing(sources["train"], sources["val"])
-    findings += of_contents(sources, workers, progress)
+        findings += class_name_findings(data, sources["train"], sources["val"])
+        findings += overlap_findings(sources["train"], sources["val"])
+    findings += content_findings(sources, workers, progress)
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
-    return Report(data, [_part(*item) for item in sources.items()], findings)
+    return CheckReport(data, [_summarize(*item) for item in sources.items()], findings)
 
 
 def preflight(training: Source, validation: Source) -> list[str]:
-    """Remarks on two open sources, by the names, sizes and places of their files alone."""
+    """Messages about two open sources, from the names, sizes and paths of their files alone."""
     findings = [
-        *find.of_classes("train", training),
-        *find.of_classes("val", validation),
-        *find.of_sharing(training, validation),
+        *class_findings("train", training),
+        *class_findings("val", validation),
+        *overlap_findings(training, validation),
     ]
     return [printable(finding.message) for finding in findings]
 
 
 def _open(data: str) -> tuple[dict[str, Source], list[Finding]]:
-    """The parts that can be opened, by name, and what keeps the others from it."""
+    """The splits that can be opened, by name, and findings about the others."""
     if data == DIGITS:
         return {"train": Digits(train=True), "val": Digits(train=False)}, []
-    folder = require_data_folder(data, GIVE)
+    folder = require_data_folder(data, _HINT)
     if not has_parts(folder):
         single = open_location(tar_set.inside(folder) or folder, empty=True)
         if isinstance(single, Folder) and (not len(single) or roots.is_misplaced(folder)):
@@ -146,11 +151,11 @@ def _open(data: str) -> tuple[dict[str, Source], list[Finding]]:
     return sources, findings
 
 
-def _part(name: str, source: Source) -> Part:
+def _summarize(name: str, source: Source) -> SplitSummary:
     folder = str(source.root) if isinstance(source, Folder) else DIGITS
     if isinstance(source, TarSource):
         folder = source.tars.where
     if isinstance(source, ParquetSource):
         folder = source.parquets.where
-    counts = find.image_counts(source).tolist()
-    return Part(name, folder, dict(zip(source.classes, counts, strict=True)))
+    counts = image_counts(source).tolist()
+    return SplitSummary(name, folder, dict(zip(source.classes, counts, strict=True)))

@@ -1,4 +1,4 @@
-"""What names, sizes and places of a data set's files tell, without a look into any."""
+"""Findings about a data set from the names, sizes and paths of its files, without reading them."""
 
 import contextlib
 import os
@@ -15,69 +15,71 @@ from cspnet.sources.data_root import Folder, Source, require_classes
 from cspnet.sources.names import TRAINING, count_and_names, fold_name
 from cspnet.sources.tree import is_image, is_system, walk
 
-SHARE = 0.1  # of the median: a class with less is nearly empty
-FEW = 100  # validation images: each of less is more than one percent of top-1
-SAMPLE = 100  # validation images whose names are looked up among the training images
+SMALL_CLASS_RATIO = 0.1  # to the median class size: a smaller class is nearly empty
+MIN_VALIDATION_IMAGES = 100  # with fewer, each image is more than one percent of top-1 accuracy
+SAMPLED_IMAGES = 100  # validation images whose names are looked up in the training set
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that was found in a data set."""
+    """An observation about a data set."""
 
     kind: str
     severity: str  # error, warning or note
     message: str
-    files: list[str] = field(default_factory=list)  # all that it is about, by their paths
-    groups: list[list[str]] = field(default_factory=list)  # the files by picture, of the same bytes
-    classes: list[str] = field(default_factory=list)  # all that it is about
+    files: list[str] = field(default_factory=list)  # paths of all files concerned
+    groups: list[list[str]] = field(default_factory=list)  # groups of files with the same contents
+    classes: list[str] = field(default_factory=list)  # names of all classes concerned
 
 
 def count_files(names: list[str]) -> str:
-    """How many they are, in words."""
+    """For example "1 file" or "2,000 files"."""
     return f"{len(names):,} file" + "s" * (len(names) != 1)
 
 
 def image_counts(source: Source) -> np.ndarray:
-    """Images of each class, int64 [K]."""
+    """Number of images per class, int64 [K]."""
     return np.bincount(source.labels, minlength=len(source.classes))
 
 
-def of_classes(name: str, source: Source) -> Iterator[Finding]:
-    """What the classes of a part and their sizes tell."""
+def class_findings(name: str, source: Source) -> Iterator[Finding]:
+    """Empty, single, small and similarly named classes of the split `name`."""
     counts = image_counts(source)
-    middle = float(np.median(counts))
+    median = float(np.median(counts))
     without = [source.classes[k] for k in np.flatnonzero(counts == 0)]
     if without:
-        told = f"{name}: no image of {count_and_names(without, 'class')}, which classes.txt lists"
+        message = f"{name}: no images of {count_and_names(without, 'class')} listed in classes.txt"
         if isinstance(source, Folder):
-            told = messages.empty_classes(source.root, without)
-        yield Finding("empty class", "error", told, classes=without)
+            message = messages.empty_classes(source.root, without)
+        yield Finding("empty class", "error", message, classes=without)
     if len(counts) == 1:
-        told = f"{name}: one class only ({source.classes[0]}); training needs two"
-        yield Finding("one class", "error", told, classes=source.classes)
-    few = [source.classes[k] for k in np.flatnonzero((counts > 0) & (counts < SHARE * middle))]
-    if few:
-        told = f"{name}: {count_and_names(few, 'class')} with less than a tenth of the median of "
-        yield Finding("small class", "warning", f"{told}{middle:g} images", classes=few)
-    folded: dict[str, list[str]] = {}
+        message = f"{name}: only one class ({source.classes[0]}); training needs at least two"
+        yield Finding("one class", "error", message, classes=source.classes)
+    is_small = (counts > 0) & (counts < SMALL_CLASS_RATIO * median)
+    small = [source.classes[k] for k in np.flatnonzero(is_small)]
+    if small:
+        message = f"{name}: {count_and_names(small, 'class')} with less than a tenth of the median class size "
+        yield Finding("small class", "warning", f"{message}({median:g} images)", classes=small)
+    by_folded_name: dict[str, list[str]] = {}
     for label in source.classes:
-        folded.setdefault(fold_name(label), []).append(label)
-    twins = [label for labels in folded.values() if len(labels) > 1 for label in labels]
-    if twins:
-        told = (
-            f"{name}: {count_and_names(twins, 'class')} whose names hardly differ: are they meant?"
-        )
-        yield Finding("alike", "warning", told, classes=twins)
+        by_folded_name.setdefault(fold_name(label), []).append(label)
+    similar = [label for labels in by_folded_name.values() if len(labels) > 1 for label in labels]
+    if similar:
+        message = f"{name}: {count_and_names(similar, 'class')} with nearly identical names. Is this intended?"
+        yield Finding("alike", "warning", message, classes=similar)
 
 
-def of_strays(name: str, source: Folder) -> Iterator[Finding]:
-    """What lies in the folder of a part and is not read."""
-    lost, loose, hidden, system = [], [], [], []
+def ignored_file_findings(name: str, source: Folder) -> Iterator[Finding]:
+    """Files and folders in the folder of the split `name` that are not read."""
+    broken: list[str] = []  # links
+    loose: list[str] = []
+    hidden: list[str] = []
+    system: list[str] = []
     others: dict[str, list[str]] = {}  # by suffix
     skipped: list[str] = []  # folders
     for entry in sorted(os.scandir(source.root), key=lambda entry: entry.name):
         if not os.path.exists(entry.path):
-            lost.append(entry.path)
+            broken.append(entry.path)
         elif is_system(entry.name) or entry.name.startswith("."):
             skipped.append(entry.path)
         elif is_image(entry.name):
@@ -89,7 +91,7 @@ def of_strays(name: str, source: Folder) -> Iterator[Finding]:
                 if is_image(file):
                     continue
                 if not os.path.exists(path):
-                    lost.append(path)
+                    broken.append(path)
                 elif is_system(file):
                     system.append(path)
                 elif file.startswith("."):
@@ -101,68 +103,69 @@ def of_strays(name: str, source: Folder) -> Iterator[Finding]:
         if is_system(os.path.basename(path)):
             system.append(path)
         else:
-            hidden += [path] * _holds_images(path)
-    yield from _strays(name, lost, loose, hidden, system, others)
+            hidden += [path] * _contains_images(path)
+    yield from _ignored(name, broken, loose, hidden, system, others)
 
 
-def _strays(
+def _ignored(
     name: str,
-    lost: list[str],
+    broken: list[str],
     loose: list[str],
     hidden: list[str],
     system: list[str],
     others: dict[str, list[str]],
 ) -> Iterator[Finding]:
-    if lost:
-        told = f"{name}: {count_files(lost)} linked to nowhere"
-        yield Finding("broken link", "error", told, lost)
+    if broken:
+        message = f"{name}, {count_files(broken)}: broken link"
+        yield Finding("broken link", "error", message, broken)
     if loose:
-        told = f"{name}: {count_files(loose)} beside the class folders, of no class and not read"
-        yield Finding("loose", "warning", told, loose)
+        message = f"{name}, {count_files(loose)}: next to the class folders, not in one; ignored"
+        yield Finding("loose", "warning", message, loose)
     if hidden:
-        told = f"{name}: {count_files(hidden)} or folders with a dot in front, not read"
-        yield Finding("hidden", "note", told, hidden)
+        message = f"{name}, {count_files(hidden)} or folders: name starts with a dot; ignored"
+        yield Finding("hidden", "note", message, hidden)
     if system:
         counts = Counter(os.path.basename(path) for path in system)
         kinds = ", ".join(f"{count:,} × {kind}" for kind, count in counts.most_common(5))
-        told = f"{name}: {count_files(system)} or folders of an operating system, file server or "
-        yield Finding("system", "note", f"{told}notebook, not read: {kinds}", system)
+        message = f"{name}, {count_files(system)} or folders: created by an operating system, "
+        message += f"file server or notebook; ignored: {kinds}"
+        yield Finding("system", "note", message, system)
     if others:
         most = sorted(others.items(), key=lambda item: (-len(item[1]), item[0]))
         kinds = ", ".join(f"{len(paths):,} × {suffix}" for suffix, paths in most[:5])
-        every = [path for _, paths in most for path in paths]
-        told = f"{name}: {count_files(every)} of no image suffix, not read: {kinds}"
-        yield Finding("other files", "note", told, every)
+        files = [path for _, paths in most for path in paths]
+        message = f"{name}, {count_files(files)}: no image suffix; ignored: {kinds}"
+        yield Finding("other files", "note", message, files)
 
 
-def _holds_images(folder: str) -> bool:
+def _contains_images(folder: str) -> bool:
     with contextlib.suppress(OSError):
         return any(map(is_image, os.listdir(folder)))
     return False
 
 
-def of_pair(where: str, training: Source, validation: Source) -> Iterator[Finding]:
-    """Whether the classes of the two parts of `where` are the same, by name."""
+def class_name_findings(where: str, training: Source, validation: Source) -> Iterator[Finding]:
+    """Differences between the class names of the two splits of the data set `where`."""
     try:
         require_classes(validation, training.classes, where, TRAINING)
     except DataError as error:
-        either = sorted(set(training.classes) ^ set(validation.classes))
-        yield Finding("classes", "error", str(error), classes=either)
+        differing = sorted(set(training.classes) ^ set(validation.classes))
+        yield Finding("classes", "error", str(error), classes=differing)
 
 
-def of_sharing(training: Source, validation: Source) -> Iterator[Finding]:
-    """What sizes and places tell of two parts that should have nothing in common."""
+def overlap_findings(training: Source, validation: Source) -> Iterator[Finding]:
+    """Signs that the two splits are swapped or share files, from sizes and paths."""
     if len(validation) > len(training):
-        told = f"val has more images than train ({len(validation):,} and {len(training):,})"
-        yield Finding("exchanged", "warning", f"{told}: are the two exchanged?")
-    if 0 < len(validation) < FEW:
-        told = f"val: {len(validation)} images only, each of them {100 / len(validation):.2g} %"
-        yield Finding("few", "warning", f"{told} of top-1")
+        message = f"val has more images than train ({len(validation):,} and {len(training):,})"
+        yield Finding("exchanged", "warning", f"{message}. Are the two swapped?")
+    if 0 < len(validation) < MIN_VALIDATION_IMAGES:
+        message = f"val: only {len(validation)} images, so each one counts "
+        yield Finding("few", "warning", f"{message}{100 / len(validation):.2g} % of top-1 accuracy")
     if not (isinstance(training, Folder) and isinstance(validation, Folder)):
         return
     if _same_file(training.root, validation.root):
-        told = f"{validation.root} and {training.root} are the same folder"
-        yield Finding("same files", "error", f"{told}: a score will say nothing")
+        message = f"{validation.root} and {training.root} are the same folder"
+        yield Finding("same files", "error", f"{message}; the score is meaningless")
         return
     shared = [
         label
@@ -170,28 +173,30 @@ def of_sharing(training: Source, validation: Source) -> Iterator[Finding]:
         if _same_file(training.root / label, validation.root / label)
     ]
     if shared:
-        told = f"val and train have the same folders of {count_and_names(shared, 'class')}"
-        yield Finding("same files", "error", f"{told}: a score will say little", classes=shared)
+        message = f"val and train share the folders of {count_and_names(shared, 'class')}"
+        yield Finding("same files", "error", f"{message}; the score is inflated", classes=shared)
         return
-    yield from _of_namesakes(training, validation)
+    yield from _shared_name_findings(training, validation)
 
 
-def _of_namesakes(training: Folder, validation: Folder) -> Iterator[Finding]:
-    """Whether validation images are training images of the same name; some are looked up."""
+def _shared_name_findings(training: Folder, validation: Folder) -> Iterator[Finding]:
+    """Whether a sample of the validation images are links or copies of namesakes in train."""
     if not len(validation):
         return
-    indices = np.unique(np.linspace(0, len(validation) - 1, SAMPLE).astype(int))
+    indices = np.unique(np.linspace(0, len(validation) - 1, SAMPLED_IMAGES).astype(int))
     names = [validation.name(index) for index in indices]
     pairs = [(name, training.root / os.path.relpath(name, validation.root)) for name in names]
     linked = [name for name, other in pairs if _same_file(name, other)]
     copied = [name for name, other in pairs if _same_size(name, other)]
-    looked = f"of {len(names)} images of val that were looked up"
+    sample = f"of {len(names)} sampled val images"
     if linked:
-        told = f"{len(linked)} {looked}, are links to the files of train: a score will say little"
-        yield Finding("same files", "error", told, linked)
+        message = f"{len(linked)} {sample} are links to files of train; the score is inflated"
+        yield Finding("same files", "error", message, linked)
     elif len(copied) > len(names) / 2:
-        told = f"{len(copied)} {looked}, have names and sizes of images of train: copies?"
-        yield Finding("copies", "warning", told, copied)
+        message = (
+            f"{len(copied)} {sample} have the name and size of a train image. Are they copies?"
+        )
+        yield Finding("copies", "warning", message, copied)
 
 
 def _same_file(one: str | Path, other: str | Path) -> bool:

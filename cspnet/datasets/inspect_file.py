@@ -1,8 +1,8 @@
-"""One file: whether it can be trained on, what is odd in it, its digest. Many, by many processes.
+"""Inspect image files for `cspnet check`: readable or not, oddities, digest.
 
-What training's decoder refuses is unreadable. What it does with an image is reported by
-`codecs.inspect`, which the decoder uses itself. Whether a file is whole is Pillow's to say: some
-versions of OpenCV fill up with grey what a truncated JPEG lacks.
+A file is unreadable if the decoder of training refuses it. `codecs.inspect`, which the decoder uses
+itself, reports how an image is converted. Pillow decides whether a file is complete, because some
+versions of OpenCV fill the missing part of a truncated JPEG with grey.
 """
 
 import hashlib
@@ -22,95 +22,100 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from cspnet.data import worker
 from cspnet.images import MAX_PIXELS
+from cspnet.data.worker import init_worker
 from cspnet.errors import CspnetError
 from cspnet.images import codecs
 from cspnet.images.decode import MAX_ASPECT, MAX_SIDE, PILLOW_FORMATS, decode
 from cspnet.images.formats import ImageInfo, TooLargeError, UnreadableError, UnsupportedError
 from cspnet.sources.data_root import Folder, Source
 
-CHUNK = 32  # files that a process looks at before it reports
-DIGEST = 16  # bytes of a digest
-MAX_BYTES = 2**30  # of a file: more is no image, and would only fill the memory
-TINY = 32  # pixels of the shorter side
-NATIVE = {
+CHUNK_SIZE = 32  # files that a process inspects before it reports
+DIGEST_SIZE = 16  # bytes
+MAX_FILE_BYTES = 2**30  # larger files are no images; reading them could exhaust the memory
+TINY_SIDE = 32  # an image is tiny if its shorter side has fewer pixels
+FORMAT_BY_SUFFIX = {
     **dict.fromkeys((".jpg", ".jpeg"), "JPEG"),
     **dict.fromkeys((".tif", ".tiff"), "TIFF"),
     **dict.fromkeys((".ppm", ".pgm"), "PPM"),
     **{".png": "PNG", ".bmp": "BMP", ".webp": "WEBP"},
 }
-# Formats of which Pillow reads less than the decoder: of its complaints only missing bytes count.
-LIMITED_IN_PILLOW = ("TIFF", "PPM", "BMP", "AVIF", "JPEG2000")
+# Pillow does not support all variants of these formats, so only its reports of truncation count.
+PARTIAL_IN_PILLOW = ("TIFF", "PPM", "BMP", "AVIF", "JPEG2000")
 XMP_ORIENTATION = re.compile(rb"""tiff:Orientation\s*(?:=\s*["']|>)\s*([1-8])\s*["'<]""")
 
 
-class Look(NamedTuple):
-    """What there is to say of a file."""
+class Inspection(NamedTuple):
+    """The result of inspecting one file."""
 
-    digest: bytes  # of all its bytes, [DIGEST]; empty where they cannot be trained on
-    found: tuple[tuple[str, str], ...]  # kinds of cspnet.datasets.check.KINDS, each with a detail
+    digest: bytes  # of its contents, [DIGEST_SIZE]; empty if training cannot use the file
+    findings: tuple[tuple[str, str], ...]  # (kind of contents.FILE_FINDINGS, detail)
 
 
-def look(source: Source, index: int) -> Look:
-    """Reads one image of a source and looks at it. Raises nothing, whatever the bytes are."""
+def inspect_image(source: Source, index: int) -> Inspection:
+    """Read and inspect one image of a source. Never raises, whatever the bytes are."""
     name = source.name(index)
     try:
         if isinstance(source, Folder):
             status = os.stat(name)
-            if not stat.S_ISREG(status.st_mode):  # a pipe would never end
-                return Look(b"", (("unopenable", "not a regular file"),))
-            if status.st_size > MAX_BYTES:
-                return Look(b"", (("huge", f"more than {MAX_BYTES / 2**30:g} GiB"),))
+            if not stat.S_ISREG(status.st_mode):  # reading a pipe would block
+                return _unusable("unopenable", "not a regular file")
+            if status.st_size > MAX_FILE_BYTES:
+                return _unusable("huge", f"more than {MAX_FILE_BYTES / 2**30:g} GiB")
         data, _ = source.read(index)
     except FileNotFoundError:
-        return Look(b"", (("broken link", ""),) if os.path.islink(name) else (("gone", ""),))
+        return _unusable("broken link" if os.path.islink(name) else "gone")
     except OSError as error:
-        return Look(b"", (("unopenable", error.strerror or str(error)),))
-    return look_at(data, os.path.splitext(name)[1].lower())
+        return _unusable("unopenable", error.strerror or str(error))
+    return inspect_bytes(data, os.path.splitext(name)[1].lower())
 
 
-def look_at(data: bytes, suffix: str) -> Look:
-    """What there is to say of the bytes of a file with that suffix."""
+def _unusable(kind: str, detail: str = "") -> Inspection:
+    return Inspection(b"", ((kind, detail),))
+
+
+def inspect_bytes(data: bytes, suffix: str) -> Inspection:
+    """Inspect the contents of a file with the given suffix."""
     if not data:
-        return Look(b"", (("empty", ""),))
+        return _unusable("empty")
     header = None
     try:
         height, width = decode(data).shape[:2]
         if max(height, width) > MAX_SIDE:
-            return Look(b"", (("huge", f"a side of more than {MAX_SIDE:,} pixels"),))
+            return _unusable("huge", f"a side of more than {MAX_SIDE:,} pixels")
         if max(height, width) > MAX_ASPECT * min(height, width):
-            return Look(b"", (("ribbon", f"one side more than {MAX_ASPECT} times the other"),))
+            return _unusable("ribbon", f"aspect ratio above {MAX_ASPECT}")
         header = codecs.read_info(data)
     except TooLargeError:
-        return Look(b"", (("huge", f"more than {MAX_PIXELS:,} pixels"),))
+        return _unusable("huge", f"more than {MAX_PIXELS:,} pixels")
     except UnsupportedError as error:
-        return Look(b"", (("unsupported", str(error)),))
+        return _unusable("unsupported", str(error))
     except UnreadableError as error:
         if "truncated" in str(error):
-            return Look(b"", (("truncated", ""),))
-    whole, odd = True, ()
+            return _unusable("truncated")
+    is_complete = True
+    oddities: tuple[tuple[str, str], ...] = ()
     try:
         with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:  # the two disagree on the header
-                return Look(b"", (("huge", f"more than {MAX_PIXELS:,} pixels"),))
+            if image.width * image.height > MAX_PIXELS:  # Pillow reads the header differently
+                return _unusable("huge", f"more than {MAX_PIXELS:,} pixels")
             image.load()
-            pages = getattr(image, "n_frames", 1) > 1  # of a JPEG too: MPO has several
-    except Exception as error:  # of any kind, from parsers that trust the file
-        whole, pages = "truncated" not in str(error).lower(), False
-        if header and header.format not in LIMITED_IN_PILLOW:
-            odd = (("damaged", ""),)
-    if not whole or not header:
-        cut = not whole or _cut_short(data)
-        return Look(b"", (("truncated" if cut else "unreadable", ""),))
-    if not odd:
-        header = header._replace(frames=header.frames or pages)
-        odd = tuple(_oddities(header, min(height, width), data, suffix))
-    return Look(hashlib.blake2b(data, digest_size=DIGEST).digest(), odd)
+            has_frames = getattr(image, "n_frames", 1) > 1  # for a JPEG, too: MPO
+    except Exception as error:  # Pillow's parsers raise any type for a malformed file
+        is_complete, has_frames = "truncated" not in str(error).lower(), False
+        if header and header.format not in PARTIAL_IN_PILLOW:
+            oddities = (("damaged", ""),)
+    if not is_complete or not header:
+        is_truncated = not is_complete or _lacks_end_marker(data)
+        return _unusable("truncated" if is_truncated else "unreadable")
+    if not oddities:
+        header = header._replace(frames=header.frames or has_frames)
+        oddities = tuple(_oddities(header, min(height, width), data, suffix))
+    return Inspection(hashlib.blake2b(data, digest_size=DIGEST_SIZE).digest(), oddities)
 
 
-def _cut_short(data: bytes) -> bool:
-    """Whether bytes that cannot be decoded lack the mark that their format ends with."""
+def _lacks_end_marker(data: bytes) -> bool:
+    """Whether undecodable data lack the marker at the end of their format."""
     if data.startswith(b"\xff\xd8"):
         return b"\xff\xd9" not in data[-64:]
     if data.startswith(b"\x89PNG"):
@@ -121,9 +126,9 @@ def _cut_short(data: bytes) -> bool:
 def _oddities(
     header: ImageInfo, shorter: int, data: bytes, suffix: str
 ) -> Iterator[tuple[str, str]]:
-    """What is unusual in an image that can be decoded, with its shorter side in pixels."""
-    if suffix in NATIVE and header.format != NATIVE[suffix]:
-        yield "misnamed", f"{header.format} in a file named {suffix}"
+    """Oddities of a decodable image with the given shorter side in pixels: kinds and details."""
+    if suffix in FORMAT_BY_SUFFIX and header.format != FORMAT_BY_SUFFIX[suffix]:
+        yield "misnamed", f"{header.format} named {suffix}"
     if header.cmyk:
         yield "CMYK", ""
     if header.grey:
@@ -134,7 +139,7 @@ def _oddities(
         yield "16 bits", "" if header.top == 65_535 else f"0 to {header.top:,}"
     if header.top < 255:
         yield "few levels", f"0 to {header.top:,}"
-    if shorter < TINY:
+    if shorter < TINY_SIDE:
         yield "tiny", ""
     if header.damaged_exif:
         yield "broken EXIF", ""
@@ -147,77 +152,81 @@ def _oddities(
         yield "frames", ""
 
 
-def looks(sources: list[Source], workers: int) -> Iterator[tuple[int, int, list[Look]]]:
-    """All images of the sources in order: the number of the source, an index, the looks from it on.
+def inspect_sources(
+    sources: list[Source], workers: int
+) -> Iterator[tuple[int, int, list[Inspection]]]:
+    """Inspect all images of the sources, in order.
 
-    By `workers` processes; by none of its own below two. Raises CspnetError where one dies.
+    Yields the number of the source, an index, and the inspections of the images from this index on.
+    With fewer than two `workers`, it starts no processes. Raises CspnetError if a process dies.
     """
     chunks = (
-        (number, first, min(first + CHUNK, len(source)))
+        (number, first, min(first + CHUNK_SIZE, len(source)))
         for number, source in enumerate(sources)
-        for first in range(0, len(source), CHUNK)
+        for first in range(0, len(source), CHUNK_SIZE)
     )
-    pool = _pool(workers, sources) if workers > 1 else None
+    pool = _start_pool(workers, sources) if workers > 1 else None
     if pool is None:
-        for number, first, last in chunks:
-            yield number, first, _looks_of(sources[number], first, last)
+        for number, first, stop in chunks:
+            yield number, first, _inspect_range(sources[number], first, stop)
         return
-    waiting: deque[tuple[tuple[int, int, int], Future]] = deque()
+    pending: deque[tuple[tuple[int, int, int], Future]] = deque()
 
-    def oldest() -> tuple[int, int, list[Look]]:
-        (number, first, _), future = waiting[0]
+    def oldest() -> tuple[int, int, list[Inspection]]:
+        (number, first, _), future = pending[0]
         result = future.result()
-        waiting.popleft()
+        pending.popleft()
         return number, first, result
 
     try:
         for chunk in chunks:
-            if len(waiting) == 4 * workers:  # the memory stays bounded
+            if len(pending) == 4 * workers:  # limits the memory
                 yield oldest()
-            waiting.append((chunk, pool.submit(_look_at_chunk, *chunk)))
-        while waiting:
+            pending.append((chunk, pool.submit(_inspect_chunk, *chunk)))
+        while pending:
             yield oldest()
     except BrokenProcessPool:
-        number, first, _ = waiting[0][0] if waiting else chunk
+        number, first, _ = pending[0][0] if pending else chunk
         raise CspnetError(
-            "a process died, for want of memory perhaps, at a file soon after "
-            f"{sources[number].name(first)}: try --workers 1"
+            f"a worker process died while reading {sources[number].name(first)} or one of the next "
+            "files, perhaps because memory ran out. Try --workers 1"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _pool(workers: int, sources: list[Source]) -> ProcessPoolExecutor | None:
-    """Processes that look at files; None where the system has no semaphores to make them talk."""
-    # Spawned, not forked: the progress bar has a thread, whose locks a fork would copy as they are.
+def _start_pool(workers: int, sources: list[Source]) -> ProcessPoolExecutor | None:
+    """A pool of worker processes, or None if the system has no semaphores for it."""
+    # Spawn: a fork would copy the locks of the progress bar's thread in their current state.
     context = multiprocessing.get_context("spawn")
     try:
-        return ProcessPoolExecutor(workers, context, initializer=_start, initargs=(sources,))
+        return ProcessPoolExecutor(workers, context, initializer=_init_pool, initargs=(sources,))
     except OSError as error:
         reason = error.strerror or str(error)
     print(
-        f"no worker process can be started ({reason}): this process reads all files, which is "
-        "slower. In a container, check /dev/shm (docker run --shm-size=1g)",
+        f"cannot start worker processes ({reason}): the main process reads all files, which is "
+        "slower. In a container, check the size of /dev/shm (docker run --shm-size=1g)",
         file=sys.stderr,
     )
     return None
 
 
-_sources: list[Source] = []  # of a worker: sent once, not with each chunk
+_sources: list[Source] = []  # in a worker: sent once instead of with each chunk
 
 
-def _start(sources: list[Source]) -> None:
-    """Makes a new process a worker."""
+def _init_pool(sources: list[Source]) -> None:
+    """Initialize a worker process."""
     _sources[:] = sources
-    worker.begin(signal.SIGINT)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libpng's and libjpeg's lines name no file
+    init_worker(signal.SIGINT)
+    # libpng and libjpeg print warnings that do not name the file.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
-def _look_at_chunk(number: int, first: int, last: int) -> list[Look]:
-    return _looks_of(_sources[number], first, last)
+def _inspect_chunk(number: int, first: int, stop: int) -> list[Inspection]:
+    return _inspect_range(_sources[number], first, stop)
 
 
-def _looks_of(source: Source, first: int, last: int) -> list[Look]:
+def _inspect_range(source: Source, first: int, stop: int) -> list[Inspection]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return [look(source, index) for index in range(first, last)]
+        return [inspect_image(source, index) for index in range(first, stop)]

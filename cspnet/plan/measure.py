@@ -21,12 +21,12 @@ import torch
 from rich.console import Console
 
 from cspnet.data.loader import prefetch_factor, training_groups
-from cspnet.data.worker import cores
 from cspnet.errors import PartialResultError, StoppedError
 from cspnet.plan.forecast import attacked_share
 from cspnet.recipe.eta import find_bottleneck
 from cspnet.recipe.schema import Recipe
 from cspnet.run.checkpoint import CheckpointFiles, existing_above
+from cspnet.runtime.cpu import available_cores
 from cspnet.runtime.device import RunOptions, StopRequest
 from cspnet.sources.data_root import Source
 from cspnet.train.loop import train_loop
@@ -261,7 +261,9 @@ def _put_together(
     begun: float,
 ) -> Plan:
     full = trials[recipe.data.image_size]
-    bottleneck, advice = find_bottleneck(full.data_wait, job.workers, cores(), job.device.type)
+    bottleneck, advice = find_bottleneck(
+        full.data_wait, job.workers, available_cores(), job.device.type
+    )
     validation_seconds = len(job.validation) / full.validation_rate
     setup = begun + full.setup_seconds
     steps = sum(count * trials[size].seconds for size, count in recipe.stages())

@@ -14,8 +14,8 @@ from typing import Literal
 
 import torch
 
-from cspnet.data.worker import cores
 from cspnet.errors import RecipeError
+from cspnet.runtime.cpu import available_cores
 from cspnet.runtime.distributed import SINGLE_PROCESS, Processes
 
 # Share of the activations that a compiled net may keep for the backward pass; the rest is computed
@@ -97,7 +97,7 @@ def choose_workers(
         if asked < 0:
             raise RecipeError(f"--workers {asked}: must be 0 (none, decode in the loop) or more")
         return asked
-    share = cores() // world.local_size
+    share = available_cores() // world.local_size
     return min(16, max(1, share)) if device.type == "cuda" else 0
 
 

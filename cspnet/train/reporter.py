@@ -18,12 +18,12 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from cspnet.console import RunOutput
 from cspnet.data.loader import Batch
 from cspnet.data.supervision import WorkerMonitor
-from cspnet.data.worker import cores
 from cspnet.errors import DataError, SaveError
 from cspnet.inference.confusion import to_markdown, worst_pairs
 from cspnet.inference.evaluate import Scores
 from cspnet.recipe.eta import find_bottleneck, format_duration, format_eta, seconds_left
 from cspnet.run.metrics_log import MetricsLog, last_line
+from cspnet.runtime.cpu import available_cores
 from cspnet.runtime.distributed import SINGLE_PROCESS, Processes
 from cspnet.sources.data_root import Source, display_names
 from cspnet.text import end_sentence, escape_line, printable, unescape_line
@@ -178,7 +178,7 @@ class Reporter:
     def _tell_outlook(self, metrics: dict, left: float) -> None:
         """Once, as soon as a run's speed can be told: `cspnet plan` in short."""
         device = self.state.loss_sum.device.type
-        own = max(1, cores() // self._world.local_size)
+        own = max(1, available_cores() // self._world.local_size)
         what, remedy = find_bottleneck(metrics["data_wait"], self._workers, own, device)
         self.console.print(
             f"expected end: {format_eta(left)} (in {format_duration(left)}, validation not included)",
