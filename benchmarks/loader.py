@@ -33,7 +33,7 @@ from cspnet.data.loader import evaluation_batches, training_groups
 from cspnet.images import decode
 from cspnet.recipe import load as recipes
 from cspnet.recipe.schema import Evaluate
-from cspnet.sources.data_root import Folder, training_folder, validation_folder
+from cspnet.sources.data_root import DataRoot, Folder
 
 ENDLESS = 100_000  # images, by repetition: no pipeline comes to the end of an epoch in a window
 CROP = 0.887  # timm's for cspdarknet53
@@ -129,7 +129,7 @@ def torchvisions(
 
 
 def of_training(root: str, batch: int, size: int) -> list[Pipeline]:
-    folder = training_folder(root)
+    folder = DataRoot(root).train_folder
     source = Folder(folder)
     flip = "RandomResizedCrop, flip"
     tensors = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
@@ -168,7 +168,7 @@ def of_training(root: str, batch: int, size: int) -> list[Pipeline]:
 
 
 def of_validation(root: str, batch: int, size: int) -> list[Pipeline]:
-    folder = validation_folder(root)
+    folder = DataRoot(root).val_folder
     source = Folder(folder)
     view = f"shorter side to {int(size / CROP)}, antialiased, central {size}²"
     tensors = v2.Compose([v2.Resize(int(size / CROP), antialias=True), v2.CenterCrop(size)])
@@ -332,7 +332,7 @@ def main() -> None:
     ):
         measure(pipelines, workers, arguments.seconds, arguments.rounds)
         record[kind] = table(f"{kind}, medians of {arguments.rounds} windows", pipelines)
-    source = Folder(training_folder(root))
+    source = Folder(DataRoot(root).train_folder)
     record["workers_mb"] = growth(source, batch, size, workers, arguments.epochs)
     print(f"\nmemory of our workers after each epoch of {len(source):,} images, MB (PSS):")
     for held in record["workers_mb"]:

@@ -29,7 +29,7 @@ from cspnet.inference.evaluate import evaluate_network
 from cspnet.nets import create
 from cspnet.recipe import load as recipes
 from cspnet.runtime.device import DTYPES, choose_precision, choose_workers, setup_device
-from cspnet.sources.data_root import Folder, validation_folder
+from cspnet.sources.data_root import DataRoot, Folder
 
 CROP_PCT = 0.887  # timm's default for cspdarknet53
 
@@ -89,7 +89,7 @@ def main() -> None:
     precision = choose_precision(options.precision, device)
     workers = choose_workers(options.workers, device)
     use_defaults(options, device.type == "cpu", batch=(32, 256), images=(160, 10_000))
-    folder = validation_folder(options.data)
+    folder = DataRoot(options.data).val_folder
     source = RepeatedSource(Folder(folder), options.images)
     nets = build_networks(len(source.classes), device)
     recipe = recipes.load_recipe(

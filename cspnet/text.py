@@ -4,7 +4,9 @@ A file's name is bytes. Python decodes it with surrogate escapes, so that the sa
 when the file is opened. Only what is displayed is escaped; paths stay as they are.
 """
 
+import difflib
 import re
+from collections.abc import Iterable
 
 LINE_ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}  # of `to_line`
 LINE_UNESCAPES = {escaped: char for char, escaped in LINE_ESCAPES.items()}
@@ -35,3 +37,12 @@ def end_sentence(text: object) -> str:
     """The text with a full stop at its end, unless it already ends a sentence."""
     told = str(text).rstrip()
     return told if told.endswith((".", "!", "?", "…")) else f"{told}."
+
+
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The question " Did you mean 'x'?" for the most similar known word; empty if none is near.
+
+    It starts with a space, to be appended to a message.
+    """
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return f" Did you mean {near[0]!r}?" if near else ""

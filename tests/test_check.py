@@ -197,7 +197,7 @@ def test_classes_that_are_empty_small_alone_or_alike(folder):
 def test_two_parts_that_do_not_go_together(folder):
     (folder / "val" / "bear").rename(folder / "val" / "Bear")
     differing = the(check_dataset(str(folder)), "classes")
-    assert differing.classes == ["Bear", "bear"] and "'Bear' for 'bear'" in differing.message
+    assert differing.classes == ["Bear", "bear"] and "'Bear' instead of 'bear'" in differing.message
     shutil.rmtree(folder / "val")
     shutil.copytree(folder / "train", folder / "val")
     report = check_dataset(str(folder))
@@ -222,7 +222,7 @@ def test_a_wrong_path_is_an_error_of_the_command(folder, tmp_path):
     for path, told in (
         (tmp_path / "gone", "does not exist"),
         (folder, "Is it Training/?"),
-        (tmp_path, "with a data root in it|one folder only"),
+        (tmp_path, "which is a data root|only one folder"),
     ):
         with pytest.raises(DataError, match=told):
             check_dataset(str(path))

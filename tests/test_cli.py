@@ -92,7 +92,7 @@ def test_train_py_hands_over(tmp_path):
     "arguments, told",
     [
         (["--recipe", "digitz"], "Did you mean 'digits'"),
-        (["--recipe", "no/such.yaml"], "there is no recipe 'no/such.yaml'"),
+        (["--recipe", "no/such.yaml"], "recipe 'no/such.yaml' is neither a file nor"),
         (["-r", "digits", "optim.learning_rte=1"], "Did you mean 'optim.learning_rate=1'"),
         (["-r", "cifar10", "--data", "nowhere"], "data folder nowhere does not exist"),
         (["-r", "digits", "--device", "gpu"], "must be auto, cpu, cuda or cuda:N"),

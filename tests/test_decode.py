@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from cspnet.data import stream
 from cspnet.images import decode
-from cspnet.images import jpeg as jpeg_header
+from cspnet.images import jpeg as jpeg_module
 from cspnet.recipe.schema import Augment, Evaluate
 from tests.bombs import BOMBS
 from tests.conftest import ROOT, picture
@@ -142,8 +142,8 @@ def jpeg(image, **options):
 
 
 def jpeg_size(data):
-    frame = jpeg_header.frame(data)
-    return frame and frame[:2]
+    header = jpeg_module.read_header(data)
+    return header and header[:2]
 
 
 def scaled(data, rng, size, augment, out=None):
@@ -154,7 +154,7 @@ def scaled(data, rng, size, augment, out=None):
 
 def turned(orientation):
     exif = Image.Exif()
-    exif[jpeg_header.ORIENTATION] = orientation
+    exif[jpeg_module.ORIENTATION] = orientation
     return exif
 
 
@@ -240,8 +240,8 @@ def test_a_header_that_tells_something_else_than_the_decoder(monkeypatch, orient
     data, augment = jpeg(picture(11, 300, 401), exif=turned(orientation)), Augment()
     plain = decode.train_view(decode.decode(data), stream.rng_for(0, 1, 2), 64, augment)
     if orientation == 1:
-        told = jpeg_header.Frame(300, 401, 0, 8, 0)
-        monkeypatch.setattr(jpeg_header, "frame", lambda data: told)
+        told = jpeg_module.JpegHeader(300, 401, 0, 8, 0)
+        monkeypatch.setattr(jpeg_module, "read_header", lambda data: told)
     view = scaled(data, stream.rng_for(0, 1, 2), 64, augment)
     assert (view == plain).all()
 
@@ -294,15 +294,18 @@ def test_rows_below_the_view_change_nothing(capfd, monkeypatch, options):
 def test_what_follows_a_jpeg_forbids_to_cut_it():
     """A file in a file, a byte behind the end, a scan for each colour: all of it is decoded."""
     data = jpeg(picture(13, 200, 100))
-    frame = jpeg_header.frame(data)
-    assert decode.decode(jpeg_header.cut(data, frame, 60)).shape == (60, 100, 3)
+    header = jpeg_module.read_header(data)
+    assert decode.decode(jpeg_module.truncate_rows(data, header, 60)).shape == (60, 100, 3)
     for rows in (-5, 0, 193, 200, 500):
-        assert jpeg_header.cut(data, frame, rows) is None
+        assert jpeg_module.truncate_rows(data, header, rows) is None
     for other in (data + b"\0", data + data, data[:-2], data[:-1]):
-        assert jpeg_header.cut(other, jpeg_header.frame(other), 60) is None
+        assert jpeg_module.truncate_rows(other, jpeg_module.read_header(other), 60) is None
     scan = data.index(b"\xff\xda")
     alone = data[: scan + 4] + b"\x01" + data[scan + 5 :]
-    assert jpeg_header.frame(alone)[:2] == (100, 200) and not jpeg_header.frame(alone).scan
+    assert (
+        jpeg_module.read_header(alone)[:2] == (100, 200)
+        and not jpeg_module.read_header(alone).scan_offset
+    )
 
 
 def test_a_flat_last_row_of_blocks_is_no_obstacle():

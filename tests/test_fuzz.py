@@ -35,7 +35,7 @@ loader.TrainGroups.__getitem__ = weighed
 source = open_training(root)
 steps = -(-len(source) // 8)
 small = ["data.image_size=32", "batch=8", "group=4", "mix.images_per_draw=2"]
-small += [f"schedule.steps={steps}"]
+small.append(f"schedule.steps={steps}")
 recipe = load_recipe(None, [f"data.root={root}", *small])
 unreadable, groups = set(), 0
 for batch in loader.training_groups(source, recipe, 0, workers, False):

@@ -267,57 +267,56 @@ def another_number(root):
 # What each message has and no other one.
 MISTAKES = {
     gone: "does not exist. Give one with --data DIR",
-    root_linked_to_nowhere: "is a link to gone, which is not there. Give one with --data DIR",
-    address: "is an address, not a folder on this machine's disks.",
+    root_linked_to_nowhere: "is a broken link to gone. Give one with --data DIR",
+    address: "is a URL, not a local folder.",
     root_is_a_file: "is a file. Give one with --data DIR",
-    zipped: "is an archive. Unpack it, and give the folder that comes out.",
+    zipped: "is an archive. Unpack it, and give the unpacked folder.",
     closed_above: "cannot be reached: Permission denied",
-    closed: "cannot be read: Permission denied. Give yourself the right to read it",
-    another_folder: "has no folder train/. A data root holds train/ and val/",
+    closed: "cannot be read: Permission denied. Check its permissions",
+    another_folder: "has no folder train/. A data root contains train/ and val/",
     nested_twice: "has no folder train/. Its folder data/ has one: give",
-    nested_twice_for_eval: "has one folder only, with a data root in it: give",
-    train_given_to_training: "has no folder train/. It is a train folder itself: "
-    "give the one above",
+    nested_twice_for_eval: "has only one folder, which is a data root: give",
+    train_given_to_training: "has no folder train/. It is a train folder itself: give its parent",
     classes_in_the_root: "has no folder train/. It has 3 class folders (apple, bear, cat) itself: "
     "move them into",
-    train_given_to_eval: "holds the training images, on which a score means little",
+    train_given_to_eval: "contains the training images, on which scores mean little",
     train_named_otherwise: "has no folder train/. Is it training/? Then rename it to train/.",
-    train_linked_to_nowhere: "has no folder train/. train is a link to gone, which is not there.",
+    train_linked_to_nowhere: "has no folder train/. train is a broken link to gone.",
     train_is_a_file: "has no folder train/. train is a file; it must be a folder with "
     "one folder per class.",
-    train_packed: "has no folder train/. It holds 1 archive (ILSVRC2012_img_train.tar): unpack",
+    train_packed: "has no folder train/. It contains 1 archive (ILSVRC2012_img_train.tar): unpack",
     classes_packed: "has 3 archives (apple.tar, bear.tar, cat.tar) and no class folder. "
     "Unpack each into a folder",
-    train_in_train: "has one folder only, train/, and 3 class folders (apple, bear, cat) in it: "
-    "a level too many.",
-    root_in_train: "holds train/ and val/, not class folders: it is a whole data root.",
-    no_val: "has train/ but none of val/, valid/, validation/. A data root holds",
+    train_in_train: "has only one folder, train/, with 3 class folders (apple, bear, cat) in it: "
+    "one level too many.",
+    root_in_train: "contains train/ and val/, not class folders: it is a complete data root.",
+    no_val: "has train/ but none of val/, valid/, validation/. A data root contains",
     val_named_otherwise: "has train/ but none of val/, valid/, validation/. Is it Val/? "
     "Then rename it to val/.",
     two_vals: "has both val/ and valid/. Keep one",
     flat: "is flat: 9 images",
-    empty_val: "is empty. Put one folder per class into it.",
-    labels_in_a_table: "has no class folder; found there: labels.csv",
-    between: "has one folder only, images/, and 3 class folders (apple, bear, cat) in it: "
-    "a level too many.",
+    empty_val: "is empty. Create one folder per class in it.",
+    labels_in_a_table: "has no class folder; it contains: labels.csv",
+    between: "has only one folder, images/, with 3 class folders (apple, bear, cat) in it: "
+    "one level too many.",
     missing: "it lacks 1 class (bear). Folder names must be the class names of the training set.",
-    extra: "it has 1 class (dog) that the network was not trained for. Folder names must be",
+    extra: "it has 1 class (dog) that the network was not trained on. Folder names must be",
     empty_class: "no image in 1 class folder (bear). Add images",
-    other_files: "no image in 1 class folder (bear), other files only (3 × .gif).",
-    other_case: "Only case, blanks or zeros differ: 'Bear' for 'bear'.",
-    numbers: "Numbers are not names, and ImageNet's do not follow the order of the synsets",
-    numbers_from_one: "One is counted from 0, one from 1: rename the folders.",
-    another_data_set: "No class is in both: are these two parts of one data set?",
+    other_files: "no image in 1 class folder (bear), only other files (3 × .gif).",
+    other_case: "Only case, spaces or leading zeros differ: 'Bear' instead of 'bear'.",
+    numbers: "Numbers are not class names, and ImageNet's numbers do not follow the synset order",
+    numbers_from_one: "One is numbered from 0, the other from 1: rename the folders.",
+    another_data_set: "They have no class in common: do they belong to the same data set?",
     other_normalization: "Names that look the same differ in their Unicode normalization: "
-    "cafe\\u0301 (NFD) for caf\\xe9 (NFC). Rename the folders: convmv",
+    "cafe\\u0301 (NFD) instead of caf\\xe9 (NFC). Rename the folders: convmv",
     no_train_but_a_class_of_that_name: "train is the folder of a class, not of the training "
-    "set. It is a train folder itself: give the one above",
+    "set. It is a train folder itself: give its parent",
     in_one_folder: "is flat: its images are in images/, and it has no class folder.",
-    tiny_imagenet: "is the validation set of Tiny-ImageNet as its archive unpacks: "
-    "all images are in images/, and val_annotations.txt names their classes.",
-    kaggle: "is ImageNet as Kaggle packs it: give its data root, ",
+    tiny_imagenet: "is the validation set of Tiny-ImageNet as in its archive: "
+    "all images are in images/, and val_annotations.txt lists their classes.",
+    kaggle: "is ImageNet from Kaggle: give its data root, ",
     flat_imagenet: "is flat: 2 validation images of ImageNet and no class folder.",
-    another_number: "has 3 classes, the network 5",
+    another_number: "has 3 classes, but the network has 5",
 }
 
 
@@ -402,7 +401,9 @@ def test_training_compares_the_two_parts_and_no_network(folder):
     shutil.copytree(folder / "val" / "bear", folder / "val" / "dog")
     with pytest.raises(DataError) as caught:
         data_root.open_parts(str(folder))
-    assert "for validation are not those of train/ (3): it has 1 class (dog)" in str(caught.value)
+    assert "the validation classes are not those of train/ (3): it has 1 class (dog)" in str(
+        caught.value
+    )
     shutil.rmtree(folder / "val" / "dog")
     training, validation = data_root.open_parts(str(folder))
     assert training.classes == validation.classes == CLASSES

@@ -16,7 +16,7 @@ from cspnet.report.evaluation import evaluate_run
 from cspnet.run.reader import read_run
 from cspnet.shell import command_line, shell_quote
 from cspnet.sources import messages
-from cspnet.sources.data_root import places
+from cspnet.sources.data_root import DataRoot
 from cspnet.sources.tar_members import TarError
 from cspnet.sources.tar_set import TarSource
 from cspnet.text import end_sentence
@@ -109,7 +109,7 @@ def test_the_command_that_makes_an_index(folder, capsys):
         with tarfile.open(root / f"{split}.tar", "w") as tar:
             tar.add(root / split, split)
         (root / split).rename(folder.with_name(split))
-    TarSource(places(str(root))["train"])
+    TarSource(DataRoot(str(root)).splits["train"])
     told = "".join(capsys.readouterr())
     assert copied(told.strip().splitlines()[-1]) == ["cspnet", "index", str(root)]
 

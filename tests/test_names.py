@@ -151,9 +151,9 @@ def test_labels_in_tar_files_are_kept_byte_for_byte(tmp_path):
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-    source = tar_set.TarSource(tar_set.inside(tmp_path / "train"), save=True)
+    source = tar_set.TarSource(tar_set.TarSet.in_folder(tmp_path / "train"), save=True)
     assert list(map(os.fsencode, source.classes)) == [b"p\xe8che", b"p\xeache", b"p\xebche"]
-    assert tar_set.TarSource(tar_set.inside(tmp_path / "train")).classes == source.classes
+    assert tar_set.TarSource(tar_set.TarSet.in_folder(tmp_path / "train")).classes == source.classes
     (tmp_path / "train" / "classes.txt").write_bytes(b"p\xeache\n")
     with pytest.raises(DataError, match=r"classes\.txt is not UTF-8 \(byte 1\)"):
         data_root.open_training(str(tmp_path))

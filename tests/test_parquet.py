@@ -99,7 +99,7 @@ def test_a_group_reads_the_row_groups_that_it_needs_and_no_other(root, monkeypat
     ]
     recipe = load_recipe(None, [f"data.root={root[0]}", *small])
     source = data_root.open_training(str(root[0]))
-    opened, read = source._open, []
+    opened, read = source._reader, []
 
     class Counting:
         def __init__(self, number):
@@ -109,7 +109,7 @@ def test_a_group_reads_the_row_groups_that_it_needs_and_no_other(root, monkeypat
             read.append((self.number, within))
             return opened(self.number).read_row_group(within, *rest, **options)
 
-    monkeypatch.setattr(source, "_open", Counting)
+    monkeypatch.setattr(source, "_reader", Counting)
     batch = TrainGroups(source, recipe)[900, 1]
     assert len(batch.labels) == 4 and 1 <= len(read) <= 4
 
@@ -136,13 +136,16 @@ MISTAKES = [
     (cut, "train-00001-of-00002.parquet cannot be read as parquet"),
     (lambda root: first(root)[0].unlink(), "has 1 of 2 files train-00001-of-00002 …: number 00000"),
     (no_image, "has no column `image`; its columns are picture, label"),
-    (lambda root: write(root, names=None), "column `label` holds numbers, and the file does not"),
-    (lambda root: write(root, labels=[0, -1, 1]), "1 of 3 rows have no label, as test sets"),
+    (
+        lambda root: write(root, names=None),
+        "column `label` contains numbers, and the file has no names",
+    ),
+    (lambda root: write(root, labels=[0, -1, 1]), "1 of 3 rows have no label, as in a test set"),
     (
         lambda root: write(root, labels=[0, 3, 1]),
-        "a label is 3, but the ClassLabel names 0 to 2 only",
+        "a label is 3, but the ClassLabel has only names for 0 to 2",
     ),
-    (lambda root: write(root, names=["a", "b", "c"]), "its columns are not those of"),
+    (lambda root: write(root, names=["a", "b", "c"]), "its columns differ from those of"),
 ]
 
 
@@ -165,12 +168,15 @@ def not_utf8(root):
 
 
 MISTAKES += [
-    (category_of_numbers, "column `label` holds numbers, and the file does not"),
+    (category_of_numbers, "column `label` contains numbers, and the file has no names"),
     (twice, "the ClassLabel of column `label` has 1 name (crane) more than once"),
-    (words_with_a_class_label, "column `label` is string, not the numbers of its ClassLabel"),
-    (lambda root: write(root, labels=[0.0, 1.0, 2.0]), "is double, not the numbers of its Class"),
-    (lambda root: write(root, labels=[0.0, 1.0, 2.0], names=None), "not the names of classes"),
-    (not_utf8, "column `label` holds strings that are not UTF-8"),
+    (words_with_a_class_label, "column `label` has type string, not the numbers of its ClassLabel"),
+    (
+        lambda root: write(root, labels=[0.0, 1.0, 2.0]),
+        "has type double, not the numbers of its Class",
+    ),
+    (lambda root: write(root, labels=[0.0, 1.0, 2.0], names=None), "not class names"),
+    (not_utf8, "column `label` contains strings that are not UTF-8"),
 ]
 
 
@@ -256,4 +262,4 @@ def test_without_pyarrow_it_says_what_to_install(root, monkeypatch):
     with pytest.raises(DataError, match="pip install pyarrow"):
         data_root.open_training(str(root[0]))
     shutil.rmtree(root[0] / "data")
-    assert parquet.beside(root[0], ("train",)) is None
+    assert parquet.ParquetSet.by_name(root[0], ("train",)) is None

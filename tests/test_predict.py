@@ -138,7 +138,7 @@ def test_folders_are_searched_to_any_depth_and_nothing_comes_twice(tmp_path, mon
         find_images(["b", "gone.jpg", "b/gone"])
     (tmp_path / "c" / "1.webp").unlink()
     (tmp_path / "c" / "notes.txt").write_text("x")
-    with pytest.raises(DataError, match=r"^c holds no image .* found there: notes\.txt$"):
+    with pytest.raises(DataError, match=r"^c contains no image .* found there: notes\.txt$"):
         find_images(["b", "c"])
 
 
@@ -210,7 +210,7 @@ def test_json_alone_on_stdout_with_more_ranks_than_classes(photos, tmp_path, com
     "arguments, told",
     [
         (["gone.jpg"], "no such file or folder: gone.jpg"),
-        (["empty"], "empty holds no image"),
+        (["empty"], "empty contains no image"),
         (["a.jpg", "--top", "0"], "Invalid value for '--top'"),
         (["a.jpg", "--json", "no/out.json"], "--json no/out.json: must be a file in a folder"),
         (["a.jpg", "--json", "-", "--csv", "-"], "--json and --csv both go to -"),

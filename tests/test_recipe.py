@@ -5,6 +5,7 @@ import pytest
 from cspnet.errors import RecipeError
 from cspnet.recipe import load as recipes
 from cspnet.recipe import schema
+from cspnet.recipe.aliases import renamed
 from tests.conftest import ROOT
 
 SHIPPED = sorted((ROOT / "recipes").glob("**/*.yaml"))
@@ -48,7 +49,7 @@ def test_overrides_win_over_the_file(tmp_path):
         ("probability=1", "Did you mean 'mix.probability=1' or 'adversarial.probability=1'"),
         ("model.name=resnet", "must be one of cspdarknet53, darknet53"),
         ("model.name=cspdarknet35", "Did you mean 'cspdarknet53'"),
-        ("model.freeze_stages=2", "give model.init_from"),
+        ("model.freeze_stages=2", "set model.init_from"),
         (
             "data.start_image_size=100",
             "data.start_image_size (100) must be a multiple of 32 below data.image_size",
@@ -82,6 +83,17 @@ def test_overrides_win_over_the_file(tmp_path):
 )
 def test_wrong_override_is_told_with_its_key(override, told):
     assert told in problems(None, override)
+
+
+@pytest.mark.parametrize("old, new", sorted(renamed().items()))
+def test_an_old_key_is_answered_with_its_new_name(tmp_path, old, new):
+    section, field = old.split(".")
+    assert f"override: {old} was renamed {new}" in problems(None, f"{old}=1")
+    path = written(tmp_path, f"{section}:\n  {field}: 1\n")
+    assert f"{path}: {old} was renamed {new}" in problems(path)
+    with pytest.raises(RecipeError, match=f"of another version: {old} was renamed"):
+        recipes.recipe_from_yaml(path.read_text())
+    assert new.partition(" ")[0] in dict(recipes.flatten(recipes.Recipe()))
 
 
 def test_images_grow_to_their_full_size():
@@ -119,7 +131,7 @@ def test_a_file_that_is_no_recipe(tmp_path, text):
 
 def test_settings_that_idle_the_attack_are_told():
     short = problems(None, "adversarial.step_size=1", "schedule.steps=1000")
-    assert "no step of 1,000 follows the warm-up" in short
+    assert "none of the 1,000 steps follows the warm-up" in short
     never = problems(None, "adversarial.step_size=1", "adversarial.probability=0")
     assert "adversarial.probability is 0" in never
 
@@ -190,9 +202,8 @@ def test_every_field_of_every_recipe_has_a_source(path):
             if rest and not line.startswith("#"):
                 assert said[section + key] == rest.partition(" # ")[2].strip(), line
     for key, value in recipes.flatten(resolved):
-        idle = key in schema.IDLE and schema.IDLE[key](resolved)
-        idle = idle or (key in schema.OFF and value == schema.OFF[key])
-        assert key in given or idle, (
+        optional = schema.no_effect(resolved, key) or schema.is_off(key, value)
+        assert key in given or optional, (
             f"{path.stem} does not give {key}: shipped recipes are complete"
         )
         if key in given:

@@ -35,19 +35,19 @@ def test_a_class_may_be_named_like_a_part(folder, name, deep, command, tmp_path)
         (read,) = check_dataset(str(folder / part)).splits
         assert read.name == part and sorted(read.classes) == classes
         assert sum(read.classes.values()) == count
-        assert list(data_root.places(str(folder / part))) == [part]
+        assert list(data_root.DataRoot(str(folder / part)).splits) == [part]
     assert len(data_root.open_validation(str(folder / "val"), classes)) == 9
     training, validation = data_root.open_parts(str(folder))
     assert training.classes == validation.classes == classes
     assert [part.name for part in check_dataset(str(folder)).splits] == ["train", "val"]
-    with pytest.raises(DataError, match="It is a train folder itself: give the one above"):
+    with pytest.raises(DataError, match="It is a train folder itself: give its parent"):
         data_root.open_training(str(folder / "train"))
-    with pytest.raises(DataError, match="holds the training images"):
+    with pytest.raises(DataError, match="contains the training images"):
         data_root.open_validation(str(folder / "train"), classes)
     done = command("main", "index", folder / "val")
     assert done.returncode == 0 and "val: class folders" in done.stdout
     done = command("main", "pack", folder / "train", "--output", tmp_path / "packed")
-    assert done.returncode == 2 and "give the one above" in done.stderr
+    assert done.returncode == 2 and "give its parent" in done.stderr
     done = command("main", "pack", folder, "--output", tmp_path / "packed", "--short-side", 64)
     assert done.returncode == 0, done.stderr
     assert data_root.open_training(str(tmp_path / "packed")).classes == classes
@@ -83,7 +83,7 @@ def test_a_whole_data_root_among_class_folders_is_refused(folder):
     """Also with folders beside its parts."""
     shutil.copytree(folder, folder.with_name("again") / "train")
     (folder.with_name("again") / "train" / "docs").mkdir()
-    with pytest.raises(DataError, match="holds train/ and val/, not class folders"):
+    with pytest.raises(DataError, match="contains train/ and val/, not class folders"):
         data_root.open_training(str(folder.with_name("again")))
 
 
@@ -130,7 +130,7 @@ def test_kaggle_is_recognised_at_every_level_and_its_list_found(folder):
             opens()
         told = str(caught.value)
         assert "val is flat: 3 validation images" in told and "data/README.md" in told
-        assert f"by {folder / 'LOC_val_solution.csv'}, which names their classes" in told
+        assert f"according to {folder / 'LOC_val_solution.csv'}, which lists them" in told
     (finding,) = (f for f in check_dataset(str(inner)).findings if f.kind == "layout")
     assert "LOC_val_solution.csv" in finding.message
 
@@ -147,7 +147,7 @@ def test_tiny_imagenet_is_recognised_in_check_and_training(folder):
     assert report.splits[0].classes == dict.fromkeys(("apple", "bear", "cat"), 12)
     (finding,) = (f for f in report.findings if f.kind == "layout")
     assert "Tiny-ImageNet" in finding.message
-    with pytest.raises(DataError, match=r"val_annotations\.txt names their classes"):
+    with pytest.raises(DataError, match=r"val_annotations\.txt lists their classes"):
         data_root.open_parts(str(folder))
 
 

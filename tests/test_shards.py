@@ -19,7 +19,7 @@ from cspnet.errors import DataError
 from cspnet.recipe.load import load_recipe
 from cspnet.recipe.schema import Evaluate
 from cspnet.runtime.device import RunOptions
-from cspnet.sources import data_root, tar_members, tar_set
+from cspnet.sources import data_root, tar_index, tar_members, tar_set
 from cspnet.train import loop
 from tests.conftest import ROOT
 
@@ -49,9 +49,9 @@ def images(part):
 
 def save_index(root):
     """As `cspnet index` does."""
-    for place in data_root.places(str(root)).values():
-        if isinstance(place, tar_set.TarSet):
-            tar_set.TarSource(place, save=True)
+    for location in data_root.DataRoot(str(root)).splits.values():
+        if isinstance(location, tar_set.TarSet):
+            tar_set.TarSource(location, save=True)
 
 
 def in_shards(paths, target, entries, count=3, prefix=""):
@@ -238,8 +238,10 @@ def test_hidden_and_other_members_are_left_alone(folder):
 
 def scans(monkeypatch):
     """Counts the tar files whose headers are read."""
-    done, scan = [], tar_members.scan
-    monkeypatch.setattr(tar_members, "scan", lambda file: (done.append(file.name), scan(file))[1])
+    done, scan = [], tar_members.scan_tar
+    monkeypatch.setattr(
+        tar_members, "scan_tar", lambda file: (done.append(file.name), scan(file))[1]
+    )
     return done
 
 
@@ -255,7 +257,7 @@ def test_the_index_is_made_once_and_again_when_a_tar_file_changes(folder, monkey
     assert [first.name(i) for i in range(36)] == [again.name(i) for i in range(36)]
     os.utime(root / "train" / "000001.tar", ns=(1, 1))
     data_root.open_training(str(root))
-    assert len(done) == 3 and "as they are now: made anew" in capsys.readouterr().err
+    assert len(done) == 3 and "does not match the tar files" in capsys.readouterr().err
     (root / "train" / "000001.tar").unlink()
     save_index(root)
     assert len(data_root.open_training(str(root))) == 24 and len(done) == 5
@@ -301,7 +303,7 @@ def test_an_index_that_cannot_be_right_is_made_anew(folder, monkeypatch, tmp_pat
         file.write_bytes(whole)
         make()
         assert data_root.open_training(str(root)).labels.tolist() == want
-        assert len(done) == 3 * number and "made anew" in capsys.readouterr().err
+        assert len(done) == 3 * number and "building it again" in capsys.readouterr().err
     assert not (tmp_path / "evil").exists()
     assert not [name for name in os.listdir(root / "train") if name.startswith(".")]
 
@@ -314,7 +316,7 @@ def test_an_index_that_cannot_be_saved_is_made_in_memory(folder, monkeypatch, ca
 
     monkeypatch.setattr(os, "replace", refuse)
     save_index(root)
-    told = "cannot be saved (Read-only file system): it is made at each start"
+    told = "cannot be saved (Read-only file system): the index will be built at each start"
     assert told in capsys.readouterr().err and len(data_root.open_training(str(root))) == 36
     assert sorted(os.listdir(root / "train")) == ["000000.tar", "000001.tar", "000002.tar"]
 
@@ -323,7 +325,7 @@ def test_what_a_worker_carries_is_a_few_blocks(folder):
     source = data_root.open_training(str(sharded(folder, as_class_folders)))
     index = source._index
     assert isinstance(index.block, bytes)
-    assert all(isinstance(getattr(index, name), np.ndarray) for name in tar_set.ARRAYS)
+    assert all(isinstance(getattr(index, name), np.ndarray) for name in tar_index.DTYPES)
 
 
 # Damage.
@@ -339,7 +341,7 @@ def test_a_tar_file_that_is_cut_short_is_named(folder):
         file.write_bytes(whole[:length])
         with pytest.raises(tar_members.TarError) as caught:
             data_root.open_training(str(root))
-        assert "train: 000001.tar: cut short at byte " in str(caught.value), length
+        assert "train: 000001.tar: truncated at byte " in str(caught.value), length
     file.write_bytes(whole[: end + 512])  # one block of the two that end it
     assert len(data_root.open_training(str(root))) == 36
 
@@ -353,7 +355,7 @@ def test_an_image_behind_the_end_of_its_file_is_unreadable(folder):
         try:
             source.read(index)
         except OSError as error:
-            assert "ends before" in str(error) and "000001.tar:" in str(error)
+            assert "ends within the image" in str(error) and "000001.tar:" in str(error)
             bad.add(index)
     assert 10 < len(bad) <= 12
     groups = TrainGroups(source, recipe_for(root))
@@ -365,7 +367,7 @@ def test_an_image_behind_the_end_of_its_file_is_unreadable(folder):
 
 
 def test_more_tar_files_than_are_kept_open(folder, monkeypatch):
-    monkeypatch.setattr(tar_set, "KEPT_OPEN", 1)
+    monkeypatch.setattr(tar_set, "MAX_OPEN", 1)
     source = data_root.open_training(str(sharded(folder, as_named_samples)))
     plain = data_root.open_training(str(folder))
     before = len(os.listdir("/proc/self/fd"))
@@ -606,42 +608,44 @@ def without_images(root):
 
 
 MISTAKES = {
-    both_kinds: "holds both 3 folders (apple, bear, cat) and 1 tar file (0.tar): "
+    both_kinds: "contains both 3 folders (apple, bear, cat) and 1 tar file (0.tar): "
     "which are the images?",
-    folder_and_file: "has 1 tar file (train-0.tar), and train/ too: which are the images?",
-    part_of_tar_files_given: "has no folder train/. It holds the tar files of train/: give the one",
+    folder_and_file: "has 1 tar file (train-0.tar), but also train/: which are the images?",
+    part_of_tar_files_given: "has no folder train/. It contains the tar files of train/: "
+    "give its parent",
     no_val: "has train.tar, but none of val.tar, valid.tar, validation.tar.",
     linked_to_nowhere: "1.tar cannot be opened: No such file or directory",
     pipe: "1.tar is not a regular file",
-    cut: "0.tar: cut short at byte 1,024, ",
+    cut: "0.tar: truncated at byte 1,024, ",
     empty: "1.tar: empty, 0 bytes: copy or download it again",
     header_damaged: "0.tar: its header at byte 1,024 cannot be read: copy or download it again",
-    joined: "0.tar: goes on behind its end mark at byte 2,048: joined by cat?",
-    compressed: "0.tar: compressed, so there is no reading in it: decompress it",
-    no_tar: "0.tar: no tar file, or damaged at its first header: copy or download it again",
-    leads_out: "0.tar: ../../apple/1.jpg leads out of the tar file",
-    absolute: "0.tar: /etc/passwd.jpg leads out of the tar file",
+    joined: "0.tar: has data after its end mark at byte 2,048: joined by cat?",
+    compressed: "0.tar: compressed, so it cannot be read in place: decompress it",
+    no_tar: "0.tar: not a tar file, or damaged at its first header: copy or download it again",
+    leads_out: "0.tar: ../../apple/1.jpg points outside the tar file",
+    absolute: "0.tar: /etc/passwd.jpg points outside the tar file",
     link: "0.tar: apple/1.jpg is a link: pack the file itself",
     hard_link: "0.tar: apple/1.jpg is a link: pack the file itself",
-    device: "0.tar: apple/1.jpg is no ordinary file: pack it without",
-    twice: "0.tar: apple/0.jpg is there twice: which one counts?",
-    in_no_folder: "0.tar: 1.jpg has no class: it is in no folder",
+    device: "0.tar: apple/1.jpg is not a regular file: leave it out",
+    twice: "0.tar: apple/0.jpg is in the tar file twice: remove one",
+    in_no_folder: "0.tar: 1.jpg has no class: it is not in a folder",
     flat: "no image has a class: neither folders nor .cls in 2 tar files (0.tar, 1.tar). "
     "Is each a class?",
-    no_image: "no image in 1 tar file (0.tar); found there: apple/0.gif. Read are .jpg",
-    tars_in_tars: "no image in 1 tar file (0.tar), but further archives (apple.tar …). Unpack them",
+    no_image: "no image in 1 tar file (0.tar); it contains: apple/0.gif. Supported are .jpg",
+    tars_in_tars: "no image in 1 tar file (0.tar), but more archives (apple.tar …). Unpack them",
     both_parts: "train/ and val/ in the same tar files. Pack each by itself",
-    between: "one folder only in the tar files, images/, and 2 folders (apple, bear) in it: "
-    "a level too many.",
+    between: "the tar files contain only one folder, images/, with 2 folders (apple, bear) in it: "
+    "one level too many.",
     sample_without_class: "0.tar: 1.jpg has no class: add KEY.cls to each KEY.jpg",
-    class_without_sample: "0.tar: 1.cls has no image of its name",
-    two_images: "0.tar: 0.png and 0.jpg are one sample: which is its image?",
+    class_without_sample: "0.tar: 1.cls has no image with the same key",
+    two_images: "0.tar: 0.png and 0.jpg belong to one sample: which is its image?",
     dot_in_the_key: "0.tar: 1.v2.jpg has a dot in its key: a sample is KEY.jpg with KEY.cls",
-    numbers: "the classes are numbers from 0 to 12, without names: put a classes.txt beside",
-    too_few_names: "0.tar: 1.jpg is of class 12: classes.txt, from 0 on, has no such line",
-    unlisted: "0.tar: 0.jpg is of class dog, which classes.txt lacks",
-    listed_twice: "classes.txt has 1 name (apple) more than once: one class a line",
-    without_images: "no image of 1 class (apple), which classes.txt lists. Add their shards, or",
+    numbers: "the classes are numbers from 0 to 12, without names: put a classes.txt next to",
+    too_few_names: "0.tar: 1.jpg has class 12, but classes.txt has no such line",
+    unlisted: "0.tar: 0.jpg has class dog, which is not in classes.txt",
+    listed_twice: "classes.txt has 1 name (apple) more than once: one class per line",
+    without_images: "no image of 1 class (apple) listed in classes.txt. "
+    "Add the missing tar files, or",
 }
 
 
@@ -683,7 +687,7 @@ def test_the_check_reads_the_images_in_tar_files(folder):
     assert [part.classes for part in report.splits] == [part.classes for part in plain.splits]
     os.truncate(root / "train" / "000001.tar", 3000)
     (error,) = (f for f in check_dataset(str(root)).findings if f.kind == "layout")
-    assert "000001.tar: cut short" in error.message
+    assert "000001.tar: truncated" in error.message
 
 
 # The command.
@@ -704,7 +708,7 @@ def test_the_command_makes_the_index_and_names_what_is_wrong(folder, command, tm
         put(tar, "a\x1b[31m.jpg", type=tarfile.SYMTYPE, linkname="x")
     done = command("main", "index", root / "train")
     assert done.returncode == 1 and "\x1b" not in done.stdout
-    for line in ("000000.tar: cut short", "000001.tar: cut short", "000002.tar: a\\x1b[31m.jpg"):
+    for line in ("000000.tar: truncated", "000001.tar: truncated", "000002.tar: a\\x1b[31m.jpg"):
         assert f"error: train: {line}" in done.stdout
     done = command("main", "index", tmp_path / "gone")
     assert done.returncode == 2 and "does not exist" in done.stderr

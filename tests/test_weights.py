@@ -124,7 +124,7 @@ def test_an_order_that_does_not_matter_is_assumed_and_said(tmp_path, command):
     assert done.returncode == 0 and "in sorted order, which is assumed" in done.stdout
     two = folders(tmp_path / "two", ["ant", "bee"])
     done = command("main_eval", *call[:2], "--data", two, "--workers", "0", "--batch", "2")
-    assert done.returncode == 2 and "has 2 classes, the network 3" in done.stderr
+    assert done.returncode == 2 and "has 2 classes, but the network has 3" in done.stderr
 
 
 def test_names_that_timm_takes_for_equal_have_no_order(tmp_path):

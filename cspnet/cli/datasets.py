@@ -101,7 +101,7 @@ def index_command(
     exit code is 1 if there are errors in a tar file and 2 if the path is wrong.
     """
     from cspnet.errors import DataError
-    from cspnet.sources.data_root import places, require_classes
+    from cspnet.sources.data_root import DataRoot, require_classes
     from cspnet.sources.names import TRAINING
     from cspnet.sources.parquet import ParquetSet
     from cspnet.sources.tar_members import TarError
@@ -109,14 +109,16 @@ def index_command(
 
     lines: list[tuple[str, str]] = []
     sources: list[TarSource] = []
-    for name, location in places(data, "Give a data root or a folder of tar files").items():
+    for name, location in DataRoot(
+        data, "Give a data root or a folder of tar files"
+    ).splits.items():
         if not isinstance(location, TarSet):
             kind = "parquet files" if isinstance(location, ParquetSet) else "class folders"
             lines.append(("", f"{name}: {kind}, which need no index"))
             continue
         try:
             with _progress_bar("tar files") as progress:
-                source = TarSource(location, save=True, again=True, progress=progress)
+                source = TarSource(location, save=True, rebuild=True, progress=progress)
         except TarError as error:
             lines += [("error", f"error: {name}: {problem}") for problem in error.problems]
             continue

@@ -117,7 +117,8 @@ def describe_network(trained: "Trained", precision: "Precision") -> list[str]:
         *trained.remarks,
         f"{recipe.model.name}, step {trained.step:,}, "
         f"{'EMA' if trained.averaged else 'raw'} weights; preprocessing: "
-        f"{recipe.data.image_size}x{recipe.data.image_size}, crop_pct {how.crop_pct:g}, {how.interpolation} resize, "
+        f"{recipe.data.image_size}x{recipe.data.image_size}, crop_pct {how.crop_pct:g}, "
+        f"interpolation {how.interpolation}, "
         f"normalize {describe_normalization(recipe.data)}; {precision.name}",
     ]
 

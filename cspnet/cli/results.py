@@ -131,7 +131,7 @@ def predict_command(
     Results go to stdout, messages to stderr. Images that cannot be read are listed on stderr, and
     the exit code is 1; all other images are classified.
     """
-    from cspnet.sources.data_root import Files, find_images
+    from cspnet.sources.folder import Files, find_images
 
     require_writable("--json", json_file)
     require_writable("--csv", csv_file)

@@ -21,19 +21,10 @@ from cspnet.datasets.findings import (
 )
 from cspnet.errors import DataError
 from cspnet.recipe.schema import DIGITS
-from cspnet.sources import messages, roots, tar_set
-from cspnet.sources.data_root import (
-    Digits,
-    Folder,
-    Source,
-    has_parts,
-    open_location,
-    require_data_folder,
-    training_place,
-    validation_place,
-)
+from cspnet.sources import messages, roots
+from cspnet.sources.data_root import DataRoot, Digits, Folder, Source, open_location
 from cspnet.sources.parquet import ParquetSource
-from cspnet.sources.tar_set import TarSource
+from cspnet.sources.tar_set import TarSet, TarSource
 from cspnet.text import printable
 
 SEVERITIES = ("error", "warning", "note")
@@ -135,17 +126,19 @@ def _open(data: str) -> tuple[dict[str, Source], list[Finding]]:
     """The splits that can be opened, by name, and findings about the others."""
     if data == DIGITS:
         return {"train": Digits(train=True), "val": Digits(train=False)}, []
-    folder = require_data_folder(data, _HINT)
-    if not has_parts(folder):
-        single = open_location(tar_set.inside(folder) or folder, empty=True)
+    root = DataRoot(data, _HINT)
+    if not root.has_splits:
+        folder = root.folder
+        single = open_location(TarSet.in_folder(folder) or folder, allow_empty=True)
         if isinstance(single, Folder) and (not len(single) or roots.is_misplaced(folder)):
             raise DataError(messages.no_training_folder(folder))
         return {Path(os.path.abspath(folder)).name: single}, []
     sources: dict[str, Source] = {}
     findings = []
-    for name, locate in (("train", training_place), ("val", validation_place)):
+    for name in ("train", "val"):
         try:
-            sources[name] = open_location(locate(data), empty=True)
+            location = root.train if name == "train" else root.val
+            sources[name] = open_location(location, allow_empty=True)
         except DataError as error:
             findings.append(Finding("layout", "error", str(error)))
     return sources, findings

@@ -80,7 +80,7 @@ def _exists(split: Path, classes: int) -> bool:
     """Whether a split exists and is complete. Raises DataError if it is incomplete."""
     if not os.path.lexists(split):
         return False
-    count = sum(entry.is_dir() for entry in messages.entries(split)) if split.is_dir() else 0
+    count = sum(entry.is_dir() for entry in messages.list_entries(split)) if split.is_dir() else 0
     if count == classes:
         return True
     raise DataError(

@@ -22,10 +22,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from cspnet.images import MAX_PIXELS
 from cspnet.data.worker import init_worker
 from cspnet.errors import CspnetError
-from cspnet.images import codecs
+from cspnet.images import MAX_PIXELS, codecs
 from cspnet.images.decode import MAX_ASPECT, MAX_SIDE, PILLOW_FORMATS, decode
 from cspnet.images.formats import ImageInfo, TooLargeError, UnreadableError, UnsupportedError
 from cspnet.sources.data_root import Folder, Source

@@ -23,10 +23,10 @@ from cspnet.datasets.pack_journal import (
 from cspnet.errors import CspnetError, DataError
 from cspnet.images.decode import MAX_SIDE, TooLargeError, UnreadableError, decode
 from cspnet.recipe.schema import DIGITS
-from cspnet.sources import messages, tar_set
+from cspnet.sources import messages
 from cspnet.sources.data_root import Source, open_parts, require_data_folder
 from cspnet.sources.tar_members import CLASSES_FILE
-from cspnet.sources.tar_set import TarSource
+from cspnet.sources.tar_set import TarSet, TarSource
 from cspnet.text import printable
 
 SIGNATURES = {b"\x89PNG": ".png", b"RIFF": ".webp", b"BM": ".bmp", b"II*": ".tif", b"MM": ".tif"}
@@ -184,8 +184,8 @@ def _pack_split(journal: PackJournal, name: str, source: Source, workers: int) -
 
 def _verify(folder: Path, images: int) -> None:
     """Read all tar headers once and save their index. Raise CspnetError unless all images exist."""
-    tars = tar_set.inside(folder)
-    if tars is None or len(TarSource(tars, empty=True, save=True, again=True)) != images:
+    tars = TarSet.in_folder(folder)
+    if tars is None or len(TarSource(tars, allow_empty=True, save=True, rebuild=True)) != images:
         raise CspnetError(f"{folder} does not contain what was written. Check the disk")
 
 

@@ -1,4 +1,4 @@
-"""BMP: its header, and pixels of 16 and 32 bits, which OpenCV does not take by their masks."""
+"""BMP: header, and pixels of 16 and 32 bits, whose colour masks OpenCV does not apply."""
 
 import cv2
 import numpy as np
@@ -7,13 +7,13 @@ from cspnet.images.formats import (
     ImageInfo,
     UnreadableError,
     UnsupportedError,
-    opencv,
-    require_pixels,
+    check_pixel_count,
+    decode_opencv,
     to_8_bits,
 )
 
 _RGB, _BITFIELDS, _ALPHABITFIELDS = 0, 3, 6  # compression
-_X1R5G5B5 = (0x7C00, 0x03E0, 0x001F)  # of 16 bits without masks
+_X1R5G5B5 = (0x7C00, 0x03E0, 0x001F)  # the layout of 16 bits without masks
 
 
 def _int(data: bytes, at: int, size: int, signed: bool = False) -> int:
@@ -21,18 +21,18 @@ def _int(data: bytes, at: int, size: int, signed: bool = False) -> int:
 
 
 def _masks(data: bytes) -> tuple[int, ...]:
-    """Masks of red, green, blue and, where there is one, alpha; empty where OpenCV needs none.
+    """Masks of red, green, blue and, if present, alpha; empty if OpenCV decodes the file itself.
 
-    Raises Unsupported for masks that are not runs of bits.
+    Raises Unsupported for masks that are not contiguous.
     """
-    info, bits, compression = _int(data, 14, 4), _int(data, 28, 2), _int(data, 30, 4)
-    if info < 40 or bits not in (16, 32):
+    header_size, bits, compression = _int(data, 14, 4), _int(data, 28, 2), _int(data, 30, 4)
+    if header_size < 40 or bits not in (16, 32):
         return ()
     if compression == _RGB:
         return _X1R5G5B5 if bits == 16 else ()
     if compression not in (_BITFIELDS, _ALPHABITFIELDS):
         return ()
-    count = 4 if info >= 56 or compression == _ALPHABITFIELDS else 3
+    count = 4 if header_size >= 56 or compression == _ALPHABITFIELDS else 3
     masks = tuple(_int(data, 54 + 4 * i, 4) for i in range(count))
     for mask in masks[:3]:
         run = mask >> _shift(mask) if mask else 0
@@ -45,21 +45,21 @@ def _shift(mask: int) -> int:
     return (mask & -mask).bit_length() - 1
 
 
-def header(data: bytes) -> ImageInfo:
-    """Raises Unsupported."""
+def bmp_info(data: bytes) -> ImageInfo:
+    """Properties of a BMP. Raises Unsupported."""
     masks = _masks(data)
     top = max((mask >> _shift(mask) for mask in masks[:3]), default=255)
     return ImageInfo("BMP", top=top, alpha=len(masks) == 4 and masks[3] != 0)
 
 
-def read(data: bytes) -> np.ndarray:
+def read_bmp(data: bytes) -> np.ndarray:
     """RGB uint8 [H, W, 3]. Raises Unreadable."""
     masks = _masks(data)
     if not masks:
-        return cv2.cvtColor(opencv(data, cv2.IMREAD_COLOR_BGR), cv2.COLOR_BGR2RGB)
+        return cv2.cvtColor(decode_opencv(data, cv2.IMREAD_COLOR_BGR), cv2.COLOR_BGR2RGB)
     start, bits = _int(data, 10, 4), _int(data, 28, 2)
     width, height = (_int(data, at, 4, signed=True) for at in (18, 22))
-    require_pixels(width, abs(height))
+    check_pixel_count(width, abs(height))
     stride = -(-width * bits // 32) * 4
     if width < 1 or not height or start + stride * abs(height) > len(data):
         raise UnreadableError("the file is truncated")
@@ -69,4 +69,4 @@ def read(data: bytes) -> np.ndarray:
     for channel, mask in enumerate(masks[:3]):
         shift = _shift(mask)
         image[..., channel] = to_8_bits((pixels & mask) >> shift, mask >> shift)
-    return image if height < 0 else np.ascontiguousarray(image[::-1])  # bottom row first
+    return image if height < 0 else np.ascontiguousarray(image[::-1])  # stored bottom row first

@@ -1,51 +1,57 @@
-"""Image files of all formats: what their headers say, and their pixels as RGB.
+"""Image files of all formats: header information, and pixels as RGB.
 
-docs/data.md has the table of what is done with depth, alpha, orientation and colour, which
-tests/test_formats.py checks row by row.
+docs/data.md tabulates the treatment of depth, alpha, orientation and colour;
+tests/test_formats.py checks each row of that table.
 """
 
 import cv2
 import numpy as np
 
 from cspnet.images import bmp, chunks, jpeg, pnm, tiff
-from cspnet.images.formats import ImageInfo, UnreadableError, container, opencv, to_8_bits
+from cspnet.images.formats import (
+    ImageInfo,
+    UnreadableError,
+    decode_opencv,
+    detect_format,
+    to_8_bits,
+)
 
-_HEADERS = {
-    "JPEG": jpeg.header,
-    "PNG": chunks.png,
-    "WEBP": chunks.webp,
-    "GIF": chunks.gif,
-    "AVIF": chunks.avif,
-    "JPEG2000": chunks.jpeg2000,
-    "TIFF": tiff.header,
-    "BMP": bmp.header,
-    "PPM": pnm.header,
+_INFO = {
+    "JPEG": jpeg.jpeg_info,
+    "PNG": chunks.png_info,
+    "WEBP": chunks.webp_info,
+    "GIF": chunks.gif_info,
+    "AVIF": chunks.avif_info,
+    "JPEG2000": chunks.jpeg2000_info,
+    "TIFF": tiff.tiff_info,
+    "BMP": bmp.bmp_info,
+    "PPM": pnm.pnm_info,
 }
-_OWN = {"TIFF": tiff.read, "BMP": bmp.read, "PPM": pnm.read}
-# The colour of transparent pixels is kept: alpha is dropped, not applied.
+_READERS = {"TIFF": tiff.read_tiff, "BMP": bmp.read_bmp, "PPM": pnm.read_pnm}
+# Alpha is dropped, not applied, so transparent pixels keep their colour.
 _OPAQUE = {"WEBP": chunks.webp_still, "GIF": chunks.gif_opaque}
 
 
 def read_info(data: bytes) -> ImageInfo:
-    """What the header says of the image, as the decoder applies it. Raises Unreadable."""
-    kind = container(data)
-    if kind is None:
+    """Properties of an image according to its header. Raises Unreadable."""
+    name = detect_format(data)
+    if name is None:
         raise UnreadableError("not a readable image")
-    return _HEADERS[kind](data)
+    return _INFO[name](data)
 
 
-def read(data: bytes) -> tuple[np.ndarray, int]:
-    """RGB uint8 [H, W, 3] as stored, and the orientation to apply; of any format but JPEG.
+def read_image(data: bytes) -> tuple[np.ndarray, int]:
+    """RGB uint8 [H, W, 3] as stored, and the orientation to apply; for any format except JPEG.
 
-    BGR is asked of OpenCV, since its RGB is not RGB in all formats. Raises Unreadable.
+    OpenCV decodes to BGR, since its RGB flag does not work for all formats. Raises Unreadable.
     """
-    header = read_info(data)
-    if header.format in _OWN:
-        return _OWN[header.format](data), header.orientation
-    data = _OPAQUE.get(header.format, lambda data: data)(data)
+    info = read_info(data)
+    if info.format in _READERS:
+        return _READERS[info.format](data), info.orientation
+    data = _OPAQUE.get(info.format, lambda data: data)(data)
     flags = cv2.IMREAD_COLOR_BGR | cv2.IMREAD_IGNORE_ORIENTATION
-    deep = header.top == 65_535
-    image = opencv(data, flags | cv2.IMREAD_ANYDEPTH if deep else flags)
+    deep = info.top == 65_535
+    image = decode_opencv(data, flags | cv2.IMREAD_ANYDEPTH if deep else flags)
     if image.dtype == np.uint16:
         image = to_8_bits(image, 65_535)
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB), header.orientation
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB), info.orientation

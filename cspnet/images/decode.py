@@ -1,71 +1,78 @@
-"""From encoded bytes to the square that the net sees, uint8 RGB."""
+"""From encoded bytes to the network's square input, uint8 RGB."""
 
 import contextlib
 import io
 import math
 import warnings
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 from PIL import Image
 
-from cspnet.images import LIMITED, MAX_PIXELS
-from cspnet.images import codecs, jpeg
-from cspnet.images.formats import TOO_LARGE, TooLargeError, UnreadableError, opencv, upright
+from cspnet.images import LIMITED, MAX_PIXELS, codecs, jpeg
+from cspnet.images.formats import (
+    TOO_LARGE,
+    TooLargeError,
+    UnreadableError,
+    apply_orientation,
+    decode_opencv,
+)
 from cspnet.recipe.schema import Augment, Evaluate
 
-# Workers are processes: OpenCV's own threads would only fight over the cores.
+# Dataloader workers are processes; OpenCV's threads would only compete with them for the cores.
 cv2.setNumThreads(0)
-# Its lines on stderr name no file; Unreadable is counted and listed.
-# OpenCV before 4.13 has the function elsewhere; 0 is silent.
+# Silence OpenCV (level 0): its lines on stderr name no file, and Unreadable is counted and listed.
+# OpenCV before 4.13 has the function in another module.
 (cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel)(0)
 
 
-MAX_SIDE = 32_766  # warpAffine keeps coordinates in 16 bits
-MAX_ASPECT = 500  # longer to shorter side of an image that is evaluated
-# What is read, as far as Pillow reads it too, by Pillow's names.
+MAX_SIDE = 32_766  # warpAffine stores coordinates in 16 bits
+MAX_ASPECT = 500  # longer to shorter side of an evaluated image
+# Supported formats that Pillow can read, too, by Pillow's names.
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "PPM", "GIF", "JPEG2000", "AVIF")
-# Flags of a reduced decode, largest first; those "of colour" mean BGR and exclude RGB.
+# Flags of a reduced decode, largest factor first. These are the GRAYSCALE flags, since the COLOR
+# flags imply BGR and exclude RGB.
 REDUCED = {4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 1: 0}
-# Rows below a view's last one that are decoded with it: those between which the warp interpolates,
-# and those whose colour libjpeg interpolates.
-SPARE = 10
+# Number of rows to decode below the last row of a view, since the warp interpolates between rows
+# and libjpeg interpolates chroma.
+EXTRA_ROWS = 10
 
 
 def decode(data: bytes, reduce: int = 1) -> np.ndarray:
-    """RGB uint8 [H, W, 3]: upright, grey as three equal channels, without alpha (docs/data.md).
+    """Decode to RGB uint8 [H, W, 3]: upright, grey as three equal channels, without alpha.
 
-    `reduce` is a key of REDUCED, by which both sides of a JPEG are divided, rounded up, to save
-    time; other formats are decoded in full. Raises Unreadable; where the header announces more than
-    MAX_PIXELS, before memory is allocated.
+    `reduce`, a key of REDUCED, divides both sides of a JPEG, rounded up, to save time; other
+    formats are decoded in full size. Raises Unreadable; if the header declares more than
+    MAX_PIXELS, before memory is allocated. docs/data.md defines the conversions.
     """
     if not data:
         raise UnreadableError("the file is empty")
     if not LIMITED:
         _require_size(data)
-    if data.startswith(jpeg.START):
+    if data.startswith(jpeg.SOI):
         flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION | REDUCED[reduce]
-        return upright(opencv(data, flags), jpeg.orientation(data))
-    return upright(*codecs.read(data))
+        return apply_orientation(decode_opencv(data, flags), jpeg.orientation(data))
+    return apply_orientation(*codecs.read_image(data))
 
 
 def _require_size(data: bytes) -> None:
-    """Raises TooLarge by the header, in some 20 µs; lets pass what Pillow has no parser for."""
+    """Raise TooLarge according to the header, in some 20 µs; pass what Pillow cannot parse."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             width, height = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS).size
         except Image.DecompressionBombError:
             raise TooLargeError(TOO_LARGE) from None
-        except Exception:  # of any kind, from parsers that trust the file; OpenCV has its own
+        except Exception:  # any kind, from parsers that trust their input; OpenCV reports its own
             return
     if width * height > MAX_PIXELS:
         raise TooLargeError(TOO_LARGE)
 
 
-def two_sided(rng: np.random.Generator, low: float) -> float:
-    """Darknet's rand_scale: uniform in [low, 1], inverted in half of the cases."""
+def rand_scale(rng: np.random.Generator, low: float) -> float:
+    """Darknet's rand_scale: uniform in [low, 1], inverted with probability 1/2."""
     factor = rng.uniform(low, 1)
     return factor if rng.random() < 0.5 else 1 / factor
 
@@ -73,13 +80,13 @@ def two_sided(rng: np.random.Generator, low: float) -> float:
 def train_matrix(
     rng: np.random.Generator, width: int, height: int, size: int, augment: Augment
 ) -> np.ndarray:
-    """Affine map from a pixel of the view to a place in the image, float64 [2, 3].
+    """Random affine map from pixels of the view to pixels of the image, float64 [2, 3].
 
-    Darknet's geometry (src/data.c load_image_augment_paths, src/image.c rotate_crop_image), its
-    long-standing quirk included: the shorter side is found with width * aspect, but the image is
-    scaled to width / aspect. Pixel centres sit on integers; there is no half-pixel offset.
+    Darknet's geometry (src/data.c load_image_augment_paths, src/image.c rotate_crop_image),
+    including its quirk that the shorter side is computed with width * aspect, but the image is
+    scaled to width / aspect. Pixel centres have integer coordinates, without a half-pixel offset.
     """
-    aspect = two_sided(rng, augment.aspect)
+    aspect = rand_scale(rng, augment.aspect)
     low, high = (round(bound * size) for bound in augment.scale)
     target = int(rng.integers(low, high + 1))
     shorter = height if height < width * aspect else int(width * aspect)
@@ -89,7 +96,7 @@ def train_matrix(
     slack_y = max(0.0, (height * scale - size) / 2)
     dx, dy = rng.uniform(-slack_x, slack_x), rng.uniform(-slack_y, slack_y)
     flip = rng.random() < augment.flip
-    # View pixel (x, y) -> scaled, centred (p, q); the flip mirrors the finished view.
+    # View pixel (x, y) -> scaled, centred (p, q); the flip applies to the finished view.
     direction, first = (-1, size - 1) if flip else (1, 0)
     step_p, step_q = aspect / scale, 1 / scale
     p, q = (first - size / 2 + dx) * step_p, (-size / 2 + dy) / scale
@@ -110,82 +117,83 @@ def train_view(
     augment: Augment,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """A random view of an RGB image, uint8 [size, size, 3]: black outside the image, bilinear.
+    """A random view of an RGB image, uint8 [size, size, 3]: bilinear, black outside the image.
 
-    It is written into `out` where that is given. Raises Unreadable for an image of more pixels a
-    side than OpenCV's warp can take.
+    It is written to `out` if given. Raises Unreadable if a side has more pixels than OpenCV's warp
+    supports.
     """
     height, width = image.shape[:2]
     if max(height, width) > MAX_SIDE:
-        raise TooLargeError(f"{width}×{height} pixels: a side may have {MAX_SIDE:,}")
+        raise TooLargeError(f"{width}×{height} pixels: a side may have at most {MAX_SIDE:,}")
     return _warp(image, train_matrix(rng, width, height, size, augment), size, out)
 
 
 class SampledView(NamedTuple):
-    """A view of encoded bytes, drawn but not made yet."""
+    """The random parameters of a view of an image that is not decoded yet."""
 
     data: bytes
-    random: np.random.Generator
-    before: dict  # its state before the matrix was drawn
-    frame: jpeg.Frame | None
-    matrix: np.ndarray | None  # None where the size is not known before the image is decoded
+    rng: np.random.Generator
+    rng_state: Mapping[str, Any]  # before the matrix was sampled
+    header: jpeg.JpegHeader | None
+    matrix: np.ndarray | None  # None if the image size is unknown before decoding
 
 
 def sample_view(data: bytes, rng: np.random.Generator, size: int, augment: Augment) -> SampledView:
-    """What can be told of a random view before its image is decoded.
+    """Sample the parameters of a random view, as far as possible before decoding.
 
-    Drawing many at a time, and then making them, is faster by a tenth than taking turns: the few
-    microseconds of each are many where a decoder has emptied the processor's caches in between.
+    Sampling many views and then rendering them is 10 % faster than alternating, since each decode
+    evicts this code and its data from the CPU caches.
     """
-    before, frame, matrix = rng.bit_generator.state, jpeg.frame(data), None
-    if frame and max(frame[:2]) <= MAX_SIDE and frame.width * frame.height <= MAX_PIXELS:
-        matrix = train_matrix(rng, frame.width, frame.height, size, augment)
-    return SampledView(data, rng, before, frame, matrix)
+    rng_state, header, matrix = rng.bit_generator.state, jpeg.read_header(data), None
+    if header and max(header[:2]) <= MAX_SIDE and header.width * header.height <= MAX_PIXELS:
+        matrix = train_matrix(rng, header.width, header.height, size, augment)
+    return SampledView(data, rng, rng_state, header, matrix)
 
 
 def render_view(
-    drawn: SampledView,
+    sampled: SampledView,
     size: int,
     augment: Augment,
-    scaled: bool = False,
+    reduced: bool = False,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The view that `train_view` makes of the decoded image, uint8 [size, size, 3].
+    """Decode an image and render a sampled view, uint8 [size, size, 3].
 
-    Of a JPEG, the rows below the view are not decoded; the pixels are the same. With `scaled`, a
-    JPEG that is shrunk by 2 or 4 anyway is decoded at a half or a quarter of its size: geometry
-    stays, the pixels are those that libjpeg has averaged. Raises Unreadable as `decode` and
-    `train_view` do.
+    The pixels are those that `train_view` renders, but rows of a JPEG below the view are not
+    decoded. With `reduced`, a JPEG that the view shrinks by at least 2 or 4 is decoded at half or a
+    quarter of its size: same geometry, but pixels averaged by libjpeg. Raises Unreadable as
+    `decode` and `train_view` do.
     """
-    data, rng, before, frame, matrix = drawn
-    if matrix is not None:
-        shrinks = np.hypot(*matrix[:, :2]).min()  # image pixels for a view pixel, at least
-        factor = next(f for f in REDUCED if f <= max(1, shrinks)) if scaled else 1
-        image = _decode_above(_bottom(matrix, size) + SPARE * factor, data, frame, factor)
+    data, rng, rng_state, header, matrix = sampled
+    if matrix is not None and header is not None:
+        shrink = np.hypot(*matrix[:, :2]).min()  # smallest step in the image for a view pixel
+        factor = next(f for f in REDUCED if f <= max(1, shrink)) if reduced else 1
+        last_row = _last_row(matrix, size) + EXTRA_ROWS * factor
+        image = _decode_until(last_row, data, header, factor)
         if image is not None:
             # Pixel j of the reduced image has its centre at factor * j + (factor - 1) / 2.
             matrix[:, 2] -= (factor - 1) / 2
             return _warp(image, matrix / factor, size, out)
-        rng.bit_generator.state = before  # the header told something else than the decoder
+        rng.bit_generator.state = rng_state  # header and decoder disagree on the size: start over
     return train_view(decode(data), rng, size, augment, out)
 
 
-def _bottom(matrix: np.ndarray, size: int) -> int:
-    """The last row of the image that any corner of the view touches, and so any of its pixels."""
+def _last_row(matrix: np.ndarray, size: int) -> int:
+    """The last row of the image that a corner of the view touches, and thus any pixel of it."""
     along_x, along_y, first = matrix[1]
     return math.ceil(first + (size - 1) * (max(along_x, 0) + max(along_y, 0)))
 
 
-def _decode_above(bottom: int, data: bytes, frame: jpeg.Frame, factor: int) -> np.ndarray | None:
-    """The rows of a JPEG above `bottom` at least; None where its size is not what it told."""
-    shorter = jpeg.cut(data, frame, bottom)
-    if shorter is not None:
+def _decode_until(row: int, data: bytes, header: jpeg.JpegHeader, factor: int) -> np.ndarray | None:
+    """Decode a JPEG up to `row` or further; None if its size is not that in its header."""
+    truncated = jpeg.truncate_rows(data, header, row)
+    if truncated is not None:
         with contextlib.suppress(UnreadableError):
-            image = decode(shorter, factor)
-            if image.shape[:2] == (-(-bottom // factor), -(-frame.width // factor)):
+            image = decode(truncated, factor)
+            if image.shape[:2] == (-(-row // factor), -(-header.width // factor)):
                 return image
     image = decode(data, factor)
-    expected = -(-frame.height // factor), -(-frame.width // factor)
+    expected = -(-header.height // factor), -(-header.width // factor)
     return image if image.shape[:2] == expected else None
 
 
@@ -201,18 +209,17 @@ def _warp(image: np.ndarray, matrix: np.ndarray, size: int, out: np.ndarray | No
 
 
 def evaluation_view(
-    image: np.ndarray, size: int, how: Evaluate, out: np.ndarray | None = None
+    image: np.ndarray, size: int, settings: Evaluate, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """The central square of the image with its shorter side resized, uint8 [size, size, 3].
+    """Resize the shorter side and take the central square, uint8 [size, size, 3].
 
-    It is written into `out` where that is given. Raises Unreadable for an image so long and narrow
-    that resizing it would fill the memory: above MAX_ASPECT, and below where the view is so large
-    that the resized image has more than MAX_PIXELS.
+    It is written to `out` if given. Raises Unreadable for an image so long and narrow that resizing
+    could exhaust the memory: a ratio above MAX_ASPECT, or more than MAX_PIXELS after resizing.
     """
     height, width = image.shape[:2]
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise TooLargeError(f"{width}×{height}, too long and narrow: more than {MAX_ASPECT} to 1")
-    short = math.floor(size / how.crop_pct)
+    short = math.floor(size / settings.crop_pct)
     if height < width:
         new_height, new_width = short, width * short // height
     else:
@@ -221,11 +228,11 @@ def evaluation_view(
         raise TooLargeError(
             f"{width}×{height}, too long and narrow to resize: more than {MAX_PIXELS:,}"
         )
-    if how.interpolation == "align_corners":
+    if settings.interpolation == "align_corners":
         return _corner_aligned(image, new_height, new_width, size, out)
-    mode = "bicubic" if how.interpolation == "bicubic" else "bilinear"
+    mode = "bicubic" if settings.interpolation == "bicubic" else "bilinear"
     view = _antialiased(image, new_height, new_width, mode)
-    # timm and torchvision round the offset of the crop, Darknet truncates it.
+    # timm and torchvision round the offset of the crop; Darknet truncates it.
     top, left = round((new_height - size) / 2), round((new_width - size) / 2)
     view = view[top : top + size, left : left + size]
     if out is None:
@@ -235,8 +242,8 @@ def evaluation_view(
 
 
 def _antialiased(image: np.ndarray, height: int, width: int, mode: str) -> np.ndarray:
-    """PIL's bilinear or bicubic: uint8 [height, width, 3]."""
-    import torch  # seconds to import; checking files does without
+    """Resize like PIL's antialiased bilinear or bicubic: uint8 [height, width, 3]."""
+    import torch  # takes seconds; checking files does not need it
     import torch.nn.functional as F
 
     if image.shape[:2] == (height, width):
@@ -249,35 +256,37 @@ def _antialiased(image: np.ndarray, height: int, width: int, mode: str) -> np.nd
 def _corner_aligned(
     image: np.ndarray, height: int, width: int, size: int, out: np.ndarray | None
 ) -> np.ndarray:
-    """The central square of the image resized with its corners kept in place.
+    """The central square of the image after a corner-aligned bilinear resize.
 
-    Numbers and places are those of torch's F.interpolate, in float32; but only the square is
-    computed, in less than half of the time.
+    Equal to torch's F.interpolate(align_corners=True) in float32, but only the square is computed,
+    in less than half of the time.
     """
-    rows, next_rows, down = _corner_places(image.shape[0], height, size)
-    columns, next_columns, right = _corner_places(image.shape[1], width, size)
+    rows, next_rows, row_weights = _corner_samples(image.shape[0], height, size)
+    columns, next_columns, column_weights = _corner_samples(image.shape[1], width, size)
     first = columns[0]
     image = image[:, first : next_columns[-1] + 1]
-    blended = _blend(image[rows], image[next_rows], down)
-    # Turned, so that columns are picked like rows, each of them in one piece.
+    blended = _blend(image[rows], image[next_rows], row_weights)
+    # Transpose, so that the columns are contiguous like rows.
     turned = cv2.transpose(blended)
-    blended = _blend(turned[columns - first], turned[next_columns - first], right)
+    blended = _blend(turned[columns - first], turned[next_columns - first], column_weights)
     return cv2.transpose(np.rint(blended, out=blended).astype(np.uint8), dst=out)
 
 
-def _corner_places(length: int, new_length: int, size: int) -> tuple[np.ndarray, ...]:
-    """For each pixel of the square: indices before and after its place, share of the latter."""
+def _corner_samples(
+    length: int, new_length: int, size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each pixel of the square: the two source indices, and the weight of the second one."""
     new = np.arange(size, dtype=np.float32) + int((new_length - size) / 2)
-    place = new * (np.float32(length - 1) / np.float32(new_length - 1))
-    before = np.minimum(place.astype(np.int64), length - 1)
-    return before, np.minimum(before + 1, length - 1), place - before.astype(np.float32)
+    position = new * (np.float32(length - 1) / np.float32(new_length - 1))
+    before = np.minimum(position.astype(np.int64), length - 1)
+    return before, np.minimum(before + 1, length - 1), position - before.astype(np.float32)
 
 
-def _blend(one: np.ndarray, other: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """Rows of two arrays [N, M, 3] mixed with the share [N] of the other one, float32."""
-    mixed = one.astype(np.float32).reshape(len(one), -1)  # long rows: numpy's fast loop
+def _blend(one: np.ndarray, other: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Interpolate rows of two arrays [N, M, 3] with the weights [N] of the other one, float32."""
+    mixed = one.astype(np.float32).reshape(len(one), -1)  # long rows are faster in numpy
     difference = other.astype(np.float32).reshape(mixed.shape)
     difference -= mixed
-    difference *= share[:, None]
+    difference *= weights[:, None]
     mixed += difference
     return mixed.reshape(one.shape)

@@ -1,4 +1,4 @@
-"""What all image formats share: errors, a header's facts, OpenCV's decoder, conversions."""
+"""Code shared by all image formats: errors, header information, OpenCV's decoder, conversions."""
 
 from typing import NamedTuple
 
@@ -7,8 +7,8 @@ import numpy as np
 
 from cspnet.images import MAX_PIXELS
 
-TOO_LARGE = f"its header announces more than {MAX_PIXELS:,} pixels"
-# Signatures at the start of a file, by the names that Pillow gives the formats.
+TOO_LARGE = f"its header declares more than {MAX_PIXELS:,} pixels"
+# Signatures at the start of a file, by Pillow's names of the formats.
 _SIGNATURES = {
     "JPEG": (b"\xff\xd8",),
     "PNG": (b"\x89PNG\r\n\x1a\n",),
@@ -25,28 +25,28 @@ class UnreadableError(ValueError):
 
 
 class TooLargeError(UnreadableError):
-    """The image has, or would get, more pixels than memory should be given to."""
+    """The image has too many pixels, or would have after resizing."""
 
 
 class UnsupportedError(UnreadableError):
-    """The image has samples or colours for which docs/data.md defines no conversion to RGB."""
+    """docs/data.md defines no conversion to RGB for the samples or colours of this image."""
 
 
 class ImageInfo(NamedTuple):
-    """What a file says of its image, as the decoder applies it."""
+    """Properties of an image according to its header, as the decoder applies them."""
 
     format: str
-    orientation: int = 1  # 1 to 8, as in EXIF; applied
-    damaged_exif: bool = False  # so that no orientation is known
-    top: int = 255  # the largest value that a sample can have
+    orientation: int = 1  # EXIF orientation, 1 to 8; applied by the decoder
+    damaged_exif: bool = False  # the orientation is unknown
+    top: int = 255  # the largest possible value of a sample
     grey: bool = False
     alpha: bool = False
     cmyk: bool = False
-    frames: bool = False  # more than one frame or page
+    frames: bool = False  # several frames or pages
 
 
-def container(data: bytes) -> str | None:
-    """The format that the first bytes announce; None for one that is not read."""
+def detect_format(data: bytes) -> str | None:
+    """The format of a file by its first bytes; None if it is not supported."""
     for name, signatures in _SIGNATURES.items():
         if data.startswith(signatures):
             return name
@@ -59,14 +59,14 @@ def container(data: bytes) -> str | None:
     return None
 
 
-def require_pixels(width: int, height: int) -> None:
-    """Raises TooLarge for more than MAX_PIXELS."""
+def check_pixel_count(width: int, height: int) -> None:
+    """Raise TooLarge for more than MAX_PIXELS."""
     if width * height > MAX_PIXELS:
         raise TooLargeError(TOO_LARGE)
 
 
-def opencv(data: bytes, flags: int) -> np.ndarray:
-    """The image as OpenCV decodes it. Raises Unreadable."""
+def decode_opencv(data: bytes, flags: int) -> np.ndarray:
+    """Decode an image with OpenCV and its imread flags. Raises Unreadable."""
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:
@@ -79,19 +79,19 @@ def opencv(data: bytes, flags: int) -> np.ndarray:
 
 
 def to_8_bits(samples: np.ndarray, top: int) -> np.ndarray:
-    """Samples from 0 to `top` as uint8 from 0 to 255: 255 × sample / top, halves rounded up."""
+    """Convert samples from 0 … `top` to uint8, 0 … 255: 255 × sample / top, halves rounded up."""
     if top == 255:
         return samples.astype(np.uint8)
     values = np.arange(top + 1, dtype=np.int64)
     return ((values * 510 + top) // (2 * top)).astype(np.uint8)[samples]
 
 
-def upright(image: np.ndarray, orientation: int) -> np.ndarray:
-    """The image turned and mirrored as EXIF's orientation 1 to 8 asks for."""
+def apply_orientation(image: np.ndarray, orientation: int) -> np.ndarray:
+    """Rotate and flip an image [H, W, C] according to its EXIF orientation, 1 to 8."""
     if orientation == 1:
         return image
     if orientation in (5, 6, 7, 8):
         image = cv2.transpose(image)
-    # After the transposition, 6 is mirrored horizontally, 8 vertically, 7 both ways.
+    # After the transposition, 6 needs a horizontal flip, 8 a vertical one, 7 both.
     flip = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}.get(orientation)
     return image if flip is None else cv2.flip(image, flip)

@@ -1,175 +1,239 @@
-"""The recipe's schema: each field with its meaning, its range, and its only default.
+"""The schema of a recipe: each field with its meaning, its range and its only default.
 
-The sources of the values are in docs/recipe-sources.md.
+docs/recipe-sources.md gives the source of each value in the recipes.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
+from typing import Any, Literal, NamedTuple
 
-DIGITS = "digits"  # the name, in place of a folder, of the embedded data set
-# Nets of ours and the number of their stages; what begins with TIMM is one of timm's.
+DIGITS = "digits"  # the value of data.root that selects the embedded data set
+# The networks of cspnet and their numbers of stages; names that start with TIMM are timm's.
 STAGE_COUNTS = {"cspdarknet53": 5, "darknet53": 5, "cspresnet50": 4, "cspresnext50": 4}
 TIMM_PREFIX = "timm/"
 
 
-def within(default: Any, low: float, high: float = float("inf")) -> Any:
-    """A field with values in [low, high], or None; the two of a pair in ascending order."""
-    return field(default=default, metadata={"range": (low, high)})
+class Need(NamedTuple):
+    """A condition on another field, without which a field has no effect."""
+
+    key: str
+    test: Callable[[Any], bool] = bool
+
+    def unmet(self, recipe: "Recipe") -> str:
+        """Why the condition is not met, such as "mix.cutmix is off"; empty if it is met."""
+        value: Any = recipe
+        for name in self.key.split("."):
+            value = getattr(value, name)
+        if self.test(value):
+            return ""
+        if value in (None, ""):
+            return f"{self.key} is not given"
+        if isinstance(value, float):
+            return f"{self.key} is {value:g}"
+        return f"{self.key} is off" if value is False else f"{self.key} is {value}"
 
 
-def triple(low: float, high: float) -> Any:
-    """A field with a value in [low, high] for each of R, G and B, or None, which is its default."""
-    return field(default=None, metadata={"range": (low, high), "unordered": True})
+def _is(wanted: Any) -> Callable[[Any], bool]:
+    return lambda value: value == wanted
+
+
+_OWN_NETWORK = Need("model.name", lambda name: not name.startswith(TIMM_PREFIX))
+_MIXING = Need("mix.probability")
+_ATTACK = Need("adversarial.step_size")
+
+
+def option(default: Any, *, needs: tuple[Need, ...] = (), off: bool = False) -> Any:
+    """A field of a recipe.
+
+    It has no effect unless all `needs` are met. With `off`, the default disables the feature, and
+    a complete recipe may omit the field.
+    """
+    return field(default=default, metadata={"needs": needs, "off": off})
+
+
+def ranged(
+    default: Any,
+    low: float,
+    high: float = float("inf"),
+    *,
+    needs: tuple[Need, ...] = (),
+    off: bool = False,
+) -> Any:
+    """An `option` with values in [low, high], or None; the two values of a pair must ascend."""
+    return field(default=default, metadata={"range": (low, high), "needs": needs, "off": off})
+
+
+def rgb(low: float, high: float, *, needs: tuple[Need, ...]) -> Any:
+    """An `option` with one value in [low, high] for each of R, G and B; None by default."""
+    metadata = {"range": (low, high), "unordered": True, "needs": needs, "off": False}
+    return field(default=None, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
     # A key of STAGES, or timm/NAME.
     name: str = "cspdarknet53"
-    # "auto" takes the classes of the training folder; a number must agree with them.
+    # "auto" uses the classes of the training folder; a number must match them.
     classes: int | Literal["auto"] = "auto"
-    activation: Literal["mish", "leaky"] = "mish"
-    # Slope of the leaky rectifier for x < 0: 0.1 in Darknet, 0.01 in timm.
-    leaky_slope: float = within(0.1, 0, 1)
+    activation: Literal["mish", "leaky"] = option("mish", needs=(_OWN_NETWORK,))
+    # Slope of leaky ReLU for x < 0: 0.1 in Darknet, 0.01 in timm.
+    leaky_slope: float = ranged(
+        0.1, 0, 1, needs=(_OWN_NETWORK, Need("model.activation", _is("leaky")))
+    )
     # Multiplies every channel count.
-    width: float = within(1.0, 0.05, 4)
-    norm_eps: float = within(1e-5, 1e-9, 1)
-    # Share of a new group in BatchNorm's running averages (torch's `momentum`).
-    norm_momentum: float = within(0.01, 1e-6, 1)
-    # Weights to start from: any file that `--checkpoint` takes, or timm:NAME. The classifier is
-    # taken over only where its classes are those of the training set.
-    init_from: str | None = None
-    # The class order of weights that come without class names. "auto" takes the classifier over
-    # where the natural order of the folder names (timm's) and the sorted one are the same, and
-    # refuses where they differ; "fresh" does not take it over.
-    class_order: Literal["auto", "natural", "sorted", "fresh"] = "auto"
-    # The stem and so many first stages keep their weights and running statistics; 0: none does.
-    freeze_stages: int = within(0, 0, 5)
+    width: float = ranged(1.0, 0.05, 4, needs=(_OWN_NETWORK,))
+    norm_eps: float = ranged(1e-5, 1e-9, 1, needs=(_OWN_NETWORK,))
+    # Weight of a new group in the running statistics of BatchNorm (torch's `momentum`).
+    norm_momentum: float = ranged(0.01, 1e-6, 1, needs=(_OWN_NETWORK,))
+    # Initial weights: any file that `--checkpoint` accepts, or timm:NAME. The classifier is loaded
+    # only if its classes are those of the training set.
+    init_from: str | None = option(None, off=True)
+    # Class order of initial weights without class names. "auto" loads the classifier if the
+    # natural order of the folder names (timm's) equals the sorted order, and raises an error if
+    # they differ; "fresh" does not load it.
+    class_order: Literal["auto", "natural", "sorted", "fresh"] = option(
+        "auto", needs=(Need("model.init_from"),), off=True
+    )
+    # Freeze the weights and running statistics of the stem and of this many stages; 0: none.
+    freeze_stages: int = ranged(0, 0, 5, off=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    # A folder with train/ and val/, each with a folder per class; or "digits".
+    # A folder with train/ and val/, each with one folder per class; or "digits".
     root: str = "data/imagenet"
-    # Side of the square that the net sees, pixels.
-    image_size: int = within(256, 32, 1024)
-    # Side at the start of the run, which grows by 32 pixels at a time, for equal numbers of steps,
-    # until it is `size` from this share of the schedule on.
-    start_image_size: int | None = within(None, 32, 1024)
-    full_size_from: float = within(0.8, 0, 1)
-    # "none" leaves RGB in [0, 1]; "imagenet" subtracts the mean, divides by the standard deviation;
-    # "custom" does so with `mean` and `std`, of R, G and B in [0, 1].
+    # Side of the network's square input, in pixels.
+    image_size: int = ranged(256, 32, 1024)
+    # Side at the start of the run. It grows in increments of 32 pixels, each for the same number
+    # of steps, and reaches `image_size` at this fraction of the schedule.
+    start_image_size: int | None = ranged(None, 32, 1024, off=True)
+    full_size_from: float = ranged(
+        0.8, 0, 1, needs=(Need("data.start_image_size", lambda size: size is not None),)
+    )
+    # "none" keeps RGB in [0, 1]; "imagenet" subtracts the ImageNet mean and divides by the standard
+    # deviation; "custom" does the same with `mean` and `std` of R, G and B in [0, 1].
     normalize: Literal["none", "imagenet", "custom"] = "none"
-    mean: tuple[float, float, float] | None = triple(-10, 10)
-    std: tuple[float, float, float] | None = triple(1e-4, 1000)
-    # The run stops where more than this share of the training images has turned out unreadable.
-    max_unreadable: float = within(0.01, 0, 1)
-    # Decode a JPEG at half or a quarter of its size where its view is so much smaller anyway: less
-    # work for large photos, the same geometry, averages of pixels where the plain warp skips some.
-    reduced_decode: bool = False
+    mean: tuple[float, float, float] | None = rgb(
+        -10, 10, needs=(Need("data.normalize", _is("custom")),)
+    )
+    std: tuple[float, float, float] | None = rgb(
+        1e-4, 1000, needs=(Need("data.normalize", _is("custom")),)
+    )
+    # Stop the run if more than this fraction of the training images is unreadable.
+    max_unreadable: float = ranged(0.01, 0, 1)
+    # Decode a JPEG at half or a quarter of its size if the augmentation shrinks it at least that
+    # much. Faster for large photos; same geometry, but with averaged pixels where the default warp
+    # skips some.
+    reduced_decode: bool = option(False, off=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    # Range of the length, in units of `data.image_size`, to which the image's shorter side is resized.
-    scale: tuple[float, float] = within((0.5, 1.75), 0.1, 10)
-    # Aspect ratio is changed by a factor between this and its inverse.
-    aspect: float = within(0.75, 0.05, 1)
-    # Rotation in either direction, degrees.
-    rotation: float = within(7.0, 0, 180)
+    # Resize the shorter side of the image to a length in this range, in units of the image size.
+    scale: tuple[float, float] = ranged((0.5, 1.75), 0.1, 10)
+    # Change the aspect ratio by a factor between this and its inverse.
+    aspect: float = ranged(0.75, 0.05, 1)
+    # Maximum rotation in either direction, in degrees.
+    rotation: float = ranged(7.0, 0, 180)
     # Probability of a horizontal flip.
-    flip: float = within(0.5, 0, 1)
-    # Hue is shifted by at most this share of the colour circle, in either direction.
-    hue: float = within(0.1, 0, 0.5)
-    # Saturation and value are multiplied by a factor between this and its inverse.
-    saturation: float = within(0.75, 0.05, 1)
-    value: float = within(0.75, 0.05, 1)
+    flip: float = ranged(0.5, 0, 1)
+    # Maximum hue shift in either direction, as a fraction of the colour circle.
+    hue: float = ranged(0.1, 0, 0.5)
+    # Multiply saturation and value (brightness) by a factor between this and its inverse.
+    saturation: float = ranged(0.75, 0.05, 1)
+    value: float = ranged(0.75, 0.05, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mix:
-    # Probability that an image is mixed with others of its group; then by CutMix or by Mosaic, with
-    # equal chance where both are on.
-    probability: float = within(0.5, 0, 1)
-    cutmix: bool = True
-    mosaic: bool = True
-    # Consecutive images that share one draw of `probability`.
-    images_per_draw: int = within(4, 1)
-    # Range of the sides of CutMix's box, and of Mosaic's dividing lines, in units of `data.image_size`.
-    cutmix_side: tuple[float, float] = within((0.3, 0.8), 0, 1)
-    mosaic_split: tuple[float, float] = within((0.2, 0.8), 0, 1)
+    # Probability that an image is mixed with others of its group, by CutMix or by Mosaic; with
+    # equal probability if both are on.
+    probability: float = ranged(0.5, 0, 1)
+    cutmix: bool = option(True, needs=(_MIXING,))
+    mosaic: bool = option(True, needs=(_MIXING,))
+    # Number of consecutive images that share one draw of `probability`.
+    images_per_draw: int = ranged(
+        4, 1, needs=(_MIXING, Need("mix.probability", lambda probability: probability != 1))
+    )
+    # Ranges of the sides of CutMix's box and of Mosaic's dividing lines, in units of the image
+    # size.
+    cutmix_side: tuple[float, float] = ranged((0.3, 0.8), 0, 1, needs=(_MIXING, Need("mix.cutmix")))
+    mosaic_split: tuple[float, float] = ranged(
+        (0.2, 0.8), 0, 1, needs=(_MIXING, Need("mix.mosaic"))
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adversarial:
-    # Step size of the attack at the end of the schedule, towards which it grows with the step;
-    # 0 switches self-adversarial training off. Darknet's adversarial_lr.
-    step_size: float = within(0.0, 0, 1000)
+    # Step size of the attack at the end of the schedule (Darknet's adversarial_lr). It grows
+    # linearly with the step; 0 disables self-adversarial training.
+    step_size: float = ranged(0.0, 0, 1000)
     # Probability that a group is attacked, after the warm-up.
-    probability: float = within(0.5, 0, 1)
-    # "nothing" lowers what the net believes in, as Darknet; "label" raises the loss, ours.
-    objective: Literal["suppress", "mislead"] = "suppress"
+    probability: float = ranged(0.5, 0, 1, needs=(_ATTACK,))
+    # "suppress" lowers all logits, as Darknet does; "mislead" raises the loss (cspnet's variant).
+    objective: Literal["suppress", "mislead"] = option("suppress", needs=(_ATTACK,))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    # The true class has the target 1 - smoothing, each other one smoothing / (classes - 1).
-    label_smoothing: float = within(0.1, 0, 0.99)
+    # Target 1 - label_smoothing for the true class, label_smoothing / (classes - 1) for the others.
+    label_smoothing: float = ranged(0.1, 0, 0.99)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    learning_rate: float = within(0.1, 0, 100)
-    momentum: float = within(0.9, 0, 0.9999)
-    # On the weights of convolutions and of the classifier only.
-    weight_decay: float = within(5e-4, 0, 1)
-    # Peak learning rate of everything but the classifier, which keeps `learning_rate`.
-    backbone_lr: float | None = within(None, 0, 100)
+    learning_rate: float = ranged(0.1, 0, 100)
+    momentum: float = ranged(0.9, 0, 0.9999)
+    # Applied only to the weights of convolutions and of the classifier.
+    weight_decay: float = ranged(5e-4, 0, 1)
+    # Peak learning rate of everything except the classifier, which uses `learning_rate`.
+    backbone_lr: float | None = ranged(None, 0, 100, off=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     # Optimizer steps of the whole run.
-    steps: int = within(1_200_000, 1)
-    warmup_steps: int = within(1000, 0)
+    steps: int = ranged(1_200_000, 1)
+    warmup_steps: int = ranged(1000, 0)
     # Exponent of the warm-up and of the decay.
-    power: float = within(4.0, 0, 20)
+    power: float = ranged(4.0, 0, 20)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Averaging:
-    # Decay per step of the exponential moving average of the weights; 0 keeps none.
-    decay: float = within(0.0, 0, 0.999999)
+    # Decay per step of the exponential moving average (EMA) of the weights; 0 disables it.
+    decay: float = ranged(0.0, 0, 0.999999)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    # Steps between validations; one more follows the last step.
-    every: int = within(10_000, 1)
-    # The image's shorter side becomes size / crop, then the central square is taken.
-    crop_pct: float = within(1.0, 0.1, 1)
-    # "antialias" is PIL's and timm's bilinear, "bicubic" their bicubic, which is antialiased too;
-    # "align_corners" is Darknet's: bilinear, corner-aligned, and without antialiasing.
+    # Steps between validations; the last step is always followed by one.
+    every: int = ranged(10_000, 1)
+    # Resize the shorter side to image_size / crop_pct, then take the central square.
+    crop_pct: float = ranged(1.0, 0.1, 1)
+    # "antialias" and "bicubic" are PIL's and timm's bilinear and bicubic, both antialiased;
+    # "align_corners" is Darknet's: bilinear, corner-aligned, without antialiasing.
     interpolation: Literal["antialias", "bicubic", "align_corners"] = "align_corners"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    seed: int = within(0, 0, 2**63 - 1)
-    # Images of an optimizer step, and of a group: BatchNorm and mixing never look past a group.
-    batch: int = within(128, 2)
-    group: int = within(32, 2)
-    # "auto": bf16 from compute capability 8.0 on, fp16 on 7.x, fp32 below, on Turing cards without
-    # tensor cores (GTX 16) and on a CPU.
+    seed: int = ranged(0, 0, 2**63 - 1)
+    # Images per optimizer step, and per group. A group is the ghost batch: the unit of BatchNorm
+    # statistics and of mixing.
+    batch: int = ranged(128, 2)
+    group: int = ranged(32, 2)
+    # "auto": bf16 from compute capability 8.0 on; fp16 on 7.x with tensor cores; fp32 on other GPUs
+    # (such as the GTX 16 series) and on a CPU.
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     # Steps between two lines of metrics, and between two saves.
-    log_every: int = within(50, 1)
-    save_every: int = within(1000, 1)
-    # Steps between two checkpoints that are kept beside last.pt and best.pt, 0 for none; and how
-    # many of them, the newest.
-    archive_every: int = within(0, 0)
-    archive_keep: int = within(3, 1)
+    log_every: int = ranged(50, 1)
+    save_every: int = ranged(1000, 1)
+    # Steps between two archived checkpoints, which are kept in addition to last.pt and best.pt (0:
+    # none), and the number of archived checkpoints to keep.
+    archive_every: int = ranged(0, 0, off=True)
+    archive_keep: int = ranged(3, 1, needs=(Need("archive_every"),))
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
@@ -183,25 +247,25 @@ class Recipe:
 
     @property
     def groups(self) -> int:
-        """Groups in an optimizer step."""
+        """Number of groups in an optimizer step."""
         return self.batch // self.group
 
     def size_at(self, step: int) -> int:
-        """Side of the training images in a step, pixels."""
-        first, last = self.data.start_image_size, self.data.image_size
-        growing = self.data.full_size_from * self.schedule.steps
-        if first is None or step >= growing:
-            return last
-        stages = (last - first) // 32  # before the last one
-        done = step / growing
-        return first + 32 * min(stages, int(done * stages))
+        """Side of the training images in a step, in pixels."""
+        start, full = self.data.start_image_size, self.data.image_size
+        growth_steps = self.data.full_size_from * self.schedule.steps
+        if start is None or step >= growth_steps:
+            return full
+        increments = (full - start) // 32
+        progress = step / growth_steps
+        return start + 32 * min(increments, int(progress * increments))
 
     def stages(self, first: int = 0) -> Iterator[tuple[int, int]]:
-        """Sides of the training images from step `first` on, pixels, each with its steps."""
+        """Image sizes in pixels from step `first` on, each with its number of steps."""
         steps = self.schedule.steps
         while first < steps:
             size = self.size_at(first)
-            low, high = first, steps  # the last step of that size lies in between
+            low, high = first, steps  # bisect for the end of this size
             while high - low > 1:
                 middle = (low + high) // 2
                 low, high = (middle, high) if self.size_at(middle) == size else (low, middle)
@@ -209,60 +273,37 @@ class Recipe:
             first = high
 
     def work(self, first: int = 0) -> float:
-        """Of all steps from step `first` on, in steps at the full size, by pixels."""
+        """Pixels of all steps from step `first` on, as an equivalent number of full-size steps."""
         return sum(steps * (size / self.data.image_size) ** 2 for size, steps in self.stages(first))
 
 
-def _foreign(recipe: Recipe) -> str:
-    return "model.name is one of timm's" if recipe.model.name.startswith(TIMM_PREFIX) else ""
+@cache
+def _metadata() -> dict[str, Any]:
+    """Metadata of the fields by dotted key; fields without any are left out."""
+    found = {}
+    for entry in fields(Recipe):
+        section = entry.default_factory
+        if is_dataclass(section):
+            found.update({f"{entry.name}.{leaf.name}": leaf.metadata for leaf in fields(section)})
+        else:
+            found[entry.name] = entry.metadata
+    return {key: metadata for key, metadata in found.items() if metadata}
 
 
-def _fixed_mean(recipe: Recipe) -> str:
-    kind = recipe.data.normalize
-    return "" if kind == "custom" else f"data.normalize is {kind}"
+def no_effect(recipe: Recipe, key: str) -> str:
+    """Why a field has no effect in a recipe; empty if it has one. `key` is dotted."""
+    needs = _metadata().get(key, {}).get("needs", ())
+    return next((reason for need in needs if (reason := need.unmet(recipe))), "")
 
 
-def _unmixed(recipe: Recipe) -> str:
-    return "mix.probability is 0" if recipe.mix.probability == 0 else ""
+def is_off(key: str, value: Any) -> bool:
+    """Whether a value disables an optional feature, so that a recipe may omit the field."""
+    metadata = _metadata().get(key, {})
+    return bool(metadata.get("off")) and value == _default(key)
 
 
-def _unattacked(recipe: Recipe) -> str:
-    return "adversarial.step_size is 0" if recipe.adversarial.step_size == 0 else ""
-
-
-# Why a field has no effect in a recipe; empty where it has one.
-IDLE = {
-    "archive_keep": lambda r: "" if r.archive_every else "archive_every is 0",
-    "data.full_size_from": lambda r: (
-        "data.start_image_size is not given" * (r.data.start_image_size is None)
-    ),
-    "data.mean": _fixed_mean,
-    "data.std": _fixed_mean,
-    "model.class_order": lambda r: "" if r.model.init_from else "model.init_from is not given",
-    "model.activation": _foreign,
-    "model.leaky_slope": lambda r: (
-        _foreign(r) or ("" if r.model.activation == "leaky" else "model.activation is mish")
-    ),
-    "model.width": _foreign,
-    "model.norm_eps": _foreign,
-    "model.norm_momentum": _foreign,
-    "mix.cutmix": _unmixed,
-    "mix.mosaic": _unmixed,
-    "mix.images_per_draw": lambda r: (
-        _unmixed(r) or ("mix.probability is 1" * (r.mix.probability == 1))
-    ),
-    "mix.cutmix_side": lambda r: _unmixed(r) or ("" if r.mix.cutmix else "mix.cutmix is off"),
-    "mix.mosaic_split": lambda r: _unmixed(r) or ("" if r.mix.mosaic else "mix.mosaic is off"),
-    "adversarial.probability": _unattacked,
-    "adversarial.objective": _unattacked,
-}
-# Fields that ask for nothing at this value: a recipe need not give them.
-OFF = {
-    "archive_every": 0,
-    "data.start_image_size": None,
-    "data.reduced_decode": False,
-    "model.init_from": None,
-    "model.class_order": "auto",
-    "model.freeze_stages": 0,
-    "optim.backbone_lr": None,
-}
+def _default(key: str) -> Any:
+    value: Any = Recipe()
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value

@@ -1,1 +1,1 @@
-"""Where encoded images and their labels come from: folders, tar files, parquet files."""
+"""Where images are stored (class folders, tar and parquet files), and the layout of a data root."""

@@ -1,7 +1,7 @@
-"""A digest of which images a data set has: names, sizes and labels, by their listing alone.
+"""A digest of the images of a data set: names, sizes and labels, without reading the images.
 
-No image is read. A resumed run compares the digests with those of its checkpoint: the stream of
-images is a function of the index of an image, so another listing is another run.
+A resumed run compares the digests with those in its checkpoint: the order of training images
+depends on their indices, so a run cannot continue with another listing.
 """
 
 import hashlib
@@ -16,15 +16,15 @@ from cspnet.text import printable
 
 @dataclass(frozen=True)
 class Listing:
-    """Digests of one split, as hexadecimal text."""
+    """Hexadecimal digests of one split."""
 
     images: int
-    labels: str  # of the class index of each image, in order
-    contents: list[str]  # for each class: of the names and sizes of its images, in order
+    labels: str  # digest of the class index of each image, in order
+    contents: list[str]  # for each class: digest of the names and sizes of its images, in order
 
     @classmethod
     def of(cls, source: Source) -> "Listing":
-        """The listing of an open source. OSError where the size of a file cannot be read."""
+        """The listing of an open source. OSError if the size of a file cannot be read."""
         contents = [hashlib.blake2b(digest_size=8) for _ in source.classes]
         prefixes = [f"{name}/" for name in source.classes]
         for (name, size), label in zip(source.listing(), source.labels.tolist(), strict=True):
@@ -37,25 +37,26 @@ class Listing:
 def compare_listings(
     split: str, then: Listing, now: Listing, classes: list[str]
 ) -> tuple[list[str], list[str]]:
-    """What sets two listings of a split with the same classes apart: label changes, other changes.
+    """Differences between two listings of a split with the same classes: label changes, others.
 
-    Two classes that exchanged their images are a change of labels: the names alone do not show it.
+    If two classes exchanged their images, this is reported as a change of labels, although the
+    set of names is the same.
     """
     if then == now:
         return [], []
     if then.images != now.images:
-        return [f"{split} had {then.images:,} images, has {now.images:,} now"], []
+        return [f"{split} had {then.images:,} images and now has {now.images:,}"], []
     before = {digest: name for name, digest in zip(classes, then.contents, strict=True)}
     pairs = zip(classes, then.contents, now.contents, strict=True)
     changed = [(name, digest) for name, old, digest in pairs if digest != old]
     moved = [
-        printable(f"{split}: the images of class {before[digest]} are in class {name} now")
+        printable(f"{split}: the images of class {before[digest]} are now in class {name}")
         for name, digest in changed
         if digest in before
     ]
     if moved:
-        return moved[:3] + [f"{split}: and so on"] * (len(moved) > 3), []
+        return moved[:3] + [f"{split}: and more"] * (len(moved) > 3), []
     which = count_and_names([name for name, _ in changed], "class")
     if then.labels != now.labels:
-        return [f"{split}: images were moved between classes, or added and removed: {which}"], []
-    return [], [f"{split}: files have other names or sizes in {which}; the labels are the same"]
+        return [f"{split}: images were moved between classes, or added and removed, in {which}"], []
+    return [], [f"{split}: names or sizes of files changed in {which}; the labels did not"]

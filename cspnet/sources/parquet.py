@@ -1,8 +1,8 @@
-"""Images in parquet files, as data sets of the Hugging Face Hub are stored: `train-00000-of-00294`.
+"""Images in parquet files, in the layout of the Hugging Face Hub: `train-00000-of-00294.parquet`.
 
-A row is an image (its encoded bytes) and a label. The order is that of the rows. There is no way to
-a row but through its row group, which is read and decompressed whole: each process keeps the last
-ones. The labels are a column of their own, which is read once, at the start.
+A row contains an image (its encoded bytes) and a label; the order is that of the rows. Parquet has
+no access to a single row: its row group is read and decompressed as a whole, so each process caches
+the last ones. The labels are a separate column, which is read once, at the start.
 """
 
 import contextlib
@@ -15,197 +15,217 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cspnet.errors import DataError
-from cspnet.sources import messages
 from cspnet.sources.names import count_and_names
+from cspnet.sources.protocol import require_nonempty_classes
+from cspnet.sources.tree import list_entries
 
-NUMBERED = r"([-_]\d+(-of-\d+)?)?\.parquet"  # what follows on the name of a part
-FOLDERS = ("", "data")  # of a data root, in which such files lie
-KEPT = 2  # row groups, in each process
+FILE_SUFFIX = r"([-_]\d+(-of-\d+)?)?\.parquet"  # of a file name, after the name of a split
+FOLDERS = ("", "data")  # of a data root, in which parquet files may be
+CACHED_GROUPS = 2  # row groups per process
 
 
 @dataclass(frozen=True)
 class ParquetSet:
-    """Parquet files that are one part of a data set."""
+    """The parquet files of a split."""
 
-    where: str  # what to call them in a message
+    where: str  # for messages
     files: tuple[Path, ...]
 
-
-def beside(root: Path, names: tuple[str, ...]) -> ParquetSet | None:
-    """Parquet files in a data root, or in its data/, that are a part of it by name."""
-    for folder in (root / name for name in FOLDERS):
-        files = []
-        with contextlib.suppress(DataError):  # what is not there, or cannot be listed
-            files = [entry.name for entry in messages.entries(folder) if not entry.is_dir()]
-        for name in names:
-            if found := sorted(file for file in files if re.fullmatch(name + NUMBERED, file)):
-                _require_all(folder, found)
-                return ParquetSet(
-                    str(folder / f"{name}*.parquet"), tuple(folder / f for f in found)
-                )
-    return None
+    @classmethod
+    def by_name(cls, root: Path, names: tuple[str, ...]) -> "ParquetSet | None":
+        """The parquet files in a data root, or in its data/, that are a split by name."""
+        for folder in (root / name for name in FOLDERS):
+            files: list[str] = []
+            with contextlib.suppress(DataError):  # a folder that does not exist or is unreadable
+                files = [entry.name for entry in list_entries(folder) if not entry.is_dir()]
+            for name in names:
+                matching = sorted(file for file in files if re.fullmatch(name + FILE_SUFFIX, file))
+                if matching:
+                    _require_all(folder, matching)
+                    paths = tuple(folder / file for file in matching)
+                    return cls(str(folder / f"{name}*.parquet"), paths)
+        return None
 
 
 def _require_all(folder: Path, files: list[str]) -> None:
-    """Raises DataError where the names tell of more files than there are."""
-    told = [match for file in files if (match := re.search(r"(\d+)-of-(\d+)\.parquet$", file))]
-    if not told:
+    """Raise DataError if the names declare more files than there are."""
+    numbered = [match for file in files if (match := re.search(r"(\d+)-of-(\d+)\.parquet$", file))]
+    if not numbered:
         return
-    count, have = int(told[0][2]), {int(match[1]) for match in told}
-    missing = [f"{number:05d}" for number in range(count) if number not in have]
+    count, present = int(numbered[0][2]), {int(match[1]) for match in numbered}
+    missing = [f"{number:05d}" for number in range(count) if number not in present]
     if missing:
         raise DataError(
-            f"{folder} has {len(have)} of {count} files {files[0][: -len('.parquet')]} …: "
-            f"number {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''} is not there"
+            f"{folder} has {len(present)} of {count} files {files[0][: -len('.parquet')]} …: "
+            f"number {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''} is missing"
         )
+
+
+class Columns(NamedTuple):
+    """The columns of a parquet file that are used."""
+
+    image: str
+    label: str
+    names: tuple[str, ...] | None  # class names by number; None if the labels are names
 
 
 class ParquetSource:
     """The rows of parquet files, as a source.
 
-    The classes are the names that the file's metadata gives the numbers, or the labels themselves
-    where these are words; sorted, as those of a folder are. Raises DataError where a file is
-    damaged, or its columns are not an image and a label with a name; where a class has no image, if
-    not `empty`.
+    The class names are those of the ClassLabel in the files' metadata, or the labels themselves if
+    they are strings; they are sorted like class folders. Raises DataError if a file is damaged, or
+    if its columns are not an image and a label with a name; if a class has no image, unless
+    `allow_empty`.
     """
 
-    def __init__(self, parquets: ParquetSet, empty: bool = False):
+    def __init__(self, parquets: ParquetSet, allow_empty: bool = False):
         try:
             import pyarrow.parquet  # noqa: F401
         except ImportError:
             raise DataError("parquet files need pyarrow: pip install pyarrow") from None
         self.parquets = parquets
-        self._forget()
-        starts, firsts, numbers, places = [0], [], [], []
+        self._reset()
+        group_starts, file_starts = [0], []
+        labels: list[Any] = []
+        self._groups: list[tuple[int, int]] = []  # file and number in it of each row group
         for number, file in enumerate(parquets.files):
-            opened = self._open(number)
-            image, label, named = _columns(opened.schema_arrow, file)
-            if number and (image, label, named) != self._columns:
-                raise DataError(f"{file}: its columns are not those of {parquets.files[0].name}")
-            self._columns = image, label, named
-            firsts.append(starts[-1])
-            for group in range(opened.num_row_groups):
-                places.append((number, group))
-                starts.append(starts[-1] + opened.metadata.row_group(group).num_rows)
-            numbers += self._labels(opened, file)
-        words = named if named is not None else sorted(set(numbers))
-        self.classes = sorted(words)
-        rank = {word: place for place, word in enumerate(self.classes)}
-        by_number = [rank[word] for word in words]
-        try:
-            labels = (
-                [rank[n] for n in numbers] if named is None else [by_number[n] for n in numbers]
+            reader = self._reader(number)
+            columns = _columns(reader.schema_arrow, file)
+            if number and columns != self._columns:
+                raise DataError(
+                    f"{file}: its columns differ from those of {parquets.files[0].name}"
+                )
+            self._columns = columns
+            file_starts.append(group_starts[-1])
+            for group in range(reader.num_row_groups):
+                self._groups.append((number, group))
+                group_starts.append(group_starts[-1] + reader.metadata.row_group(group).num_rows)
+            labels += _read_labels(reader, columns, file)
+        self._group_starts, self._file_starts = np.array(group_starts), np.array(file_starts)
+        self.classes, self.labels = self._sort_classes(labels)
+        if not allow_empty:
+            require_nonempty_classes(
+                self,
+                lambda names: f"{parquets.where}: no image of {count_and_names(names, 'class')}",
             )
-        except IndexError:
-            raise DataError(
-                f"{parquets.where}: a label is {max(numbers)}, but the ClassLabel names 0 to "
-                f"{len(words) - 1} only"
-            ) from None
-        if not labels:
-            raise DataError(f"{parquets.where}: no rows")
-        self.labels = np.array(labels, np.int32)
-        self._starts, self._firsts, self._places = np.array(starts), np.array(firsts), places
-        counts = np.bincount(self.labels, minlength=len(self.classes))
-        without = [self.classes[k] for k in np.flatnonzero(counts == 0)]
-        if without and not empty:
-            raise DataError(f"{parquets.where}: no image of {count_and_names(without, 'class')}")
 
-    def _labels(self, opened: Any, file: Path) -> list:
-        """The labels of a file: numbers or words. Raises DataError where one is missing."""
-        _, label, named = self._columns
-        try:
-            values = opened.read(columns=[label], use_threads=False).column(0).to_pylist()
-        except UnicodeDecodeError:
+    def _sort_classes(self, labels: list[Any]) -> tuple[list[str], np.ndarray]:
+        """Sorted class names, and the class index of each row. Raises DataError."""
+        if not labels:
+            raise DataError(f"{self.parquets.where}: no rows")
+        names = self._columns.names
+        if names is None:
+            classes = sorted(set(labels))
+            index_of = {name: index for index, name in enumerate(classes)}
+            return classes, np.array([index_of[label] for label in labels], np.int32)
+        if max(labels) >= len(names):
             raise DataError(
-                f"{file}: column `{label}` holds strings that are not UTF-8: write it again"
-            ) from None
-        unknown = [v for v in values if v is None or (named is not None and v < 0)]
-        if unknown:
-            raise DataError(
-                f"{file}: {len(unknown):,} of {len(values):,} rows have no label, as test sets "
-                "have none: give the training and the validation files"
+                f"{self.parquets.where}: a label is {max(labels)}, but the ClassLabel has only "
+                f"names for 0 to {len(names) - 1}"
             )
-        return values
+        classes = sorted(names)
+        index_of = {name: index for index, name in enumerate(classes)}
+        index_by_number = [index_of[name] for name in names]
+        return classes, np.array([index_by_number[label] for label in labels], np.int32)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def name(self, index: int) -> str:
-        """The path of the parquet file, a colon, and the row in it."""
-        number = int(np.searchsorted(self._firsts, index, "right")) - 1
-        return f"{self.parquets.files[number]}:{index - self._firsts[number]}"
+        """The path of the parquet file, a colon, and the row in the file."""
+        number = int(np.searchsorted(self._file_starts, index, "right")) - 1
+        return f"{self.parquets.files[number]}:{index - self._file_starts[number]}"
 
     def read(self, index: int) -> tuple[bytes, int]:
-        group = int(np.searchsorted(self._starts, index, "right")) - 1
-        value = self._group(group)[index - int(self._starts[group])].as_py()
+        group = int(np.searchsorted(self._group_starts, index, "right")) - 1
+        offset = index - int(self._group_starts[group])
+        value = self._images(group)[offset].as_py()
         if not value:
             raise OSError(errno.ENODATA, "the row has no image", self.name(index))
         return value, int(self.labels[index])
 
     def listing(self) -> Iterator[tuple[str, int]]:
-        """Rows by file and number, each with the size of the file: that of a row is not listed."""
+        """Rows by file and number; the sizes are those of the files."""
         sizes = [os.path.getsize(file) for file in self.parquets.files]
         for index in range(len(self)):
-            number = int(np.searchsorted(self._firsts, index, "right")) - 1
+            number = int(np.searchsorted(self._file_starts, index, "right")) - 1
             name = self.parquets.files[number].name
-            yield f"{name}:{index - self._firsts[number]}", sizes[number]
+            yield f"{name}:{index - self._file_starts[number]}", sizes[number]
 
-    def _group(self, group: int) -> Any:
-        """The column of images of a row group, an arrow array of bytes."""
+    def _images(self, group: int) -> Any:
+        """The image column of a row group, an arrow array of bytes."""
         import pyarrow
 
-        if os.getpid() != self._process:  # a fork shares no reader and no lock with its parent
-            self._forget()
+        if os.getpid() != self._process:  # a fork must not share readers and locks with its parent
+            self._reset()
         with self._lock:
-            if group not in self._kept:
-                number, within = self._places[group]
-                image = self._columns[0]
+            if group not in self._cache:
+                number, group_in_file = self._groups[group]
+                image = self._columns.image
                 try:
-                    table = self._open(number).read_row_group(within, [image], use_threads=False)
+                    reader = self._reader(number)
+                    table = reader.read_row_group(group_in_file, [image], use_threads=False)
                 except (pyarrow.ArrowException, OSError) as error:
                     raise OSError(errno.EIO, str(error), str(self.parquets.files[number])) from None
                 column = table.column(0).combine_chunks()
                 if pyarrow.types.is_struct(column.type):
                     column = column.field("bytes")
-                self._kept[group] = column
-                while len(self._kept) > KEPT:
-                    self._kept.popitem(last=False)
-            self._kept.move_to_end(group)
-            return self._kept[group]
+                self._cache[group] = column
+                while len(self._cache) > CACHED_GROUPS:
+                    self._cache.popitem(last=False)
+            self._cache.move_to_end(group)
+            return self._cache[group]
 
-    def _open(self, number: int) -> Any:
-        """A reader of a file. Raises DataError where it is no parquet file, or cut short."""
+    def _reader(self, number: int) -> Any:
+        """The reader of a file. Raises DataError if it is not a parquet file, or truncated."""
         import pyarrow
         import pyarrow.parquet
 
         if number not in self._readers:
             file = self.parquets.files[number]
             try:
-                # pyarrow takes paths of UTF-8 only; any other file is opened by Python.
+                # pyarrow accepts only UTF-8 paths; Python opens any other file.
                 source = file if _is_utf8(file) else open(file, "rb")  # noqa: SIM115
                 self._readers[number] = pyarrow.parquet.ParquetFile(source)
             except (pyarrow.ArrowException, OSError) as error:
-                told = str(error).partition(". ")[0]
-                raise DataError(f"{file} cannot be read as parquet: {told}") from None
+                reason = str(error).partition(". ")[0]
+                raise DataError(f"{file} cannot be read as parquet: {reason}") from None
         return self._readers[number]
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._process, self._lock = os.getpid(), threading.Lock()
         self._readers: dict[int, Any] = {}
-        self._kept: OrderedDict[int, Any] = OrderedDict()
+        self._cache: OrderedDict[int, Any] = OrderedDict()
 
     def __getstate__(self) -> dict:
-        own = ("_process", "_lock", "_readers", "_kept")
-        return {key: value for key, value in self.__dict__.items() if key not in own}
+        local = ("_process", "_lock", "_readers", "_cache")  # to each process
+        return {key: value for key, value in self.__dict__.items() if key not in local}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self._forget()
+        self._reset()
+
+
+def _read_labels(reader: Any, columns: Columns, file: Path) -> list[Any]:
+    """The labels of a file: numbers or strings. Raises DataError if one is missing."""
+    try:
+        values = reader.read(columns=[columns.label], use_threads=False).column(0).to_pylist()
+    except UnicodeDecodeError:
+        raise DataError(
+            f"{file}: column `{columns.label}` contains strings that are not UTF-8: write it again"
+        ) from None
+    missing = [v for v in values if v is None or (columns.names is not None and v < 0)]
+    if missing:
+        raise DataError(
+            f"{file}: {len(missing):,} of {len(values):,} rows have no label, as in a test set: "
+            "give the training and the validation files"
+        )
+    return values
 
 
 def _is_utf8(path: Path) -> bool:
@@ -215,51 +235,57 @@ def _is_utf8(path: Path) -> bool:
         return False
 
 
-def _columns(schema: Any, file: Path) -> tuple[str, str, tuple[str, ...] | None]:
-    """Names of the image's and the label's column, and the classes by number; None for words."""
-    import pyarrow
+def _columns(schema: Any, file: Path) -> Columns:
+    """Find the image and label columns by the metadata, or by their names. Raises DataError."""
+    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = metadata.get("info", {}).get("features", {})
 
-    told = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = told.get("info", {}).get("features", {})
-
-    def one(kind: str, usual: str) -> str:
-        found = [name for name, what in features.items() if what.get("_type") == kind]
-        found = found if usual not in found else [usual]
-        if not found and usual in schema.names:
-            found = [usual]
-        if len(found) != 1 or found[0] not in schema.names:
+    def column(feature_type: str, usual: str) -> str:
+        names = [name for name, feature in features.items() if feature.get("_type") == feature_type]
+        if usual in names or (not names and usual in schema.names):
+            names = [usual]
+        if len(names) != 1 or names[0] not in schema.names:
             shown = ", ".join(schema.names)
             raise DataError(f"{file} has no column `{usual}`; its columns are {shown}")
-        return found[0]
+        return names[0]
 
-    image, label = one("Image", "image"), one("ClassLabel", "label")
+    image, label = column("Image", "image"), column("ClassLabel", "label")
     names = features.get(label, {}).get("names")
     if names is not None:
-        twice = [name for name, count in Counter(names).items() if count > 1]
-        if twice:
+        duplicates = [name for name, count in Counter(names).items() if count > 1]
+        if duplicates:
             raise DataError(
-                f"{file}: the ClassLabel of column `{label}` has {count_and_names(twice, 'name')} more than "
-                "once, so that their classes cannot be told apart: write it with distinct names"
+                f"{file}: the ClassLabel of column `{label}` has {count_and_names(duplicates, 'name')} more "
+                "than once, so these classes are ambiguous: write it with distinct names"
             )
-    types = pyarrow.types
-    kind = schema.field(image).type
+    _check_types(schema, file, Columns(image, label, names))
+    return Columns(image, label, None if names is None else tuple(names))
+
+
+def _check_types(schema: Any, file: Path, columns: Columns) -> None:
+    """Raise DataError if the columns do not have the types of an image and a label."""
+    from pyarrow import types
+
+    kind = schema.field(columns.image).type
     if types.is_struct(kind):
         kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else kind
     if not (types.is_binary(kind) or types.is_large_binary(kind)):
-        raise DataError(f"{file}: column `{image}` is {kind}, not the bytes of a JPEG or PNG")
+        raise DataError(
+            f"{file}: column `{columns.image}` has type {kind}, not the bytes of a JPEG or PNG"
+        )
+    label, names = columns.label, columns.names
     kind = schema.field(label).type
     kind = kind.value_type if types.is_dictionary(kind) else kind  # a pandas category
     if names is not None and not types.is_integer(kind):
         raise DataError(
-            f"{file}: column `{label}` is {kind}, not the numbers of its ClassLabel: write it with "
-            "integers, or as strings without a ClassLabel"
+            f"{file}: column `{label}` has type {kind}, not the numbers of its ClassLabel: write "
+            "it with integers, or as strings without a ClassLabel"
         )
-    words = (types.is_string, types.is_large_string, types.is_string_view)
     if names is None and types.is_integer(kind):
         raise DataError(
-            f"{file}: column `{label}` holds numbers, and the file does not tell their names: "
-            "write it with the features of the data set (a ClassLabel), or with names as labels"
+            f"{file}: column `{label}` contains numbers, and the file has no names for them: write "
+            "it with the features of the data set (a ClassLabel), or with names as labels"
         )
-    if names is None and not any(is_kind(kind) for is_kind in words):
-        raise DataError(f"{file}: column `{label}` is {kind}, not the names of classes")
-    return image, label, None if names is None else tuple(names)
+    strings = (types.is_string, types.is_large_string, types.is_string_view)
+    if names is None and not any(is_kind(kind) for is_kind in strings):
+        raise DataError(f"{file}: column `{label}` has type {kind}, not class names")

@@ -1,4 +1,4 @@
-"""What is in a folder: images, the names to ignore, and a walk that follows links and ends."""
+"""Listing folders: images, ignored names, and a walk that follows links but always terminates."""
 
 import contextlib
 import os
@@ -7,9 +7,9 @@ from pathlib import Path
 
 from cspnet.errors import DataError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-# What operating systems, file servers, archivers and notebooks put beside a user's files.
-SYSTEM = frozenset(
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+# Names that operating systems, file servers, archivers and notebooks add to a user's folders.
+SYSTEM_NAMES = frozenset(
     (
         *("@eadir", "#recycle", "#snapshot", "@tmp", "@sharebin"),  # Synology
         *("@recycle", "@recently-snapshot", ".@__thumb"),  # QNAP
@@ -23,48 +23,48 @@ SYSTEM = frozenset(
 
 
 def is_system(name: str) -> bool:
-    """Whether a file or folder of this name belongs to a system, and not to a data set."""
+    """Whether a file or folder with this name was added by a system, not by the user."""
     folded = name.casefold()
-    return folded in SYSTEM or folded.startswith(".trash-")
+    return folded in SYSTEM_NAMES or folded.startswith(".trash-")
 
 
 def is_ignored(name: str) -> bool:
-    """Whether a file or folder of this name is not looked at: a hidden one, or a system's."""
+    """Whether a file or folder with this name is ignored: a hidden one, or a system's."""
     return name.startswith(".") or is_system(name)
 
 
 def is_image(name: str) -> bool:
-    """Whether a file of this name is read as an image."""
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+    """Whether a file with this name is treated as an image."""
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
-def entries(folder: Path) -> list[os.DirEntry]:
-    """What is in a folder and not ignored, by name. Raises DataError where it cannot be read."""
+def list_entries(folder: Path) -> list[os.DirEntry]:
+    """Entries of a folder, sorted by name, without ignored ones. DataError if it is unreadable."""
     try:
-        found = [entry for entry in os.scandir(folder) if not is_ignored(entry.name)]
+        entries = [entry for entry in os.scandir(folder) if not is_ignored(entry.name)]
     except OSError as error:
         raise unreadable_folder(error) from None
-    return sorted(found, key=lambda entry: entry.name)
+    return sorted(entries, key=lambda entry: entry.name)
 
 
-def folders(folder: Path) -> list[str]:
-    """Names of the sub-folders that are not ignored. Raises DataError as `entries` does."""
-    return [entry.name for entry in entries(folder) if entry.is_dir()]
+def list_folders(folder: Path) -> list[str]:
+    """Names of the sub-folders, without ignored ones. DataError if the folder is unreadable."""
+    return [entry.name for entry in list_entries(folder) if entry.is_dir()]
 
 
 def unreadable_folder(error: OSError) -> DataError:
-    """For a folder that the system does not let us list."""
+    """The error for a folder that cannot be listed."""
     return DataError(
-        f"{error.filename} cannot be read: {error.strerror}. Give yourself the right to read it "
-        "(chmod -R u+rX), or look whether the disk is mounted and well."
+        f"{error.filename} cannot be read: {error.strerror}. Check its permissions "
+        "(chmod -R u+rX), and whether the disk is mounted and healthy."
     )
 
 
 def walk(top: Path, skipped: list[str] | None = None) -> Iterator[tuple[str, list[str]]]:
-    """Folders from `top` downward, links followed, each with the names of its files.
+    """Folders from `top` downwards, following links, each with the names of its files.
 
-    Ignored folders are left out; `skipped` gets their paths. Raises DataError where a folder cannot
-    be read, which os.walk would pass over.
+    Ignored folders are skipped, and their paths appended to `skipped`. Raises DataError for an
+    unreadable folder, which os.walk would skip silently.
     """
 
     def fail(error: OSError) -> None:
@@ -76,33 +76,33 @@ def walk(top: Path, skipped: list[str] | None = None) -> Iterator[tuple[str, lis
         inner[:] = [
             name
             for name in inner
-            if not is_ignored(name) and not _leads_up(os.path.join(folder, name))
+            if not is_ignored(name) and not _links_to_parent(os.path.join(folder, name))
         ]
         yield folder, files
 
 
 def has_images(folder: str | Path) -> bool:
-    """Whether an image is in a folder, at any depth; False where it cannot be read."""
+    """Whether a folder contains an image at any depth; False if it cannot be read."""
     with contextlib.suppress(DataError):
         return any(is_image(name) for _, names in walk(Path(folder)) for name in names)
     return False
 
 
 def has_own_images(folder: str | Path) -> bool:
-    """Whether an image is directly in a folder; False where it cannot be read."""
-    with contextlib.suppress(OSError), os.scandir(folder) as found:
-        return any(is_image(entry.name) and not entry.is_dir() for entry in found)
+    """Whether a folder contains an image directly; False if it cannot be read."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        return any(is_image(entry.name) and not entry.is_dir() for entry in entries)
     return False
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Names of the sub-folders with an image in them, at any depth. Raises DataError."""
-    return [name for name in folders(folder) if has_images(folder / name)]
+    """Names of the sub-folders that contain an image at any depth. Raises DataError."""
+    return [name for name in list_folders(folder) if has_images(folder / name)]
 
 
-def _leads_up(folder: str) -> bool:
-    """Whether a folder is a link to one above it: walking there would never end."""
+def _links_to_parent(folder: str) -> bool:
+    """Whether a folder is a link to one of its parents: following it would never terminate."""
     if not os.path.islink(folder):
         return False
-    above, here = os.path.realpath(folder), os.path.realpath(os.path.dirname(folder))
-    return os.path.commonpath([above, here]) == above
+    target, parent = os.path.realpath(folder), os.path.realpath(os.path.dirname(folder))
+    return os.path.commonpath([target, parent]) == target

@@ -230,7 +230,8 @@ def fit_passes(job: Run, net: nn.Module, state: TrainState, trial: Fullest) -> R
             )
             return tried
     raise OutOfMemoryError(
-        f"a single group of {recipe.group} images of {recipe.data.image_size}×{recipe.data.image_size} does "
+        f"a single group of {recipe.group} images of "
+        f"{recipe.data.image_size}×{recipe.data.image_size} does "
         f"not fit into the memory of {job.device}: free it of other processes, try --memory tiny, "
         f"or change the recipe: data.image_size={max(32, recipe.data.image_size - 32)}, for one "
         f"({failure.strip().partition(chr(10))[0][:160]})"

@@ -162,7 +162,8 @@ def explain_out_of_memory(at_once: int, state: TrainState) -> Iterator[None]:
             if at_once > 1
             else "one group goes through the net at a time already: free the device of other "
             "processes, or change the recipe, which makes it another run: "
-            f"data.image_size={max(32, recipe.data.image_size - 32)} (now {recipe.data.image_size}), or "
+            f"data.image_size={max(32, recipe.data.image_size - 32)} "
+            f"(now {recipe.data.image_size}), or "
             f"group={max(2, recipe.group // 2)} (now {recipe.group})"
         )
         first = str(error).partition("\n")[0][:160]

@@ -12,7 +12,7 @@ from torch import nn
 
 from cspnet.errors import CheckpointError
 from cspnet.recipe.load import flatten
-from cspnet.recipe.schema import IDLE, Recipe
+from cspnet.recipe.schema import Recipe, no_effect
 from cspnet.text import printable
 from cspnet.weights import config
 from cspnet.weights.checkpoint import from_checkpoint
@@ -82,7 +82,7 @@ def init_net(recipe: Recipe, classes: list[str]) -> tuple[nn.Module, list[str]]:
         ]
     then, now = dict(flatten(found.recipe)), dict(flatten(recipe))
     for key in CONVENTIONS:
-        if then[key] != now[key] and not (key in IDLE and IDLE[key](recipe)):
+        if then[key] != now[key] and not no_effect(recipe, key):
             remarks.append(f"careful: these weights go with {key}={then[key]}, not {now[key]}")
     return net, [*found.remarks, *remarks]
 

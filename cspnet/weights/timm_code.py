@@ -66,7 +66,7 @@ def _layers(model: Model) -> list[str]:
 
 
 def _overlay(recipe: Recipe) -> dict:
-    """timm's data configuration of the recipe's view; for "align_corners" the nearest that timm has."""
+    """timm's data configuration of the recipe's view; for "align_corners" the nearest in timm."""
     mean, std = mean_and_std(recipe.data)
     names = {ours: timms for timms, ours in INTERPOLATIONS.items()}
     return {
