@@ -1,7 +1,7 @@
-"""Standard output that survives its reader, and the log file of a run.
+"""Standard output that may be lost, and the log file of a run.
 
-A training run must not end because nobody reads its output any more: a closed pipe, a closed
-terminal and a full disk behind a redirection only end the output.
+A training run must not fail because its output cannot be written: a closed pipe, a closed terminal
+or a full disk behind a redirection only ends the output.
 """
 
 import codecs
@@ -9,9 +9,11 @@ import io
 import os
 import sys
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
+from typing import Any, TextIO
 
 from rich.console import Console
 
@@ -19,10 +21,10 @@ from cspnet.text import printable
 
 
 def ensure_utf8_mode() -> None:
-    """Starts the program again in Python's UTF-8 mode if the locale has another encoding.
+    """Restarts the program in Python's UTF-8 mode if the locale has another encoding.
 
-    Names of files and classes are stored in checkpoints: the same bytes must be the same name
-    whatever the locale of a start. Output stays in the encoding of the terminal.
+    Checkpoints store the names of files and classes, so the same bytes must be decoded to the same
+    name in every locale. Output keeps the encoding of the terminal.
     """
     if sys.getfilesystemencoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
         return
@@ -33,7 +35,7 @@ def ensure_utf8_mode() -> None:
 
 
 def _bytes_or_escape(error: UnicodeError) -> tuple[bytes | str, int]:
-    """Writes the bytes of a name as they are, and escapes what the encoding lacks."""
+    """Error handler: keeps the bytes of a file name, and escapes characters the encoding lacks."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     code = ord(error.object[error.start])
@@ -49,15 +51,15 @@ codecs.register_error("cspnet.bytes_or_escape", _bytes_or_escape)
 
 
 def allow_raw_bytes_on_stdout() -> None:
-    """Lets stdout write names of files byte for byte, for another program to read."""
+    """Makes stdout write file names as their bytes, for other programs to read."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="cspnet.bytes_or_escape")
 
 
 def escape_unencodable_output() -> None:
-    """Makes stdout and stderr print any text: what their encoding lacks is escaped.
+    """Makes stdout and stderr accept any text: characters their encoding lacks are escaped.
 
-    A stream that was closed by the caller (`>&-`) is replaced by /dev/null.
+    A stream that the caller has closed (`>&-`) is replaced by /dev/null.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -68,20 +70,21 @@ def escape_unencodable_output() -> None:
 
 
 def tolerate_lost_output() -> None:
-    """Lets this process continue when stdout or stderr can no longer be written."""
+    """Lets this process continue if stdout or stderr can no longer be written."""
     for name in ("stdout", "stderr"):
         if not isinstance(getattr(sys, name), TolerantStream):
             setattr(sys, name, TolerantStream(getattr(sys, name)))
 
 
 class TolerantStream(io.TextIOBase):
-    """A text stream that drops what it is given after its first write error.
+    """Wraps a text stream, and discards all text after the first failed write.
 
-    `lost` is then the reason. Everything else is that of the wrapped stream.
+    `lost` is the reason of the failure, None before it.
     """
 
-    def __init__(self, stream: io.TextIOBase):
-        self._stream, self.lost = stream, None
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self.lost: str | None = None
 
     def write(self, text: str) -> int:
         self._attempt(lambda: self._stream.write(text))
@@ -90,14 +93,14 @@ class TolerantStream(io.TextIOBase):
     def flush(self) -> None:
         self._attempt(self._stream.flush)
 
-    def _attempt(self, action) -> None:
+    def _attempt(self, action: Callable[[], object]) -> None:
         if self.lost is not None:
             return
         try:
             action()
         except (OSError, ValueError) as error:  # ValueError: the stream is closed
             self.lost = getattr(error, "strerror", None) or str(error)
-            # The interpreter flushes what is still buffered at its exit, and would fail again.
+            # At its exit, the interpreter flushes the buffered text, which would fail again.
             with suppress(OSError, ValueError):
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, self._stream.fileno())
@@ -110,37 +113,37 @@ class TolerantStream(io.TextIOBase):
         return self._stream.fileno()
 
     @property
-    def encoding(self) -> str:
+    def encoding(self) -> str:  # type: ignore[override]  # read-only in TextIOWrapper, too
         return self._stream.encoding
 
     @property
-    def errors(self) -> str | None:
+    def errors(self) -> str | None:  # type: ignore[override]  # as above
         return self._stream.errors
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
 class RunOutput:
-    """What a run prints: to a console, and with the time of day to the log that `open_log` names.
+    """The output of a run: to a console and, with date and time, to a log file (`open_log`).
 
-    The log has every line, also those that the console leaves out (`--quiet`).
+    The log has every line, including those that the console omits (`--quiet`).
     """
 
     def __init__(self, console: Console):
         self.console = console
-        self._file: io.TextIOBase | None = None
-        # Lines from before there is a file; if there never is one, the last of them.
+        self._file: TextIO | None = None
+        # The last lines logged while no file is open.
         self._waiting: deque[str] = deque(maxlen=1000)
         self._reported_loss = False
         self._held: list[tuple[str, str | None]] | None = None
 
     def hold(self) -> None:
-        """Keeps what is printed from the console until `release`."""
+        """Withholds text from the console until `release`."""
         self._held = []
 
     def release(self, only: str | None = None) -> None:
-        """Prints what was kept, or `only` the lines of a style; from now on nothing is kept."""
+        """Prints the withheld text, or `only` that of a style, and withholds no more text."""
         held, self._held = self._held or [], None
         for text, style in held:
             if only in (None, style):
@@ -151,9 +154,9 @@ class RunOutput:
         return self.console.is_terminal
 
     def print(self, text: str, style: str | None = None) -> None:
-        """Text for the console and the log; with a style, a warning or an error.
+        """Prints text to the console and the log; warnings and errors have a style.
 
-        Names in it may hold any character: those that would act on a terminal are escaped.
+        Non-printable characters are escaped: the text may contain file names.
         """
         text = printable(text, keep="\n")
         self.log(text)
@@ -170,7 +173,7 @@ class RunOutput:
             self.log(f"standard output cannot be written any more ({lost}); the run continues")
 
     def log(self, text: str) -> None:
-        """A line for the log alone."""
+        """Writes text to the log only."""
         line = f"{datetime.now():%Y-%m-%d %H:%M:%S} {printable(text, keep=chr(10))}\n"
         if self._file is None:
             self._waiting.append(line)
@@ -178,9 +181,9 @@ class RunOutput:
             self._write(line)
 
     def open_log(self, path: Path) -> None:
-        """Appends to that file from now on, beginning with what was printed before.
+        """Appends all output to a file from now on, after the lines printed before.
 
-        A file that cannot be written is no reason to stop: the record of a run is metrics.jsonl.
+        Does nothing if the file cannot be opened: a run needs only its metrics.
         """
         with suppress(OSError):
             self._file = open(path, "a", encoding="utf-8", errors="backslashreplace", buffering=1)  # noqa: SIM115
@@ -189,6 +192,7 @@ class RunOutput:
             self._waiting.clear()
 
     def close_log(self) -> None:
+        """Closes the log file, if it is open."""
         if self._file is not None:
             with suppress(OSError):
                 self._file.close()
@@ -196,4 +200,5 @@ class RunOutput:
 
     def _write(self, line: str) -> None:
         with suppress(OSError, ValueError):  # a full disk
-            self._file.write(line)
+            if self._file is not None:
+                self._file.write(line)

@@ -1,12 +1,13 @@
-"""What can go wrong through no fault of the code. Each kind knows the exit code of the command."""
+"""Errors that are no bugs. Each class defines the exit code of the command."""
 
 from cspnet.text import printable
 
 
 class CspnetError(Exception):
-    """A mistake or mishap told in one message: what, where, what to do. No traceback is shown.
+    """An expected error; its message says what happened, where, and what to do.
 
-    The message may name files: what a terminal should not get is escaped, but for line ends.
+    Commands print the message without a traceback. It may contain file names: characters that are
+    not printable, except newlines, are escaped.
     """
 
     exit_code = 1
@@ -16,15 +17,15 @@ class CspnetError(Exception):
 
 
 class RecipeError(CspnetError):
-    """The recipe, an override or an option is wrong."""
+    """A recipe, an override or an option is invalid."""
 
     exit_code = 2
 
 
 class DataError(CspnetError):
-    """The data set is not there, or is not what it has to be.
+    """A data set is missing or invalid.
 
-    A line end in the message is part of a name, and escaped, unless it has several `lines`.
+    Newlines in the message are taken for parts of file names and escaped, unless `lines` is true.
     """
 
     exit_code = 2
@@ -34,40 +35,40 @@ class DataError(CspnetError):
 
 
 class CheckpointError(CspnetError):
-    """A checkpoint is missing, broken, or belongs to another run."""
+    """A checkpoint is missing or damaged, or belongs to another run."""
 
     exit_code = 2
 
 
 class SaveError(CspnetError):
-    """A checkpoint could not be written; the earlier one is as it was."""
+    """A checkpoint or the metrics could not be written; the earlier checkpoint is unchanged."""
 
 
 class NonFiniteError(CspnetError):
-    """The loss became NaN or infinite; nothing was saved after it did."""
+    """The loss or a weight became NaN or Inf; no state with NaN or Inf was saved."""
 
 
 class OutOfMemoryError(CspnetError):
-    """The device has too little memory for what was asked."""
+    """The device has too little memory."""
 
 
 class RankFailedError(CspnetError):
-    """Another process of the run has ended, or hangs."""
+    """Another process of the run has ended, or does not respond."""
 
 
 class WorkersFailedError(CspnetError):
-    """Dataloader workers died again and again."""
+    """Dataloader workers died repeatedly."""
 
 
 class CrashError(CspnetError):
-    """An unexpected exception ended the run; its traceback is in a file of the run folder."""
+    """An unexpected exception ended the run; the run folder contains its traceback."""
 
 
 class PartialResultError(CspnetError):
-    """Some images could not be read; the results of the others are out."""
+    """A command produced only a part of its results, for example if some images are unreadable."""
 
 
 class StoppedError(CspnetError):
-    """Stopped by a signal after a good save (EX_TEMPFAIL: run me again)."""
+    """The run was stopped after its state was saved; the exit code is EX_TEMPFAIL: retry."""
 
     exit_code = 75

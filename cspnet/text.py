@@ -1,22 +1,22 @@
-"""Text for people: names and messages that any terminal can show.
+"""Text that any terminal can display.
 
-A file's name is bytes. Python decodes it with surrogate escapes, so that the same bytes come back
-when the file is opened. Only what is displayed is escaped; paths stay as they are.
+A file name is bytes, which Python decodes with surrogate escapes, so that opening the file uses the
+same bytes. Only displayed text is escaped; paths are not.
 """
 
 import difflib
 import re
 from collections.abc import Iterable
 
-LINE_ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}  # of `to_line`
+LINE_ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}
 LINE_UNESCAPES = {escaped: char for char, escaped in LINE_ESCAPES.items()}
 
 
 def printable(text: str, keep: str = "") -> str:
-    """The text with escapes (`\\n`, `\\x1b`, `\\udcff`) for all that is not printable.
+    """Escapes non-printable characters (`\\n`, `\\x1b`, `\\udcff`), except those in `keep`.
 
-    Control characters would act on a terminal, and surrogates cannot be encoded. Characters in
-    `keep` stay. Escaping twice changes nothing.
+    Control characters would control the terminal, and surrogates cannot be encoded. The result is
+    unchanged by a second call.
     """
     if text.isprintable():
         return text
@@ -24,19 +24,19 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def escape_line(name: str) -> str:
-    """A name on one line of a file; `from_line` returns it unchanged."""
+    """Escapes a name so that it fits on one line of a text file; `from_line` reverses it."""
     return "".join(LINE_ESCAPES.get(char, char) for char in name)
 
 
 def unescape_line(line: str) -> str:
-    """The name that `to_line` wrote."""
-    return re.sub(r"\\[\\nr]", lambda found: LINE_UNESCAPES[found[0]], line)
+    """The name that `to_line` escaped."""
+    return re.sub(r"\\[\\nr]", lambda match: LINE_UNESCAPES[match[0]], line)
 
 
 def end_sentence(text: object) -> str:
-    """The text with a full stop at its end, unless it already ends a sentence."""
-    told = str(text).rstrip()
-    return told if told.endswith((".", "!", "?", "…")) else f"{told}."
+    """Append a full stop, unless the text already ends like a sentence."""
+    stripped = str(text).rstrip()
+    return stripped if stripped.endswith((".", "!", "?", "…")) else f"{stripped}."
 
 
 def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:

@@ -11,6 +11,7 @@ ORDER = [
     "text",
     "shell",
     "errors",
+    "files",
     "console",
     "recipe",
     "runtime",

@@ -25,6 +25,10 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+def steps(*paths):
+    return [load_checkpoint(path)["step"] for path in paths]
+
+
 def test_last_previous_and_best(tmp_path):
     files = CheckpointFiles(tmp_path / "c")
     files.save(content(1))
@@ -99,12 +103,12 @@ def test_too_little_room_is_seen_before_anything_is_written(tmp_path):
     files = CheckpointFiles(tmp_path)
     files.save(content(1))
     files.size = 1 << 60
-    assert files.shortage() > 1 << 60
+    assert files.missing_bytes() > 1 << 60
     with pytest.raises(SaveError, match=r"No space left: .* MB free"):
         files.save(content(2))
     assert load_checkpoint(files.last)["step"] == 1
     files.size = 1000
-    assert files.shortage() < 0
+    assert files.missing_bytes() < 0
 
 
 @pytest.mark.parametrize("sixteenths", range(16))
@@ -164,7 +168,7 @@ def test_the_newest_good_one_is_taken_and_none_is_said(tmp_path):
     assert len(remarks) == 4, "each file that is not whole is named"
     for path in tmp_path.glob("*.pt"):
         path.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="no checkpoint of the run can be used"):
+    with pytest.raises(CheckpointError, match="the run has no valid checkpoint"):
         files.newest()
 
 
@@ -190,7 +194,7 @@ def test_what_is_no_checkpoint_of_ours(tmp_path):
     with pytest.raises(CheckpointError, match="its checksum is missing"):
         load_checkpoint(tmp_path / "unsealed.pt")
     write_checkpoint({**content(1), "format": 99}, tmp_path / "newer.pt")
-    with pytest.raises(CheckpointError, match="has format 99"):
+    with pytest.raises(CheckpointError, match="has checkpoint format 99"):
         load_checkpoint(tmp_path / "newer.pt")
     with pytest.raises(CheckpointError, match=r"does not exist; found there: .*newer.pt"):
         load_checkpoint(tmp_path / "best.pt")

@@ -141,7 +141,7 @@ def test_a_torn_checkpoint_is_not_resumed_nor_overwritten(command, trained, tmp_
         path.unlink()
         path.write_bytes(b"torn")
     done = command("main_train", "--output", "run", "--resume", cwd=tmp_path)
-    assert done.returncode == 2 and "no checkpoint of the run can be used" in done.stderr
+    assert done.returncode == 2 and "the run has no valid checkpoint" in done.stderr
     assert all(f"{path.name} is truncated" in done.stderr for path in files)
     assert all(path.read_bytes() == b"torn" for path in files)
 

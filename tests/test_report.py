@@ -18,13 +18,13 @@ from cspnet.data.loader import EvalBatches
 from cspnet.errors import CheckpointError, DataError, RecipeError
 from cspnet.inference.evaluate import Scores
 from cspnet.recipe import load as recipes
+from cspnet.recipe_comments import recipe_entries
 from cspnet.report import classes, curves, figures
 from cspnet.report import evaluation as verdicts
 from cspnet.report.evaluation import Evaluation, evaluate_run
 from cspnet.report.mistakes import MAX_MISTAKES, Mistake, TopMistakes, percent, view
 from cspnet.report.page import render
 from cspnet.report.publish import publish, require_place
-from cspnet.report.recipe_sources import parse_notes, value_sources
 from cspnet.run.reader import read_run, running_periods
 from cspnet.runtime.device import RunOptions
 from cspnet.sources.data_root import open_validation
@@ -133,7 +133,7 @@ def test_report_writes_one_page_that_needs_nothing(trained, command, tmp_path):
 
 def test_the_numbers_are_those_of_a_slow_recount(judged):
     run, verdict = judged
-    trained = load_weights(str(run.folder / "checkpoints" / "best.pt"))
+    trained = load_weights(str(run.folder.best_checkpoint))
     source = open_validation(verdict.data, trained.classes)
     net, recipe = trained.net.eval(), trained.recipe
     counted, wrong = np.zeros((3, 3), int), []
@@ -392,30 +392,41 @@ def test_the_time_axis_tells_stops_and_kills(copy):
     )
 
 
-def test_values_stand_beside_their_sources(copy):
-    text = (ROOT / "recipes" / "cspdarknet53.yaml").read_text()
-    assert (
-        parse_notes(text)["group"].comment == "cfg: subdivisions=4, BatchNorm sees 128 / 4 images"
-    )
-    assert parse_notes(text)["optim.weight_decay"].value == 5e-4
-    recipe = recipes.load_recipe(ROOT / "recipes" / "cspdarknet53.yaml", ["data.image_size=224"])
-    (copy / "recipe.yaml").write_text(recipes.recipe_to_yaml(recipe))
-    for command, named in (
-        (["cspnet-train", "--recipe", "cspdarknet53"], True),
-        (["cspnet-train", "--recipe=cspdarknet53.yaml"], True),
-        (["cspnet-train", "--resume"], False),
-    ):
-        (copy / "env.json").write_text(json.dumps({"command": command}))
-        path, told, known = value_sources(read_run(copy))
-        assert path.name == "cspdarknet53.yaml" and known == named
-        assert (
-            told["batch"] == "cfg: batch=128"
-            and told["data.image_size"] == "this run's own; 256 there"
-        )
-        assert told["augment.scale"] == "cfg: min_crop=128, max_crop=448 at 256"
-    assert "cfg: batch=128" in Page(page_of(copy)).sections["recipe"]
+def test_recipe_entries_hold_values_and_comments():
+    entries = recipe_entries((ROOT / "recipes" / "cspdarknet53.yaml").read_text())
+    assert entries["group"].comment == "cfg: subdivisions=4, BatchNorm sees 128 / 4 images"
+    assert entries["optim.weight_decay"].value == 5e-4
+
+
+def test_the_report_shows_the_source_of_each_value(tmp_path, command):
+    file = tmp_path / "mine.yaml"
+    text = (ROOT / "recipes" / "digits.yaml").read_text()
+    file.write_text(text.replace("log_every: 20", "log_every: 1  # often").replace("seed: 0\n", ""))
+    small = [word for word in TINY if not word.startswith("log_every")]
+    arguments = ("--output", tmp_path / "run", "--device", "cpu")
+    done = command("main_train", "--recipe", file, *arguments, *small)
+    assert done.returncode == 0, done.stderr
+    run = read_run(tmp_path / "run")
+    assert run.recipe_file == str(file)
+    assert run.recipe_sources["log_every"] == "often"
+    assert run.recipe_sources["batch"] == "command line; 64 in the file"
+    assert run.recipe_sources["seed"] == "default"
+    page = Page(publish(run, None, [], tmp_path / "out").read_text()).sections["recipe"]
+    assert "often" in page and "command line; 64 in the file" in page
+    # A resumed run keeps what its first start has recorded.
+    done = command("main_train", "--resume", *arguments, "schedule.steps=8")
+    assert done.returncode == 0, done.stderr
+    resumed = read_run(tmp_path / "run")
+    assert resumed.recipe_file == str(file)
+    assert resumed.recipe_sources.pop("schedule.steps") == "command line; 7 in the file"
+    run.recipe_sources.pop("schedule.steps")
+    assert resumed.recipe_sources == run.recipe_sources
+
+
+def test_a_run_without_recorded_sources_has_a_report(copy):
+    (copy / "recipe-sources.json").unlink(missing_ok=True)
     (copy / "recipe.yaml").write_text("model: {name: other}\nbatch: 3\n")
-    assert value_sources(read_run(copy)) == (None, {}, False)
+    assert read_run(copy).recipe_sources == {}
     assert "batch: 3" in Page(page_of(copy)).sections["recipe"]
 
 

@@ -49,7 +49,7 @@ def report_command(
     from cspnet.report.evaluation import evaluate_run, selection_note
     from cspnet.report.publish import publish, require_place
 
-    folder = out or run / "report"
+    folder = out or found.folder.report_folder
     require_place(folder)
     console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
     verdict, remarks = None, ["Only the record was asked for: nothing was evaluated."]

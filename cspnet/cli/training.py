@@ -1,6 +1,5 @@
 """The commands of training: `train` and, before it, `preview`."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +19,7 @@ from cspnet.cli.options import (
     warning_console,
 )
 from cspnet.errors import RecipeError
+from cspnet.run.folder import RunFolder
 from cspnet.shell import command_line
 
 if TYPE_CHECKING:
@@ -87,11 +87,11 @@ def train_command(
         raise RecipeError("torchrun's --max-restarts needs --resume, to go on with the run")
     if recipe is not None:
         path = recipes.find_recipe(recipe)
-    elif resume and output and (output / "recipe.yaml").is_file():
-        path = output / "recipe.yaml"  # the run's own
+    elif resume and output and RunFolder(output).is_run():
+        path = RunFolder(output).recipe_file
         given = any(override.startswith("data.root=") for override in overrides or [])
         if data is None and not given:
-            data = recorded_root(output)
+            data = RunFolder(output).recorded_data_root()
     elif resume and output:
         what = "is not a run folder: it has no recipe.yaml" if output.is_dir() else "is no folder"
         raise RecipeError(
@@ -125,6 +125,7 @@ def train_command(
         compile=compile,
         max_hours=max_hours,
         force=force,
+        recipe_file=path,
         stop_when_full=stop_when_full,
     )
     console = Console(soft_wrap=True, markup=False, highlight=False)
@@ -139,7 +140,7 @@ def train_command(
 
 def _done(recipe: "Recipe", output: Path, scores: "Scores | None") -> list[str]:
     """The result of a run that is complete, and what to do with it."""
-    best = output / "checkpoints" / "best.pt"
+    best = RunFolder(output).best_checkpoint
     evaluate = command_line("cspnet-eval", "--checkpoint", best, "--data", recipe.data.root)
     return [
         f"done; last validation: top-1 {scores.top1:.2f} %" if scores else "done",
@@ -148,17 +149,6 @@ def _done(recipe: "Recipe", output: Path, scores: "Scores | None") -> list[str]:
         f"evaluate: {evaluate}",
         f"a page about it: {command_line('cspnet', 'report', output)}",
     ]
-
-
-def recorded_root(run: Path) -> str | None:
-    """The data root of a run as an absolute path: its recipe may name it relative to a directory
-    that is not the present one. None where the run has not recorded it.
-    """
-    try:
-        root = json.loads((run / "env.json").read_text())["data_root"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return root if isinstance(root, str) else None
 
 
 def passes_of(text: str | None) -> int | str | None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cspnet.errors import DataError, RecipeError
+from cspnet.files import move_into_place
 from cspnet.sources import messages
 from cspnet.sources.messages import DOWNLOADABLE
 from cspnet.text import end_sentence
@@ -293,7 +294,7 @@ def _obtain_archive(url: str, md5: str, folder: Path, report: ReportLine) -> Pat
     try:
         with _network_timeout():
             download_url(url, scratch, archive.name, md5)
-        (scratch / archive.name).replace(archive)
+        move_into_place(scratch / archive.name, archive)
     except (OSError, RuntimeError) as error:
         reason = end_sentence(getattr(error, "reason", error))
         raise DataError(

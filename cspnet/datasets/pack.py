@@ -17,10 +17,9 @@ from cspnet.datasets.pack_journal import (
     PackedShard,
     PackJournal,
     PackSettings,
-    partial_path,
-    write_durably,
 )
 from cspnet.errors import CspnetError, DataError
+from cspnet.files import move_into_place, replace_text, temporary_path
 from cspnet.images.decode import MAX_SIDE, TooLargeError, UnreadableError, decode
 from cspnet.recipe.schema import DIGITS
 from cspnet.sources import messages
@@ -177,9 +176,10 @@ def _pack_split(journal: PackJournal, name: str, source: Source, workers: int) -
         yield sample.position + 1
     if tar:
         journal.add(name, tar.close(len(source)))
-    write_durably(folder / CLASSES_FILE, "".join(f"{name}\n" for name in source.classes).encode())
+    class_names = "".join(f"{name}\n" for name in source.classes)
+    replace_text(folder / CLASSES_FILE, class_names, durable=True)
     _verify(folder, sum(shard.copied + shard.encoded for shard in packed))
-    os.replace(folder, journal.output / name)
+    move_into_place(folder, journal.output / name)
 
 
 def _verify(folder: Path, images: int) -> None:
@@ -246,7 +246,7 @@ class _TarWriter:
     def __init__(self, folder: Path, number: int, start: int):
         self.shard = PackedShard(f"{number:06d}.tar", start)
         self.file = folder / self.shard.file
-        self.temporary = partial_path(self.file)
+        self.temporary = temporary_path(self.file)
         self.tar = tarfile.TarFile(self.temporary, "w", format=tarfile.USTAR_FORMAT)
 
     @property
@@ -275,8 +275,6 @@ class _TarWriter:
     def close(self, end: int) -> PackedShard:
         """Finish the file, which contains the images before index `end`, and give it its name."""
         self.tar.close()
-        with open(self.temporary, "rb") as file:
-            os.fsync(file.fileno())
         self.shard.end, self.shard.size = end, self.temporary.stat().st_size
-        os.replace(self.temporary, self.file)
+        move_into_place(self.temporary, self.file, durable=True)
         return self.shard

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from cspnet.errors import DataError
+from cspnet.files import replace_text
 from cspnet.sources.data_root import Source
 
 JOURNAL_FILE = "pack.json"
@@ -59,7 +60,7 @@ class PackJournal:
             raise DataError(f"--output {output}: no permission to read and write. Choose another")
         if self.file.exists():
             self._resume()
-        elif set(os.listdir(output)) - {partial_path(self.file).name}:
+        elif set(os.listdir(output)) - {temporary_path(self.file).name}:
             raise DataError(
                 f"--output {output} is neither empty nor an interrupted pack. Choose a new folder"
             )
@@ -114,7 +115,7 @@ class PackJournal:
     def save(self, finished: bool = False) -> None:
         splits = {name: [asdict(s) for s in shards] for name, shards in self.splits.items()}
         content = {"plan": self.plan, "finished": finished, "splits": splits}
-        write_durably(self.file, json.dumps(content, indent=1).encode())
+        replace_text(self.file, json.dumps(content, indent=1), durable=True)
 
 
 def _digest(source: Source) -> str:
@@ -124,18 +125,3 @@ def _digest(source: Source) -> str:
     for index in range(len(source)):
         digest.update(os.fsencode(os.path.basename(source.name(index))) + b"\0")
     return digest.hexdigest()
-
-
-def partial_path(file: Path) -> Path:
-    """The temporary path of a file that is being written."""
-    return file.with_name(f"{file.name}.part")
-
-
-def write_durably(file: Path, data: bytes) -> None:
-    """Replace a file atomically, after an fsync."""
-    temporary = partial_path(file)
-    with open(temporary, "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)

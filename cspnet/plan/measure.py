@@ -22,10 +22,11 @@ from rich.console import Console
 
 from cspnet.data.loader import prefetch_factor, training_groups
 from cspnet.errors import PartialResultError, StoppedError
+from cspnet.files import nearest_existing_directory
 from cspnet.plan.forecast import attacked_share
 from cspnet.recipe.eta import find_bottleneck
 from cspnet.recipe.schema import Recipe
-from cspnet.run.checkpoint import CheckpointFiles, existing_above
+from cspnet.run.checkpoint import CheckpointFiles
 from cspnet.runtime.cpu import available_cores
 from cspnet.runtime.device import RunOptions, StopRequest
 from cspnet.sources.data_root import Source
@@ -182,7 +183,7 @@ def _run(recipe: Recipe, place: RunOptions, stop: StopRequest, images: int) -> T
 
     It validates on the first `images` images.
     """
-    above = existing_above(place.output.absolute().parent)
+    above = nearest_existing_directory(place.output.absolute().parent)
     if not os.access(above, os.W_OK):
         above = Path(tempfile.gettempdir())
     with tempfile.TemporaryDirectory(prefix=".plan-", dir=above) as folder:
@@ -191,13 +192,13 @@ def _run(recipe: Recipe, place: RunOptions, stop: StopRequest, images: int) -> T
         told = io.StringIO()
         place = replace(place, output=output, resume=False)
         job = prepare(recipe, place, _plain(told))
-        saves = _Timed(output / "checkpoints")
+        saves = _Timed(job.folder.checkpoint_folder)
         job = replace(job, checkpoints=saves, validation=First(job.validation, images))
         scores = train_loop(job, start(job, listed=False), stop)
         kernels = [line for line in told.getvalue().splitlines() if ACCELERATED.match(line)]
         whole = time.perf_counter() - begun
         peak_gb = memory_gb()  # with the last save
-        record = (output / "metrics.jsonl").read_text().splitlines()
+        record = job.folder.metrics_file.read_text().splitlines()
         lines = [json.loads(line) for line in record[:-1]]  # the last one is the validation's
         checkpoint_gb = saves.last.stat().st_size / 1e9
     spent = [recipe.batch / line["images_per_second"] for line in lines]
@@ -289,8 +290,8 @@ def _put_together(
         setup_seconds=setup,
         seconds=setup + steps + validations * validation_seconds + saves * full.save_seconds,
         checkpoint_gb=full.checkpoint_gb,
-        checkpoints=job.checkpoints.most,
-        free_gb=job.checkpoints.free() / 1e9,
+        checkpoints=job.checkpoints.max_files,
+        free_gb=job.checkpoints.free_bytes() / 1e9,
     )
 
 

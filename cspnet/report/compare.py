@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cspnet.errors import RecipeError
+from cspnet.files import replace_file
 from cspnet.report.curves import HEADROOM, number, plain, save, smooth, thin
-from cspnet.report.files import replace_file
 from cspnet.run.reader import RunRecord, read_run
 from cspnet.text import printable
 
@@ -32,7 +32,7 @@ def read_runs(folders: list[Path]) -> list[RunRecord]:
 
 def run_names(runs: list[RunRecord]) -> list[str]:
     """The shortest ends of the folders' paths that tell them apart."""
-    parts = [run.folder.resolve().parts for run in runs]
+    parts = [run.folder.path.resolve().parts for run in runs]
     length = 1
     while len({part[-length:] for part in parts}) < len(parts):
         length += 1

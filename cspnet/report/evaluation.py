@@ -39,7 +39,7 @@ class Evaluation:
 
 def selection_note(run: RunRecord, verdict: Evaluation) -> str:
     """Says that the checkpoint was selected on the images that it is evaluated on; else empty."""
-    best = run.folder / "checkpoints" / "best.pt"
+    best = run.folder.best_checkpoint
     if not run.selected or verdict.checkpoint != str(best):
         return ""
     if verdict.data != run.fields.get("data.root"):
@@ -121,7 +121,7 @@ def _own_root(run: RunRecord, typed: str) -> str:
 
 def _open(run: RunRecord, asked: str | None) -> tuple[Trained | None, Path | str, list[str]]:
     """The net that was asked for; else the best one, else the last one that can be read."""
-    folder = run.folder / "checkpoints"
+    folder = run.folder.checkpoint_folder
     if asked:
         file = folder / f"{asked}.pt" if asked in OWN else asked
         trained = load_weights(str(file))

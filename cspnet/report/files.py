@@ -1,22 +1,10 @@
-"""Files of a report, replaced whole."""
+"""Checks of the paths that pictures are written to."""
 
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 from cspnet.errors import RecipeError
 
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file so that a kill or a full disk leaves the old one or the new one. OSError."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def require_png(path: Path) -> None:

@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from cspnet.inference.confusion import worst_pairs
+from cspnet.recipe_comments import recipe_entries
 from cspnet.report.classes import (
     DEEP,
     MATRIX,
@@ -21,7 +22,6 @@ from cspnet.report.curves import MARKED, Chart, shortened
 from cspnet.report.evaluation import Evaluation, selection_note
 from cspnet.report.figures import escape, figure, lasting, stamp, time_axis
 from cspnet.report.mistakes import percent, to_jpeg
-from cspnet.report.recipe_sources import parse_notes, value_sources
 from cspnet.report.style import STYLE
 from cspnet.run.reader import STOP_EVENTS, RunRecord, running_periods
 
@@ -288,21 +288,19 @@ def _classes(scores: list[ClassScore]) -> str:
 
 
 def _recipe(run: RunRecord) -> str:
-    path, told, named = value_sources(run)
-    if path is None:
+    if not run.recipe_sources:
         return (
-            "<p>The resolved recipe. The file that it came from is not here, nor are the sources "
-            f'of its values.</p><pre class="recipe"><code>{escape(run.recipe)}</code></pre>'
+            "<p>The resolved recipe. The run folder does not record where its values come from.</p>"
+            f'<pre class="recipe"><code>{escape(run.recipe)}</code></pre>'
         )
-    keys = {note.line: key for key, note in parse_notes(run.recipe).items()}
+    keys = {entry.line: key for key, entry in recipe_entries(run.recipe).items()}
     rows = [
-        [f"<code>{escape(line)}</code>", escape(told.get(keys.get(number), ""))]
+        [f"<code>{escape(line)}</code>", escape(run.recipe_sources.get(keys.get(number, ""), ""))]
         for number, line in enumerate(run.recipe.splitlines())
     ]
-    whose = "its file" if named else "the shipped recipe that is most like it"
-    told_by = f"{whose}, {escape(path.name)},"
     return (
-        f"<p>The resolved recipe, and what {told_by} says of where each value comes from.</p>"
+        "<p>The resolved recipe, and the source of each value: the comment in "
+        f"{escape(run.recipe_file)}, the command line, or the default.</p>"
         f'<div class="recipe">{table(["recipe.yaml", "source"], rows)}</div>'
     )
 

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from cspnet.files import replace_file
 from cspnet.recipe.schema import Recipe
-from cspnet.report.files import replace_file
 from cspnet.text import printable
 from cspnet.train.adversarial import attack_step_size
 from cspnet.train.optim import learning_rate

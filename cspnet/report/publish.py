@@ -6,9 +6,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cspnet.errors import RecipeError
+from cspnet.files import replace_file
 from cspnet.report import classes, curves, figures, mistakes
 from cspnet.report.evaluation import Evaluation
-from cspnet.report.files import replace_file
 from cspnet.report.page import render, stops
 from cspnet.run.reader import RunRecord
 

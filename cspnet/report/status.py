@@ -54,7 +54,7 @@ def describe_run(run: RunRecord, now: datetime | None = None) -> list[str]:
             f"top-1       last validation {top1[-1]:.2f} % at step {at[-1]:,.0f}"
             + f"; best {best}" * run.selected
         )
-    lines.append(f"last save   {_last_save(run.folder / 'checkpoints' / 'last.pt', now)}")
+    lines.append(f"last save   {_last_save(run.folder.last_checkpoint, now)}")
     return lines
 
 
@@ -71,7 +71,7 @@ def _state(run: RunRecord, recipe: Recipe | None, now: datetime) -> str:
     It says nothing on some network drives, nor of a process on another machine. There a run counts
     as running as long as its record grows.
     """
-    locked = is_locked(run.folder)
+    locked = is_locked(run.folder.path)
     if locked:
         return "running"
     if not run.events or run.events[-1].kind in END_EVENTS:
@@ -115,7 +115,7 @@ def _doing(run: RunRecord, state: str, now: datetime) -> str:
         return f"running since {_local(last.time)} on {run.device}, {ago}"
     if state == "done":
         return f"complete since {_local(last.time)}"
-    resume = f"Continue: {command_line('cspnet-train', '--resume', '--output', run.folder)}"
+    resume = f"Continue: {command_line('cspnet-train', '--resume', '--output', run.folder.path)}"
     if state == "silent":
         host = f" on {last.host}" * bool(last.host)
         return (

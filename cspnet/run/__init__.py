@@ -1,1 +1,1 @@
-"""The files of a run: written and read here only."""
+"""The files of a run: their names and formats, written and read here only."""

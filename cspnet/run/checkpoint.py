@@ -1,8 +1,8 @@
-"""Files of a run's state, written so that no crash loses them and read with suspicion.
+"""Checkpoints: durable, atomic writes with a checksum, and reads that detect damaged files.
 
-A checkpoint is what torch.save writes of plain tensors, numbers and text: a zip archive, which
-`torch.load(weights_only=True)` reads. In the archive's comment, its last bytes, is a checksum of
-all the bytes before. A file without one, or with another, is never taken for good.
+A checkpoint is a zip archive of plain tensors, numbers and text, as torch.save writes it, so
+`torch.load(weights_only=True)` reads it. The archive's comment, its last bytes, holds a checksum of
+all bytes before it. A file whose checksum is missing or wrong is never used.
 """
 
 import contextlib
@@ -14,147 +14,168 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 
-from cspnet.errors import CheckpointError, SaveError
+from cspnet.errors import CheckpointError, RecipeError, SaveError
+from cspnet.files import fsync_path, nearest_existing_directory, replace_file, temporary_path
+from cspnet.run.folder import BEST_NAME, LAST_NAME, PREVIOUS_NAME
 
 FORMAT = 3
-SEAL = b"cspnet blake2b "  # begins the comment; the digest follows as 64 hexadecimal digits
+SEAL = b"cspnet blake2b "  # starts the archive's comment; 64 hexadecimal digits follow
 SEAL_SIZE = len(SEAL) + 64
-BLOCK = 1 << 20
+BLOCK = 1 << 20  # bytes hashed at a time
 
 
 class CheckpointFiles:
-    """The checkpoints of a run: last.pt, the one before it, best.pt, and archives of some steps.
+    """The checkpoints of a run: last.pt, previous.pt, best.pt, and archives of some steps.
 
-    Those of one step are hard links to one file. `size` is the number of bytes of one, once known.
+    Files of the same step are hard links to one file. `size` is the size of a checkpoint in bytes,
+    0 until it is known.
     """
 
     def __init__(self, folder: Path, archive_every: int = 0, archive_keep: int = 1):
         self.folder, self.size = folder, 0
         self.archive_every, self.archive_keep = archive_every, archive_keep
-        self.last, self.previous = folder / "last.pt", folder / "previous.pt"
-        self.best = folder / "best.pt"
-        self._last_is_good = True
+        self.last, self.previous = folder / LAST_NAME, folder / PREVIOUS_NAME
+        self.best = folder / BEST_NAME
+        self._last_is_valid = True
 
     def archives(self) -> list[Path]:
         """step-0080000.pt and so on, oldest first."""
-        found = [p for p in self.folder.glob("step-*.pt") if re.fullmatch(r"step-\d+", p.stem)]
-        return sorted(found, key=lambda path: int(path.stem.removeprefix("step-")))
+        archives = [p for p in self.folder.glob("step-*.pt") if re.fullmatch(r"step-\d+", p.stem)]
+        return sorted(archives, key=lambda path: int(path.stem.removeprefix("step-")))
 
     @property
-    def most(self) -> int:
-        """Files at once: last, previous, best, one being written, and the archives."""
+    def max_files(self) -> int:
+        """Maximum number of files at a time: last, previous, best, a temporary one, archives."""
         return 4 + (self.archive_keep if self.archive_every else 0)
 
-    def free(self) -> int:
-        """Bytes that are free on the disk."""
-        return shutil.disk_usage(existing_above(self.folder)).free
+    def free_bytes(self) -> int:
+        """Free space on the disk, in bytes."""
+        return shutil.disk_usage(nearest_existing_directory(self.folder)).free
 
-    def shortage(self) -> int:
-        """Bytes that are missing on the disk for all the files that the run will have at once."""
-        there = len({path.stat().st_ino for path in self._all()})
-        return (self.most - there) * self.size - self.free()
+    def missing_bytes(self) -> int:
+        """Additional disk space that `max_files` files need, in bytes; negative if it suffices."""
+        existing = len({path.stat().st_ino for path in self._existing()})
+        return (self.max_files - existing) * self.size - self.free_bytes()
 
-    def clean(self) -> None:
-        """Removes what a save that was killed has left half-written."""
+    def require_space(self) -> None:
+        """Raises RecipeError if the disk has too little free space for `max_files` files."""
+        missing = self.missing_bytes()
+        if missing > 0:
+            archives = f", {self.archive_keep} archives" if self.archive_every else ""
+            raise RecipeError(
+                f"the disk of {self.folder.parent} lacks {missing / 1e6:,.0f} MB for the run's "
+                f"checkpoints, {self.size / 1e6:,.0f} MB each: last, previous, best, one being "
+                f"written{archives}. Free some space, or give a folder on another disk with "
+                "--output."
+            )
+
+    def remove_temporary(self) -> None:
+        """Removes the partial file that a killed save has left."""
         with contextlib.suppress(OSError):
-            (self.folder / ".last.pt.tmp").unlink(missing_ok=True)
+            temporary_path(self.last).unlink(missing_ok=True)
 
     def save(self, content: dict, best: bool = False) -> None:
-        """Writes last.pt, and keeps the one before; with `best`, the same file is best.pt too.
+        """Replaces last.pt, and keeps the file before it as previous.pt.
 
-        Whatever happens, a name holds the old file or the new one, and both are whole. Where it is
-        interrupted, best.pt may be newer than last.pt: the steps that are done again lead to the
-        same best.pt. Raises SaveError with all files as they were.
+        With `best`, best.pt becomes a link to the same file. At any interruption, each name refers
+        to its old file or its new one, and both are complete. best.pt may then be newer than
+        last.pt; repeating the steps after last.pt recreates the same best.pt. Raises SaveError, and
+        last.pt is then unchanged.
         """
-        names = [self.best] if best else []
+        links = [self.best] if best else []
         if self.archive_every and content["step"] % self.archive_every == 0:
-            names.append(self.folder / f"step-{content['step']:07}.pt")
-        temporary = self.folder / ".last.pt.tmp"
+            links.append(self.folder / f"step-{content['step']:07}.pt")
+
+        def write_and_link(temporary: Path) -> None:
+            write_checkpoint(content, temporary)
+            for link in links:
+                _replace_with_link(link, temporary)
+            if self._last_is_valid and self.last.exists():
+                _replace_with_link(self.previous, self.last)
+
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            free = self.free()
+            free = self.free_bytes()
             if free < self.size:
                 raise OSError(
                     0, f"No space left: {free / 1e6:,.0f} MB free, {self.size / 1e6:,.0f} needed"
                 )
-            write_checkpoint(content, temporary)
-            for name in names:
-                _link(temporary, name)
-            if self._last_is_good and self.last.exists():
-                _link(self.last, self.previous)
-            os.replace(temporary, self.last)
-            self._last_is_good = True
-            _sync_folder(self.folder)
+            replace_file(self.last, write_and_link, durable=True)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
             raise SaveError(
                 f"{self.last} could not be written ({error.strerror}); the earlier one is untouched"
             ) from None
-        for surplus in self.archives()[: -self.archive_keep] if self.archive_every else []:
+        self._last_is_valid = True
+        surplus = self.archives()[: -self.archive_keep] if self.archive_every else []
+        for archive in surplus:
             with contextlib.suppress(OSError):
-                surplus.unlink()
+                archive.unlink()
 
     def newest(self) -> tuple[dict | None, list[str]]:
-        """The content of last.pt, or of the newest whole file, and what to say of it.
+        """The content of last.pt, or of the newest valid checkpoint, and warnings to print.
 
-        None where there is no file. Raises CheckpointError where there are some and none is whole.
+        None if there is no checkpoint. Raises CheckpointError if none of the existing ones is
+        valid.
         """
-        if not self._all():
+        if not self._existing():
             return None, []
         try:
             return load_checkpoint(self.last), []
         except CheckpointError as error:
             problems = [str(error)]
-        self._last_is_good = False
-        good: list[tuple[int, dict, Path]] = []
-        for path in self._all():
+        self._last_is_valid = False
+        valid: list[tuple[int, dict, Path]] = []
+        for path in self._existing():
             if path != self.last:
                 try:
                     content = load_checkpoint(path)
-                    good.append((content["step"], content, path))
+                    valid.append((content["step"], content, path))
                 except CheckpointError as error:
                     problems.append(str(error))
-        if not good:
+        if not valid:
             raise CheckpointError(
-                "no checkpoint of the run can be used:"
+                "the run has no valid checkpoint:"
                 + "".join(f"\n  - {problem}" for problem in problems)
-                + "\nTo train anew, name another folder."
+                + "\nTo start over, give a new folder with --output."
             )
-        _, content, path = max(good, key=lambda entry: entry[0])
-        return content, [*problems, f"taken in its place: {path}, step {content['step']:,}"]
+        _, content, path = max(valid, key=lambda entry: entry[0])
+        return content, [*problems, f"loaded instead: {path}, step {content['step']:,}"]
 
-    def _all(self) -> list[Path]:
-        named = [self.last, self.previous, *reversed(self.archives()), self.best]
-        return [path for path in named if path.exists()]
+    def _existing(self) -> list[Path]:
+        paths = [self.last, self.previous, *reversed(self.archives()), self.best]
+        return [path for path in paths if path.exists()]
 
 
 def write_checkpoint(content: dict, path: Path) -> None:
-    """A sealed checkpoint that has reached the disk. OSError, and half a file then."""
+    """Writes a checkpoint with its checksum, and fsyncs it. Raises OSError; the file is partial.
+
+    Not atomic by itself: `path` is a temporary file.
+    """
     with open(path, "w+b") as file:
-        told = _Told(file)
+        writer = _ErrorKeepingWriter(file)
         try:
-            torch.save(content, told)
+            torch.save(content, cast(BinaryIO, writer))  # torch calls these two methods only
         except RuntimeError:
-            raise told.error or OSError(0, "torch could not write it") from None
+            raise writer.error or OSError(0, "torch could not write it") from None
         file.seek(-2, os.SEEK_END)
         file.write(struct.pack("<H", SEAL_SIZE))  # the length of the archive's comment
         file.seek(0)
         digest = _digest(_blocks(file))
         file.write(SEAL + digest)
         file.flush()
-        os.fsync(file.fileno())
+        os.fsync(file.fileno())  # before a hard link to it replaces another checkpoint
 
 
-class _Told:
-    """A file that remembers why it could not be written; torch's writer has words of its own."""
+class _ErrorKeepingWriter:
+    """Keeps the OSError of a failed write, which torch.save replaces by an error of its own."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file, self.error = file, None
+        self.file = file
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         try:
@@ -168,7 +189,7 @@ class _Told:
 
 
 def has_valid_checksum(path: Path) -> bool:
-    """Whether a file ends in the checksum of all that is before. OSError."""
+    """Whether a file ends in the checksum of the bytes before it. Raises OSError."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size < SEAL_SIZE:
@@ -178,6 +199,7 @@ def has_valid_checksum(path: Path) -> bool:
 
 
 def _blocks(file: BinaryIO, size: int | None = None) -> Iterator[bytes]:
+    """The next `size` bytes of a file, or all that follow, in blocks."""
     while block := file.read(BLOCK if size is None else min(BLOCK, size)):
         size = None if size is None else size - len(block)
         yield block
@@ -190,78 +212,54 @@ def _digest(blocks: Iterator[bytes]) -> bytes:
     return state.hexdigest().encode()
 
 
-def existing_above(folder: Path) -> Path:
-    """The folder itself, or the nearest one above it that there is."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+def _replace_with_link(path: Path, source: Path) -> None:
+    """Replaces `path` by a hard link to `source`, or by a copy without hard links (exFAT, SMB)."""
 
-
-def _link(source: Path, target: Path) -> None:
-    """Puts a hard link in the place of `target`; a copy where there are none (exFAT, SMB)."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)
+    def link_or_copy(temporary: Path) -> None:
         try:
             os.link(source, temporary)
         except OSError:
             shutil.copyfile(source, temporary)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            fsync_path(temporary)
+
+    replace_file(path, link_or_copy)
 
 
-def _sync_folder(folder: Path) -> None:
-    """A rename is durable only when its folder has reached the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def load_checkpoint(path: Path) -> dict:
-    """A checkpoint as `write` left it; CheckpointError where a bit of it is another, or none is."""
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint. CheckpointError if it is missing, damaged, or another format."""
     _require_file(path)
     try:
-        sealed = has_valid_checksum(path)
+        is_valid = has_valid_checksum(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    content = read_torch(path) if sealed else _unsealed(path)
-    wanted = ("format", "recipe", "classes", "state_dict")
-    if not isinstance(content, dict) or any(key not in content for key in wanted):
+    content = read_torch(path)
+    if not is_valid and isinstance(content, dict) and isinstance(content.get("format"), int):
+        raise CheckpointError(
+            f"{path} is damaged: its checksum is missing or does not match its content"
+        )
+    required = ("format", "recipe", "classes", "state_dict")
+    if not isinstance(content, dict) or any(key not in content for key in required):
         raise CheckpointError(f"{path} holds tensors, but is not a checkpoint of cspnet")
     if content["format"] != FORMAT:
         raise CheckpointError(
-            f"{path} has format {content['format']}, this cspnet reads {FORMAT}: "
-            f"it was written by cspnet {content.get('cspnet', '?')}"
-        )
-    return content
-
-
-def _unsealed(path: Path) -> object:
-    """Raises CheckpointError that says what a file without a valid checksum is, if not damaged."""
-    content = read_torch(path)
-    if isinstance(content, dict) and isinstance(content.get("format"), int):
-        raise CheckpointError(
-            f"{path} is damaged: its checksum is missing, or is not that of its content"
+            f"{path} has checkpoint format {content['format']}, and this version of cspnet reads "
+            f"format {FORMAT}: use cspnet {content.get('cspnet', '?')}, which wrote it"
         )
     return content
 
 
 def read_torch(path: Path) -> object:
-    """What torch.save wrote to a file, tensors and plain values only: no pickle is executed."""
+    """The content of a torch.save file: tensors and plain values only, no pickled code is run."""
     _require_file(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except Exception as error:  # zip, pickle and torch each have their own for a broken file
+    except Exception as error:  # zip, pickle and torch raise different ones for a damaged file
         if isinstance(error, UnpicklingError) and "GLOBAL" in str(error):
             raise CheckpointError(
                 f"{path} holds Python objects other than tensors, numbers and text. Loading them "
-                "would run code out of the file: refused. Ask for its state dict alone."
+                "would run code from the file, so it is refused. Ask for its state dict alone."
             ) from None
         raise CheckpointError(
             f"{path} is truncated, damaged, or not a checkpoint ({path.stat().st_size:,} bytes)"
@@ -270,11 +268,11 @@ def read_torch(path: Path) -> object:
 
 def _require_file(path: Path) -> None:
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"the checkpoint {path} {what}{_suggest(path)}")
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"the checkpoint {path} {problem}{_suggestion(path)}")
 
 
-def _suggest(path: Path) -> str:
+def _suggestion(path: Path) -> str:
     folder = path if path.is_dir() else path.parent
-    near = sorted({*folder.glob("*.pt"), *folder.glob("checkpoints/*.pt")})
-    return f"; found there: {', '.join(map(str, near[:4]))}" if near else ""
+    nearby = sorted({*folder.glob("*.pt"), *folder.glob("checkpoints/*.pt")})
+    return f"; found there: {', '.join(map(str, nearby[:4]))}" if nearby else ""

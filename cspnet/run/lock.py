@@ -1,4 +1,4 @@
-"""The lock of a run folder: one process trains in it, and others can see whether it lives."""
+"""The lock of a run folder: one process trains in it, and others can see whether it is alive."""
 
 import contextlib
 import fcntl
@@ -11,23 +11,23 @@ from typing import IO
 from cspnet.errors import RecipeError
 
 LOCK_NAME = ".lock"
-FLOCK = "@hhqqi"  # struct flock of 64-bit Linux: type, whence, start, length, pid
+FLOCK_FORMAT = "@hhqqi"  # struct flock of 64-bit Linux: type, whence, start, length, pid
 
 
 class RunLock(contextlib.AbstractContextManager):
-    """Keeps a run folder for one process: two of them would cut back each other's record.
+    """Reserves a run folder for one process: two would truncate each other's metrics.jsonl.
 
-    A lock of POSIX on the file `.lock`, which goes with the process however that ends, and which
-    its workers do not inherit.
+    A POSIX record lock on the file `.lock`. The kernel releases it when the process ends in any
+    way, and child processes (dataloader workers) do not inherit it.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._file: IO | None = None
 
     def take(self, folder: Path) -> None:
-        """Takes a folder, unless this lock has it already. RecipeError: another process has it.
+        """Locks a folder, once. Raises RecipeError if another process has locked it.
 
-        Where there is no folder yet, or the disk knows no locks, nothing is taken.
+        Does nothing if the folder does not exist, or if the file system does not support locks.
         """
         if self._file:
             return
@@ -37,26 +37,26 @@ class RunLock(contextlib.AbstractContextManager):
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
                 raise RecipeError(
-                    f"another process trains in {folder}: wait for its end, or name another folder "
-                    "with --output"
+                    f"another process trains in {folder}: wait until it ends, or give another "
+                    "folder with --output"
                 ) from None
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._file:
             self._file.close()
 
 
 def is_locked(folder: Path) -> bool | None:
-    """Whether a process trains in a run folder now; None where that cannot be told.
+    """Whether a process trains in a run folder now; None if that cannot be determined.
 
-    It only asks, and takes no lock, not even for a moment: that could keep a run from starting.
+    Only queries the lock: taking it, even for a moment, could make a starting run fail.
     """
     if not sys.platform.startswith("linux") or sys.maxsize < 2**32:
         return None
     try:
         with open(folder / LOCK_NAME, "rb") as file:
-            asked = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-            answer = fcntl.fcntl(file, fcntl.F_GETLK, asked)
+            request = struct.pack(FLOCK_FORMAT, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            answer = fcntl.fcntl(file, fcntl.F_GETLK, request)
     except OSError:
         return None
-    return struct.unpack(FLOCK, answer)[0] != fcntl.F_UNLCK
+    return struct.unpack(FLOCK_FORMAT, answer)[0] != fcntl.F_UNLCK

@@ -43,6 +43,7 @@ class RunOptions:
     memory: str = "fast"  # a key of BUDGETS, for a compiled net
     max_hours: float | None = None
     force: bool = False  # resume with other settings
+    recipe_file: Path | None = None  # that the recipe was read from
     stop_when_full: bool = False  # a full disk ends the run, and does not only pause its saving
 
 

@@ -1,13 +1,13 @@
 """The index of tar files: where in them each image is, and how it is saved next to them."""
 
-import contextlib
 import io
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from cspnet.files import replace_file
 
 INDEX_VERSION = 1
 DTYPES = {  # of the arrays of an index, each with one entry per image
@@ -69,13 +69,8 @@ def save_index(file: Path, stamp: dict, index: TarIndex) -> None:
         sizes=index.sizes,
         labels=index.labels,
     )
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content.getbuffer())
-        os.replace(temporary, file)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    # Several processes that open the data set may save its index at the same time.
+    replace_file(file, lambda path: path.write_bytes(content.getbuffer()), concurrent=True)
 
 
 def load_index(file: Path, stamp: dict) -> TarIndex | None:

@@ -1,10 +1,8 @@
 """When numbers go bad, or memory ends: what it was, and where, in one message."""
 
 import contextlib
-import json
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,6 +10,7 @@ from torch import nn
 from cspnet.data import stream
 from cspnet.errors import CheckpointError, NonFiniteError, OutOfMemoryError
 from cspnet.run.checkpoint import load_checkpoint
+from cspnet.run.folder import RunFolder
 from cspnet.sources.data_root import Source
 from cspnet.train.state import TrainState
 
@@ -80,7 +79,7 @@ def step_images(state: TrainState, source: Source, step: int) -> list[dict]:
 
 
 def non_finite_error(
-    state: TrainState, source: Source, folder: Path, forward: Callable[[int], object]
+    state: TrainState, source: Source, folder: RunFolder, forward: Callable[[int], object]
 ) -> NonFiniteError:
     """The error to raise, with the batch at fault written to not-finite.json in the run folder.
 
@@ -91,7 +90,7 @@ def non_finite_error(
     noted = int(state.bad_step)
     step = noted if noted >= 0 else state.step - 1
     layer = first_non_finite_layer(state.net, lambda: forward(step)) or "nothing"
-    saved = folder / "checkpoints" / "last.pt"
+    saved = folder.last_checkpoint
     before, checkpoint = None, "There is no checkpoint."
     with contextlib.suppress(CheckpointError):
         # The update has spread it to all weights by now; those of the last save have not seen it.
@@ -105,7 +104,7 @@ def non_finite_error(
                 " It had diverged already: on these images its own output is not finite. Use an "
                 "archive or best.pt instead."
             )
-    dump = folder / "not-finite.json"
+    dump = folder.non_finite_file
     content = {
         "step": step + 1,
         "first_not_finite": layer,
@@ -114,7 +113,7 @@ def non_finite_error(
         "images": step_images(state, source, step),
     }
     with contextlib.suppress(OSError):
-        dump.write_text(json.dumps(content, indent=1) + "\n")
+        folder.write_non_finite(content)
     what = "the loss is not finite" if noted >= 0 else "the weights are not finite after the update"
     return NonFiniteError(
         f"{what} at step {step + 1:,}; nothing was saved since. With its images, the first that is "

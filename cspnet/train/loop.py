@@ -21,6 +21,7 @@ from cspnet.errors import (
 from cspnet.inference.evaluate import Scores, evaluate_network
 from cspnet.recipe.schema import Recipe
 from cspnet.report.preview import render_sheet, write_png
+from cspnet.run.folder import RunFolder
 from cspnet.run.lock import RunLock
 from cspnet.runtime.device import RunOptions, StopRequest, setup_device
 from cspnet.runtime.distributed import (
@@ -35,10 +36,11 @@ from cspnet.text import end_sentence
 from cspnet.train.adversarial import attack, attack_step_size
 from cspnet.train.compile import accelerate, compiling_told
 from cspnet.train.diagnose import explain_out_of_memory, is_finite, non_finite_error, note_loss
+from cspnet.train.failure import crash_error, save_if_consistent
 from cspnet.train.optim import apply_update as update
 from cspnet.train.optim import learning_rate
 from cspnet.train.reporter import Reporter
-from cspnet.train.setup import Run, check_folder, crashed, prepare, record, save_consistent, start
+from cspnet.train.setup import Run, log_event, prepare, start
 from cspnet.train.state import TrainState
 from cspnet.train.step import at_most, attack_some, cross_entropy, forward, one_pass, to_device
 
@@ -56,7 +58,8 @@ def train(recipe: Recipe, place: RunOptions, console: Console | RunOutput) -> Sc
     if not world.first:
         output = RunOutput(Console(quiet=True))
     with process_group(world, setup_device(place.device, world)), RunLock() as lock:
-        world.by_first(lambda: (check_folder(place), lock_run(lock, place)))
+        folder = RunFolder(place.output)
+        world.by_first(lambda: reserve(folder, place, lock))
         try:
             job = prepare(recipe, place, output, world)
             state = start(job, lock)
@@ -64,44 +67,45 @@ def train(recipe: Recipe, place: RunOptions, console: Console | RunOutput) -> Sc
             output.release(only="red")  # a damaged checkpoint may be the reason
             raise
         if world.first:
-            output.open_log(place.output / "train.log")
+            output.open_log(folder.log_file)
         output.release()
         try:
             scores = train_loop(job, state, stop)
         except StoppedError as error:
-            record(job, state, "stop", [first_line(error)])
+            log_event(job, state, "stop", [first_line(error)])
             output.log(str(error))
             raise
         except CspnetError as error:
             if isinstance(error, DataError):
-                save_consistent(job, state)
-            record(job, state, "fail", [first_line(error)])
+                save_if_consistent(job, state)
+            log_event(job, state, "fail", [first_line(error)])
             output.log(f"error: {error}")
             raise
         except Exception as error:
             if world.size > 1 and is_process_group_error(error):
                 lost = "another process of the run has ended, or hangs"
-                record(job, state, "fail", [lost])
+                log_event(job, state, "fail", [lost])
                 output.log(f"error: {lost}")
                 raise  # `joined` says what happened
-            crash = crashed(job, state, error)
+            crash = crash_error(job, state, error)
             output.log(f"error: {crash}")
             raise crash from None
         except KeyboardInterrupt:
             left = "left at once, without a save, by a second Ctrl-C"
-            record(job, state, "fail", [left])
+            log_event(job, state, "fail", [left])
             output.print(left, style="red")
             raise
         finally:
             output.close_log()
-        record(job, state, "done")
+        log_event(job, state, "done")
         return scores
 
 
-def lock_run(lock: RunLock, place: RunOptions) -> None:
-    """Takes the lock of a folder that holds a run: before anything is loaded for nothing."""
-    if (place.output / "recipe.yaml").is_file():
-        lock.take(place.output)
+def reserve(folder: RunFolder, place: RunOptions, lock: RunLock) -> None:
+    """Checks the run folder and, if it holds a run, locks it, before anything slow is done."""
+    folder.require_usable(place.resume)
+    if folder.is_run():
+        lock.take(folder.path)
 
 
 def first_line(error: Exception) -> str:
@@ -351,5 +355,5 @@ def show_samples(job: Run, net: nn.Module, report: Reporter) -> None:
     names = display_names(job.training.classes)
     page = render_sheet(*look(job, net, 0), names, recipe.loss.label_smoothing, "step 0, group 0")
     with suppress(OSError):  # a full disk; TensorBoard may have it
-        write_png(job.folder / "preview" / "step-0000000.png", page)
+        write_png(job.folder.sample_image, page)
     report.picture("train/images", page)

@@ -9,7 +9,6 @@ import resource
 import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,15 +21,15 @@ from cspnet.errors import DataError, SaveError
 from cspnet.inference.confusion import to_markdown, worst_pairs
 from cspnet.inference.evaluate import Scores
 from cspnet.recipe.eta import find_bottleneck, format_duration, format_eta, seconds_left
+from cspnet.run.folder import RunFolder
 from cspnet.run.metrics_log import MetricsLog, last_line
 from cspnet.runtime.cpu import available_cores
 from cspnet.runtime.distributed import SINGLE_PROCESS, Processes
 from cspnet.sources.data_root import Source, display_names
-from cspnet.text import end_sentence, escape_line, printable, unescape_line
+from cspnet.text import end_sentence, printable
 from cspnet.train.state import TrainState
 from cspnet.train.tensorboard_log import TensorBoardLog
 
-NAMES = {"encoding": "utf-8", "errors": "surrogateescape"}  # of files: they may be any bytes
 LONG = 14 * 86_400  # seconds left from which the expected end is printed as a warning
 BAD_SHARE = 0.5  # of a group: beyond it the data set is at fault, not an image
 
@@ -43,7 +42,7 @@ class Reporter:
 
     def __init__(
         self,
-        folder: Path,
+        folder: RunFolder,
         state: TrainState,
         source: Source,
         console: RunOutput,
@@ -54,21 +53,20 @@ class Reporter:
         self.folder, self.state, self.source, self.console = folder, state, source, console
         self._world, self._workers = world, workers
         self._monitor = monitor or WorkerMonitor()
-        self._list = folder / "unreadable.txt"
-        self._shown_list = printable(str(self._list))
-        self.unreadable = _names(self._list)  # of all starts
+        self._shown_list = printable(str(folder.unreadable_file))
+        self.unreadable = folder.read_unreadable()  # of all starts
         self._met: set[str] = set()  # those of this start: what was repaired is no longer met
         self._news: list[str] = []  # unreadable images that only this process knows of
         self.first_step = state.step  # from which this process started
         self._bad_windows = 0
         self._windows = 0  # of this start
-        path = folder / "metrics.jsonl"
+        path = folder.metrics_file
         self._record = MetricsLog(path if world.first else None, state.step, state.validated)
         # Events of the last step are purged too where its validation is still to come, and those of
         # training are written again from the record.
         pending = state.validated < state.step
         self._board = TensorBoardLog(
-            folder / "tb" if world.first else None,
+            folder.tensorboard_folder if world.first else None,
             state.step + (not pending),
             lambda text: console.print(text, style="red"),
         )
@@ -274,8 +272,8 @@ class Reporter:
         if name not in self.unreadable:
             self.unreadable.add(name)
             if self._world.first:
-                with suppress(OSError), open(self._list, "a", **NAMES) as file:
-                    file.write(f"{escape_line(name)}\n")
+                with suppress(OSError):
+                    self.folder.append_unreadable(name)
         if len(self._met) <= 3:
             self.console.print(
                 f"unreadable image, the next one stands in for it: {printable(name)}",
@@ -291,13 +289,6 @@ class Reporter:
                 f"{self._shown_list}; repair the files under their names, or allow more, then "
                 "--resume."
             )
-
-
-def _names(path: Path) -> set[str]:
-    """The names in a list of files; none where there is no list."""
-    if not path.exists():
-        return set()
-    return {unescape_line(line) for line in path.read_text(**NAMES).split("\n") if line}
 
 
 def memory_gb() -> float:

@@ -1,15 +1,11 @@
 """Setting up a run: what can be found wrong before the first step, and the state it starts from."""
 
-import json
 import os
 import platform
 import sys
-import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,11 +14,12 @@ import cspnet
 from cspnet.console import RunOutput
 from cspnet.data.augment import augment
 from cspnet.datasets.check import preflight
-from cspnet.errors import CheckpointError, CrashError, DataError, RecipeError
+from cspnet.errors import CheckpointError, DataError, RecipeError
 from cspnet.recipe.load import recipe_to_yaml
 from cspnet.recipe.schema import DIGITS, TIMM_PREFIX, Recipe
+from cspnet.recipe_comments import recipe_sources
 from cspnet.run.checkpoint import CheckpointFiles
-from cspnet.run.lock import LOCK_NAME as LOCK
+from cspnet.run.folder import RunFolder
 from cspnet.run.lock import RunLock
 from cspnet.runtime.device import (
     ACTIVATION_BUDGETS,
@@ -35,7 +32,6 @@ from cspnet.runtime.device import (
 from cspnet.runtime.distributed import SINGLE_PROCESS, Processes
 from cspnet.sources.data_root import Source, open_parts
 from cspnet.sources.listing import Listing
-from cspnet.train.diagnose import is_finite
 from cspnet.train.optim import EMA, build_optimizer
 from cspnet.train.state import DatasetIdentity, TrainState, changed_fields
 from cspnet.weights.load import build_net, init_net
@@ -46,7 +42,7 @@ class Run:
     """All that a run needs and that stays as it is while it runs."""
 
     recipe: Recipe
-    folder: Path
+    folder: RunFolder
     device: torch.device
     precision: Precision
     workers: int
@@ -110,9 +106,10 @@ def prepare(
         )
     if len(training.classes) < 2:
         raise RecipeError(f"{recipe.data.root} has one class only; training needs two")
+    folder = RunFolder(place.output)
     return Run(
         recipe=recipe,
-        folder=place.output,
+        folder=folder,
         device=device,
         precision=precision,
         workers=choose_workers(place.workers, device, world),
@@ -125,7 +122,7 @@ def prepare(
         validation=validation,
         console=console,
         checkpoints=CheckpointFiles(
-            place.output / "checkpoints", recipe.archive_every, recipe.archive_keep
+            folder.checkpoint_folder, recipe.archive_every, recipe.archive_keep
         ),
         place=place,
     )
@@ -139,25 +136,6 @@ def sizes_of_passes(groups: int) -> list[int]:
 def passes_of(groups: range, at_once: int) -> list[range]:
     """The groups in passes of `at_once`; the last one may have fewer."""
     return [groups[first : first + at_once] for first in range(0, len(groups), at_once)]
-
-
-def check_folder(place: RunOptions) -> None:
-    """Raises RecipeError where the run folder is a file, or holds what this run would overwrite."""
-    folder = place.output
-    if folder.exists() and not folder.is_dir():
-        raise RecipeError(f"--output {folder} is a file: name a folder")
-    if folder.is_dir() and not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-        raise RecipeError(f"--output {folder} cannot be read and written: name another folder")
-    if not place.resume and folder.is_dir() and _holds_files(folder):
-        raise RecipeError(
-            f"the run folder {folder} is not empty: --resume continues the run in it, "
-            "--output names another folder"
-        )
-
-
-def _holds_files(folder: Path) -> bool:
-    """Whether there is more in it than what a start leaves that was broken off."""
-    return any(path.suffix != ".tmp" and path.name != LOCK for path in folder.iterdir())
 
 
 def start(job: Run, lock: RunLock | None = None, listed: bool = True) -> TrainState:
@@ -230,27 +208,27 @@ def _begin(job: Run, dataset: DatasetIdentity, lock: RunLock | None) -> TrainSta
         console.print(f"resumed in {job.folder}: step {state.step:,}, {done}")
         remarks += told
     else:
-        _require_own(job)
+        _require_same_run(job)
     if state.step > recipe.schedule.steps:
         raise CheckpointError(
             f"{job.folder} is at step {state.step:,}, past schedule.steps={recipe.schedule.steps:,}"
         )
     job.checkpoints.size = state.size
-    if lock and job.folder.is_dir():
-        lock.take(job.folder)
-    job.checkpoints.clean()  # what a killed save has left does not count as used
-    _require_room(job)
+    if lock and job.folder.path.is_dir():
+        lock.take(job.folder.path)
+    job.checkpoints.remove_temporary()  # the partial file of a killed save does not count as used
+    job.checkpoints.require_space()
+    sources = _recipe_sources(job)
     try:
-        job.folder.mkdir(parents=True, exist_ok=True)
+        job.folder.path.mkdir(parents=True, exist_ok=True)
         if lock:
-            lock.take(job.folder)
-        replace_text(job.folder / "recipe.yaml", recipe_to_yaml(recipe))
-        replace_text(job.folder / "env.json", json.dumps(environment(job), indent=2) + "\n")
-        record(job, state, "resume" if saved else "start", remarks)
+            lock.take(job.folder.path)
+        job.folder.write_start(recipe_to_yaml(recipe), environment(job), sources)
+        log_event(job, state, "resume" if saved else "start", remarks)
     except OSError as error:
         raise RecipeError(
             f"the run folder {job.folder} cannot be written: {error.strerror}. "
-            "Name another with --output."
+            "Give another folder with --output."
         ) from None
     for remark in preflight(job.training, job.validation):
         console.print(remark, style="yellow")
@@ -260,8 +238,8 @@ def _begin(job: Run, dataset: DatasetIdentity, lock: RunLock | None) -> TrainSta
         f"{len(classes):,} classes\n"
         f"device {job.device}, {job.precision.name} ({job.precision.reason}), "
         f"{job.workers} workers, run folder {job.folder}, data root {state.dataset.root}\n"
-        f"at most {job.checkpoints.most} checkpoints of {job.checkpoints.size / 1e6:,.0f} MB at "
-        f"once, {job.checkpoints.free() / 1e9:,.0f} GB free"
+        f"at most {job.checkpoints.max_files} checkpoints of {job.checkpoints.size / 1e6:,.0f} MB "
+        f"at a time, {job.checkpoints.free_bytes() / 1e9:,.0f} GB free"
     )
     if job.world.size > 1:
         console.print(
@@ -269,6 +247,15 @@ def _begin(job: Run, dataset: DatasetIdentity, lock: RunLock | None) -> TrainSta
             f"{len(job.groups)} of the {recipe.groups} groups of a step each"
         )
     return state
+
+
+def _recipe_sources(job: Run) -> dict[str, Any] | None:
+    """Where the values of the recipe come from; None if unknown."""
+    file, folder = job.place.recipe_file, job.folder
+    if file is None:
+        return None
+    is_own = folder.is_run() and file.samefile(folder.recipe_file)
+    return recipe_sources(job.recipe, file, folder.read_recipe_sources() if is_own else None)
 
 
 def _blank(job: Run, net: torch.nn.Module, dataset: DatasetIdentity) -> TrainState:
@@ -316,115 +303,28 @@ def _parameters(net: torch.nn.Module) -> str:
     return f"{count:,} parameters" + (f", {frozen:,} of them frozen" if frozen else "")
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file so that a kill leaves the old one or the new one. OSError."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+def log_event(job: Run, state: TrainState, event: str, remarks: Sequence[str] = ()) -> None:
+    """Appends an event of the run to history.jsonl, on the first process only."""
+    if job.world.first:
+        job.folder.log_event(event, state.step, str(job.device), job.world.size, remarks)
 
 
-def record(job: Run, state: TrainState, event: str, remarks: list[str] | None = None) -> None:
-    """Adds a line to history.jsonl, which is never cut back: when the run started and ended.
-
-    `event` is start, resume, done, stop (saved, exit code 75), fail or crash. On a full disk there
-    is no line.
-    """
-    if not job.world.first:
-        return
-    line = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "event": event,
-        "step": state.step,
-        "device": str(job.device),
-        "processes": job.world.size,
-        "host": platform.node(),
-        "remarks": remarks or [],
-    }
-    with suppress(OSError), open(job.folder / "history.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def crashed(job: Run, state: TrainState, error: Exception) -> CrashError:
-    """The error to raise after an unexpected exception, whose traceback goes to a file.
-
-    The state is saved where it is that of a whole step and has no NaN or Inf.
-    """
-    saved = "the last checkpoint is as it was"
-    if save_consistent(job, state):
-        saved = f"saved at step {state.step:,}"
-    report = "".join(traceback.format_exception(error))
-    name = f"crash-{state.step:07}" + f"-rank{job.world.rank}" * (not job.world.first)
-    file = job.folder / f"{name}.txt"
-    where = f"The traceback is in {file}"
-    try:
-        file.write_text(_crash_report(job, state, report), "utf-8", "backslashreplace")
-    except OSError:  # a full disk may be the reason of all
-        job.console.log(report)
-        print(report, file=sys.stderr)
-        where = "The traceback is on stderr"
-    # The last line of an exception that was raised in a dataloader worker is the exception itself.
-    lines = str(error).strip().splitlines() or [""]
-    line = lines[-1] if lines[0].startswith("Caught ") else lines[0]
-    what = type(error).__name__ + f": {line[:200]}" * bool(line)
-    record(job, state, "crash", [what, str(file)])
-    return CrashError(
-        f"unexpected {what} (step {state.step + 1:,}); {saved}. {where}. "
-        "The same command with --resume continues the run; please report the traceback"
-    )
-
-
-def _crash_report(job: Run, state: TrainState, report: str) -> str:
-    """The traceback with what is known of the run; a broken driver may tell nothing."""
-    lines = [f"{datetime.now(UTC).isoformat(timespec='seconds')} step {state.step}"]
-    with suppress(Exception):
-        lines.append(json.dumps(environment(job)))
-    return "\n".join([*lines, report])
-
-
-def save_consistent(job: Run, state: TrainState) -> bool:
-    """Saves the state of a run that has failed, if it is that of a whole step, without NaN or Inf.
-
-    Whatever broke the run may break this as well: it raises nothing.
-    """
-    if not (job.world.first and state.consistent):
-        return False
-    with suppress(Exception):
-        noted = int(state.bad_step) >= 0 and not state.scaler.is_enabled()
-        if is_finite(state) and not noted:
-            job.checkpoints.save(state.to_dict())
-            return True
-    return False
-
-
-def _require_room(job: Run) -> None:
-    """Raises RecipeError where the disk has too little room for the run's checkpoints."""
-    short = job.checkpoints.shortage()
-    if short > 0:
-        size = job.checkpoints.size
-        raise RecipeError(
-            f"the disk of {job.folder} lacks {short / 1e6:,.0f} MB for the run's checkpoints, "
-            f"{size / 1e6:,.0f} MB each: last, previous, best, one being written"
-            + (f", {job.recipe.archive_keep} archives" if job.recipe.archive_every else "")
-            + ". Free some, or name a folder on another disk with --output."
-        )
-
-
-def _require_own(job: Run) -> None:
-    """Raises CheckpointError unless the folder is empty, or this run's before its first save."""
-    stored = job.folder / "recipe.yaml"
-    if stored.exists():
-        if changed := changed_fields(stored.read_text(), job.recipe):
+def _require_same_run(job: Run) -> None:
+    """Raises CheckpointError unless the folder is empty, or holds this run with no checkpoint."""
+    folder = job.folder
+    if folder.is_run():
+        if changed := changed_fields(folder.recipe_file.read_text(), job.recipe):
             raise CheckpointError(
-                f"{stored} is another run's recipe ({', '.join(changed[:3])} differ), and there "
-                "is no checkpoint to resume from: name another folder"
+                f"{folder.recipe_file} is another run's recipe ({', '.join(changed[:3])} differ), "
+                "and there is no checkpoint to resume from: give another folder with --output"
             )
-        job.console.print(f"{job.folder} has no checkpoint yet: the run starts anew")
-    elif job.folder.is_dir() and _holds_files(job.folder):
-        raise CheckpointError(f"{job.folder} is not a run folder: it has no recipe.yaml")
+        job.console.print(f"{folder} has no checkpoint yet: the run starts from step 0")
+    elif folder.holds_files():
+        raise CheckpointError(f"{folder} is not a run folder: it has no {folder.recipe_file.name}")
 
 
 def environment(job: Run) -> dict:
-    """What the run ran with, for env.json."""
+    """Command, machine, versions and resources of this start, for env.json."""
     gpu = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else None
     return {
         "command": sys.argv,

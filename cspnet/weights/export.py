@@ -7,6 +7,7 @@ import copy
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 import cspnet
 from cspnet.data.augment import mean_and_std
 from cspnet.errors import CspnetError
+from cspnet.files import replace_file
 from cspnet.recipe.load import recipe_to_yaml
 from cspnet.recipe.schema import TIMM_PREFIX
 from cspnet.shell import command_line
@@ -67,16 +69,12 @@ def export_network(
     return _darknet(trained, to, cut)
 
 
-def _replace(to: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a temporary file and puts it in the place of `to`."""
-    temporary = to.with_name(f".{to.name}.tmp{to.suffix}")
+def _replace(to: Path, write: Callable[[Path], object]) -> None:
+    """Replaces `to` by the file that `write` creates. Raises ExportError."""
     try:
-        write(temporary)
-        os.replace(temporary, to)
+        replace_file(to, write)
     except OSError as error:
         raise ExportError(f"{printable(str(to))} cannot be written: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _facts(trained: Trained) -> dict:
@@ -100,7 +98,7 @@ def _safetensors(trained: Trained, to: Path) -> list[str]:
     metadata = {"format": "pt", "cspnet": json.dumps(_facts(trained))}
     # Not save_file: it makes files that only their owner can read, and no name but UTF-8.
     content = save(state, metadata)
-    _replace(to, lambda path: _write(path, content))
+    _replace(to, lambda path: path.write_bytes(content))
     model = trained.recipe.model
     if model.width != 1 and not model.name.startswith(TIMM_PREFIX):
         return [f"timm has no {model.name} of width {model.width:g}: the file is for cspnet"]
@@ -141,7 +139,7 @@ def _onnx(trained: Trained, to: Path, pyramid: bool) -> list[str]:
         text = value if isinstance(value, str) else json.dumps(value)
         # Protobuf wants UTF-8; a data root may be any bytes.
         program.model.metadata_props[key] = text.encode(errors="backslashreplace").decode()
-    _replace(to, lambda path: onnx.save(program.model_proto, str(path)))
+    _replace(to, lambda path: onnx.save(program.model_proto, str(path), "protobuf"))
     return _check_onnx(net, images, to)
 
 
@@ -208,7 +206,7 @@ def _darknet(trained: Trained, to: Path, cut: int | None) -> list[str]:
         files_of_it = (to.with_suffix(".data"), to.with_suffix(".cfg"), to)
         remarks.append(command_line("darknet", "classifier", "predict", *files_of_it))
     for path, content in reversed(files.items()):  # the weights last: they are what one looks for
-        _replace(path, lambda temporary, content=content: _write(temporary, content))
+        _replace(path, partial(Path.write_bytes, data=content))
     return remarks
 
 
@@ -252,10 +250,6 @@ def _require_lines(labels: list[str]) -> None:
                 f"the class name {label!a} cannot be a line of .labels. --first-layers N writes a "
                 "backbone without classes; .safetensors and .onnx take any name"
             )
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
 
 
 def _fold_normalization(net: nn.Module, mean: torch.Tensor, std: torch.Tensor) -> None:
