@@ -1,4 +1,4 @@
-"""Runs beside each other: what differs, and only that."""
+"""The comparison of runs: their scores, and the differences of their recipes only."""
 
 import json
 
@@ -7,7 +7,14 @@ import pytest
 
 from cspnet.errors import RecipeError
 from cspnet.recipe import load as recipes
-from cspnet.report.compare import ABSENT, differences, differing, overview, read_runs, run_names
+from cspnet.report.compare import (
+    ABSENT,
+    differences_table,
+    overview_table,
+    read_runs,
+    recipe_differences,
+    run_names,
+)
 from tests.conftest import ROOT
 
 
@@ -41,7 +48,7 @@ def test_only_what_differs_is_listed(runs):
     found = read_runs(
         runs(plain=[], fast=["optim.learning_rate=0.2", "mix.probability=0"], same=[])
     )
-    assert differences(found) == {
+    assert recipe_differences(found) == {
         "mix.probability": [0.25, 0.0, 0.25],
         # Without mixing these have no effect, and are not in the recipe.
         "mix.cutmix": [True, ABSENT, True],
@@ -51,20 +58,20 @@ def test_only_what_differs_is_listed(runs):
         "mix.mosaic_split": [[0.2, 0.8], ABSENT, [0.2, 0.8]],
         "optim.learning_rate": [0.1, 0.2, 0.1],
     }
-    assert differing([found[0], found[2]]) is None
-    assert overview(found).row_count == 3
+    assert differences_table([found[0], found[2]]) is None
+    assert overview_table(found).row_count == 3
 
 
 def test_compare_prints_tables_and_draws_a_picture(runs, command, tmp_path):
     folders = runs(one=[], two=["augment.rotation=5"])
-    done = command("main", "compare", *folders, "--out", tmp_path / "both.png")
+    done = command("main", "compare", *folders, "--output", tmp_path / "both.png")
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     told = ["100", "of", "600", "80.00", "%", "(50)", "70.00", "%", "1.0000", "55", "cpu"]
     assert ["one", *told] in rows and ["augment.rotation", "10.0", "5.0"] in rows
     assert "batch" not in done.stdout and done.stdout.splitlines()[-1].endswith("both.png written")
     assert cv2.imread(str(tmp_path / "both.png")).shape[0] > 300
-    again = command("main", "compare", *folders, "--out", tmp_path / "both.png")
+    again = command("main", "compare", *folders, "--output", tmp_path / "both.png")
     assert again.returncode == 0, "a PNG may be replaced"
 
 
@@ -74,7 +81,7 @@ def test_what_cannot_be_compared_is_told_in_one_message(runs, command, tmp_path)
     (tmp_path / "fake.png").write_text("not a picture")
     (tmp_path / "folder.png").mkdir()
     for folders, told in (
-        ([one], "two run folders at least"),
+        ([one], "at least two run folders"),
         ([one, two, tmp_path / "none" / ".." / "one"], "is given twice"),
         ([one, tmp_path / "nowhere"], "is not a folder"),
         ([one, tmp_path / "empty"], "is not a run folder"),
@@ -82,11 +89,11 @@ def test_what_cannot_be_compared_is_told_in_one_message(runs, command, tmp_path)
         with pytest.raises(RecipeError, match=told):
             read_runs(folders)
     for out, told in (
-        ("fake.png", "is a file, and no PNG"),
+        ("fake.png", "exists and is not a PNG file"),
         ("folder.png", "must be a .png file"),
         ("x.jpg", "must be a .png file"),
     ):
-        done = command("main", "compare", one, two, "--out", out, cwd=tmp_path)
+        done = command("main", "compare", one, two, "--output", out, cwd=tmp_path)
         assert done.returncode == 2 and told in done.stderr, done.stderr
         assert done.stdout == "" and "Traceback" not in done.stderr
     assert (tmp_path / "fake.png").read_text() == "not a picture"

@@ -75,7 +75,7 @@ def test_rows_before_and_after_the_attack(tiny, tmp_path):
 
 def test_preview_of_nonsense(command, tmp_path):
     for arguments, told in (
-        (["--out", "no/such/x.png"], "must be a .png file in a folder that exists"),
+        (["--out", "no/such/x.png"], "must be a .png file in an existing folder"),
         (["--out", "x.jpg"], "must be a .png file"),
         (["--step", "600"], "the last one is 599"),
         (["--data", "nowhere"], "does not exist"),

@@ -1,16 +1,19 @@
-"""The report on a run: what is on the page, against counting by hand; what it needs: nothing."""
+"""The report on a run: its content against a slow recount, and that the page is self-contained."""
 
 import json
 import os
+import re
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from matplotlib.dates import date2num
 from rich.console import Console
 
 from cspnet.cli.reports import report_command
@@ -18,13 +21,15 @@ from cspnet.data.loader import EvalBatches
 from cspnet.errors import CheckpointError, DataError, RecipeError
 from cspnet.inference.evaluate import Scores
 from cspnet.recipe import load as recipes
-from cspnet.recipe_comments import recipe_entries
-from cspnet.report import classes, curves, figures
+from cspnet.report import charts, classes
 from cspnet.report import evaluation as verdicts
+from cspnet.report.drawing import save_png, to_svg
 from cspnet.report.evaluation import Evaluation, evaluate_run
-from cspnet.report.mistakes import MAX_MISTAKES, Mistake, TopMistakes, percent, view
+from cspnet.report.mistakes import MAX_MISTAKES, Mistake, TopMistakes, format_percent, network_view
 from cspnet.report.page import render
-from cspnet.report.publish import publish, require_place
+from cspnet.report.publish import PICTURES, publish, require_output_folder
+from cspnet.report.style import DARK, LIGHT
+from cspnet.report.timeline import draw_timeline
 from cspnet.run.reader import read_run, running_periods
 from cspnet.runtime.device import RunOptions
 from cspnet.sources.data_root import open_validation
@@ -33,6 +38,7 @@ from cspnet.weights.load import load_weights
 from tests.conftest import ROOT, TINY, picture
 
 NASTY = '<b>&"'
+RUN_FIGURES = [name for name in charts.NAMES if name != "loss-scale"] + ["timeline"]
 NOW = datetime(2026, 5, 4, 12, tzinfo=UTC)
 
 
@@ -105,27 +111,51 @@ def copy(trained, tmp_path):
 
 def page_of(folder, verdict=None, remarks=()):
     run = read_run(folder)
-    return render(run, curves.charts(run), verdict, list(remarks), NOW)
+    return render_page(run, verdict, remarks)
+
+
+def render_page(run, evaluation=None, remarks=()):
+    drawings = [charts.draw_chart(c, charts.resume_steps(run)) for c in charts.run_charts(run)]
+    return render(run, drawings, draw_timeline(run), evaluation, list(remarks), NOW)
 
 
 def test_report_writes_one_page_that_needs_nothing(trained, command, tmp_path):
     out = tmp_path / "there"
-    done = command("main", "report", trained, "--device", "cpu", "--out", out)
+    done = command("main", "report", trained, "--device", "cpu", "--output", out)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(out / "report.html")
-    names = {"report.html", "curves.png", "time.png", "confusion.png", "mistakes.png"}
+    names = {
+        "report.html",
+        *(f"{name}.png" for name in RUN_FIGURES),
+        "confusion.png",
+        "mistakes.png",
+    }
     assert {path.name for path in out.iterdir()} == names
     for name in names - {"report.html"}:
         assert cv2.imread(str(out / name)).shape[0] > 100
     text = (out / "report.html").read_text(encoding="utf-8")
     page = Page(text)
-    assert page.outside == [] and "://" not in text and "url(" not in text and "@import" not in text
+    assert (
+        page.outside == []
+        and "://" not in text
+        and not re.search(r"url\([^#]", text)
+        and "@import" not in text
+    )
     assert not {"script", "link", "iframe", "object", "embed", "base"} & set(page.tags)
     assert list(page.sections) == [
-        *("summary", "curves", "time", "confusion", "mistakes", "classes", "recipe", "environment")
+        *(
+            "summary",
+            "curves",
+            "history",
+            "confusion",
+            "mistakes",
+            "classes",
+            "recipe",
+            "environment",
+        )
     ]
     assert read_run(trained).fields["loss.label_smoothing"] == 0.1
-    assert "smoothed labels, which cannot all be met" in page.sections["curves"]
+    assert "smoothed labels: it cannot reach 0 and is not comparable" in page.sections["curves"]
     assert NASTY in page.sections["classes"] and NASTY in page.sections["confusion"]
     assert NASTY not in text and "&lt;b&gt;&amp;&quot;" in text
     assert any(NASTY in title for title in page.titles)
@@ -146,7 +176,7 @@ def test_the_numbers_are_those_of_a_slow_recount(judged):
         counted[true, taken] += 1
         if true != taken:
             wrong.append((float(shares[taken]), index, true, taken))
-            assert np.array_equal(view(source, index, recipe), image[0].numpy())
+            assert np.array_equal(network_view(source, index, recipe), image[0].numpy())
     assert (verdict.scores.confusion == counted).all() and verdict.step == trained.step
     assert verdict.names == ['<b>&"', "apple", "cat"] and len(wrong) == len(verdict.mistakes)
     for mistake, (share, index, true, taken) in zip(
@@ -155,14 +185,16 @@ def test_the_numbers_are_those_of_a_slow_recount(judged):
         assert (mistake.true, mistake.taken_for) == (true, taken)
         assert mistake.probability == pytest.approx(share, abs=1e-4)
         assert np.array_equal(
-            verdict.pictures[verdict.mistakes.index(mistake)], view(source, index, recipe)
+            verdict.pictures[verdict.mistakes.index(mistake)], network_view(source, index, recipe)
         )
     for k, score in enumerate(classes.class_scores(counted, verdict.names)):
-        assert (score.images, score.right) == (5, counted[k, k])
+        assert (score.images, score.correct) == (5, counted[k, k])
         beside = {o: counted[k, o] for o in range(3) if o != k}
-        assert score.taken == max(beside.values())
-        assert not score.taken or beside[verdict.names.index(score.taken_for)] == score.taken
-    page = Page(render(run, curves.charts(run), verdict, [], NOW))
+        assert score.confused_images == max(beside.values())
+        if score.confused_images:
+            confused = verdict.names.index(score.confused_with)
+            assert beside[confused] == score.confused_images
+    page = Page(render_page(run, verdict))
     assert f"top-1 {verdict.scores.top1:.2f} %" in page.sections["summary"]
     assert page.tags.count("img") == len(wrong)
 
@@ -185,7 +217,8 @@ def test_the_surest_mistakes_are_found_whatever_the_batches():
         assert [mistake.index for mistake in found] == order[:MAX_MISTAKES]
         assert all(m.true == int(labels[m.index]) != m.taken_for for m in found)
     assert TopMistakes().mistakes() == []
-    assert percent(1 - 1e-9) == "99.99 %" and percent(0.5) == "50 %" and percent(1.0) == "100 %"
+    percents = [format_percent(p) for p in (1 - 1e-9, 0.5, 1.0)]
+    assert percents == ["99.99 %", "50 %", "100 %"]
 
 
 def test_a_torn_record_is_read_as_far_as_it_goes(copy):
@@ -199,11 +232,11 @@ def test_a_torn_record_is_read_as_far_as_it_goes(copy):
     assert run.unread == 4 and run.step == whole.step + 96
     assert len(run.training["step"]) == len(whole.training["step"]) + 1
     assert len(run.events) == len(whole.events) and run.best == whole.best
-    assert "4 lines could not be read" in page_of(copy)
+    assert "4 malformed lines" in page_of(copy)
     for name in ("env.json", "history.jsonl", "metrics.jsonl"):
         (copy / name).unlink()
     text = Page(page_of(copy)).text
-    assert "No step is on record yet" in text and "no history.jsonl" in text
+    assert "No step logged yet" in text and "no history.jsonl" in text
     assert "There is no env.json" in text
     assert publish(read_run(copy), None, [], copy / "report").is_file()
 
@@ -219,8 +252,7 @@ def test_what_is_missing_is_said_and_the_rest_is_there(copy, trained, tmp_path):
     assert "mistakes" not in page.sections
     assert {p.name for p in (copy / "report").iterdir()} == {
         "report.html",
-        "curves.png",
-        "time.png",
+        *(f"{name}.png" for name in RUN_FIGURES),
     }
     for missing in ("best", str(tmp_path / "none.pt")):
         with pytest.raises(CheckpointError, match="does not exist"):
@@ -237,7 +269,7 @@ def test_what_is_missing_is_said_and_the_rest_is_there(copy, trained, tmp_path):
     data.rename(data.with_name("away"))
     try:
         gone, remarks = evaluate_run(run, device="cpu")
-        assert gone is None and "--data DIR says where they are" in remarks[-1]
+        assert gone is None and "Give their location with --data DIR." in remarks[-1]
         found, _ = evaluate_run(run, data=str(data.with_name("away")), device="cpu")
         assert (found.scores.confusion == verdict.scores.confusion).all()
     finally:
@@ -246,9 +278,9 @@ def test_what_is_missing_is_said_and_the_rest_is_there(copy, trained, tmp_path):
 
 def test_a_folder_that_is_no_run_is_refused(command, tmp_path, copy):
     (tmp_path / "file").write_text("mine")
-    for place, told in (("file", "is a file: name a folder"), ("no/such", "does not exist")):
+    for place, told in (("file", "is a file; give a folder"), ("no/such", "does not exist")):
         with pytest.raises(RecipeError, match=told):
-            require_place(tmp_path / place)
+            require_output_folder(tmp_path / place)
     for folder, told in (("nowhere", "is not a folder"), (".", "it has no recipe.yaml")):
         done = command("main", "report", tmp_path / folder)
         assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
@@ -286,45 +318,144 @@ def test_a_thousand_classes_and_a_long_record_stay_small(copy):
     assert len(text.encode()) < 3_000_000
     page = Page(text)
     assert "confusion" not in page.sections and names[777] in page.sections["classes"]
-    assert "The record has 100,000 lines" in page.sections["curves"]
+    assert "The log has 100,000 lines" in page.sections["curves"]
     low = min(range(1000), key=lambda k: confusion[k, k] / confusion[k].sum())
     assert names[low] in page.sections["worst"]
-    classes.draw_worst(classes.class_scores(confusion, names), confusion, copy / "worst.png")
-    assert cv2.imread(str(copy / "worst.png")).shape[1] > 500
+    publish(read_run(copy), verdict, [], copy / "report")
+    assert cv2.imread(str(copy / "report" / "worst-classes.png")).shape[1] > 500
 
 
 def test_curves_are_means_over_spans_of_steps():
     steps = np.arange(1.0, 10_001)
     values = np.where(steps % 7 == 0, np.nan, steps**2)
-    thinned, means = curves.thin(steps, values, 100)
+    thinned, means = charts.thin(steps, values, 100)
     assert len(thinned) == 100 and (np.diff(thinned) > 0).all()
     first = values[:100][np.isfinite(values[:100])]
     assert means[0] == pytest.approx(first.mean(), rel=0.05)
-    again, same = curves.thin(steps[:50], values[:50], 100)
+    again, same = charts.thin(steps[:50], values[:50], 100)
     assert np.array_equal(same, values[:50][np.isfinite(values[:50])]) and len(again) == len(same)
     rough = np.random.default_rng(0).normal(size=50)
     near = [min(i, 49 - i, 3) for i in range(50)]
     slow = [rough[i - n : i + n + 1].mean() for i, n in enumerate(near)]
-    assert curves.smooth(rough, 3) == pytest.approx(slow)
-    for low, high in ((0.0, 1.0), (-3e-5, 7e-5), (2.31, 2.33), (0, 8e6)):
-        marks = curves.ticks(low, high)
-        assert 2 <= len(marks) <= 5 and low <= marks[0] and marks[-1] <= high
+    assert charts.smooth(rough, 3) == pytest.approx(slow)
 
 
-def test_charts_of_percentages_start_at_zero(trained, copy):
-    run = read_run(copy)
-    drawn = {chart.title: chart for chart in curves.charts(run)}
-    for title in ("validation, % of the images right", "waiting for images, % of the time"):
-        assert curves.extent(drawn[title])[2] == 0
-    steps = np.array([1.0, 2.0])
+def svg_of(chart, marks=()):
+    """The drawing of a chart and its parsed SVG."""
+    drawing = charts.draw_chart(chart, list(marks))
+    return drawing, ElementTree.fromstring(to_svg(drawing))
+
+
+def a_chart(values, steps=None, **changes):
+    steps = np.arange(1.0, len(values) + 1) if steps is None else steps
+    curves = [charts.Curve("x", steps, np.array(values), 0)]
+    chart = charts.Chart("loss", "Loss", curves, int(steps[-1]))
+    return replace(chart, **changes)
+
+
+def path_points(path):
+    """The corners of an SVG path."""
+    numbers = [float(n) for n in re.findall(r"-?[\d.]+", path.get("d"))]
+    return np.array(numbers).reshape(-1, 2)
+
+
+def lines_of(svg, colour):
+    """The paths of curves in a colour of the theme; markers and the legend are not among them."""
+    paths = [path for path in svg.iter("path") if f"stroke: var(--{colour})" in path.get("style")]
+    return [path_points(path) for path in paths if path.get("clip-path")]
+
+
+def test_charts_of_percentages_start_at_zero(copy):
+    by_name = {chart.name: chart for chart in charts.run_charts(read_run(copy))}
+    for name in ("accuracy", "data-wait"):
+        assert charts.limits(by_name[name])[2] == 0
     for values in ([0.0, 0.0], [76.0, 76.5], [50.0, 50.0]):
-        chart = curves.Chart("x", [curves.Curve("x", steps, np.array(values), 0)], 2, "", True)
-        _, _, low, high = curves.extent(chart)
+        chart = a_chart(values, from_zero=True)
+        _, _, low, high = charts.limits(chart)
         assert low == 0 and high > max(values)
-        assert "bottom:0.00%" in figures.figure(chart, [])
+        drawing, svg = svg_of(chart)
+        assert drawing.figure.axes[0].get_ylim() == (low, high)
+        assert "0" in [text.text for text in svg.iter("text")]
 
 
-def test_ties_among_the_worst_classes_are_stated(copy, monkeypatch):
+def test_an_svg_shows_the_values_of_the_curve():
+    """Its corners are the values on linear axes from the first step to the last."""
+    values = np.array([3.0, 1.0, 2.0, 0.5])
+    chart = a_chart(values, np.array([0.0, 10.0, 50.0, 100.0]))
+    _, svg = svg_of(chart, [25, 75])
+    (points,) = lines_of(svg, "c0")
+    x, y = points.T
+    assert (x - x[0]) / (x[-1] - x[0]) == pytest.approx([0, 0.1, 0.5, 1], abs=1e-3)
+    assert (y - y.max()) / (y.min() - y.max()) == pytest.approx([1, 0.2, 0.6, 0], abs=1e-3)
+    dotted = [p for p in lines_of(svg, "dim") if np.ptp(p[:, 0]) == 0]
+    assert [(p[0, 0] - x[0]) / (x[-1] - x[0]) for p in dotted] == pytest.approx([0.25, 0.75], 1e-2)
+    texts = [text.text for text in svg.iter("text")]
+    assert {"Loss", "optimizer step", "0", "100", "x: 0.5"} <= set(texts)
+    assert svg.find("title").text == "Loss"
+    assert svg.find("desc").text == "Steps 0 to 100: x from 3 to 0.5."
+    assert svg.get("aria-labelledby").split() == [
+        svg.find(tag).get("id") for tag in ("title", "desc")
+    ]
+
+
+def test_an_svg_marks_each_point_with_a_hover_text():
+    chart = a_chart([1.0, 40.0, 1234.0, 56789.0], ceiling=50_000)
+    chart = replace(chart, curves=[replace(chart.curves[0], kind="dots")])
+    _, svg = svg_of(chart)
+    titles = [use.find("title").text for use in svg.iter("use") if use.find("title") is not None]
+    assert titles == [
+        "x 1 at step 1",
+        "x 40 at step 2",
+        "x 1,234 at step 3",
+        "x 56.79k at step 4",
+    ]
+
+
+def test_an_svg_is_deterministic_self_contained_and_follows_dark_mode():
+    chart = a_chart(np.linspace(0.123456789, 5, 600), title="Loss $x_{")
+    _, svg = svg_of(chart)
+    texts = [to_svg(charts.draw_chart(chart, [3])) for _ in range(2)]
+    assert texts[0] == texts[1] and len(texts[0]) < 20_000
+    assert "Loss $x_{" in texts[0] and "://" not in texts[0] and "xmlns" not in texts[0]
+    assert not re.search(r"#[0-9a-f]{6}", texts[0]), "a colour without a variable"
+    assert set(re.findall(r"var\(--(\w+)\)", texts[0])) <= set(LIGHT)
+    assert LIGHT.keys() == DARK.keys() and len(set(LIGHT.values())) == len(LIGHT)
+    tags = {element.tag for element in svg.iter()}
+    assert not {"style", "script", "image", "metadata"} & tags
+
+
+def test_ticks_are_round_and_few():
+    for last_step, high, steps in (
+        (600, 0.1, {"0", "200", "400", "600"}),
+        (1_200_000, 13_000, {"0", "250k", "500k", "750k", "1M"}),
+    ):
+        chart = a_chart([0.0, high], np.array([1.0, last_step]), from_zero=True)
+        axes = svg_of(chart)[0].figure.axes[0]
+        ticks = [t.get_text() for t in axes.get_xticklabels() if t.get_position()[0] <= last_step]
+        assert set(ticks) == steps
+        marks = [y for y in axes.get_yticks() if 0 <= y <= axes.get_ylim()[1]]
+        assert 2 <= len(marks) <= 6
+    for low, high in ((-3e-5, 7e-5), (2.31, 2.33), (0, 8e6)):
+        axes = svg_of(a_chart([low, high]))[0].figure.axes[0]
+        ticks = [t.get_text() for t in axes.get_yticklabels()]
+        assert len(set(ticks)) == len(ticks) >= 2 and max(map(len, ticks)) <= 8
+
+
+def test_ids_of_a_page_are_unique_and_refer_to_each_other(judged):
+    run, evaluation = judged
+    text = render_page(run, evaluation)
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+    svgs = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    assert len(svgs) == len(RUN_FIGURES)
+    for svg in svgs:
+        own = set(re.findall(r'\bid="([^"]+)"', svg))
+        assert set(re.findall(r'(?:href="|url\()#([^")]+)', svg)) <= own
+    assert text == render_page(run, evaluation)
+    assert set(RUN_FIGURES) <= set(PICTURES)
+
+
+def test_ties_among_the_worst_classes_are_stated(copy):
     """40 classes: 3 with 0 %, 30 with 50 %, 7 with 100 %; 20 are shown."""
     rights = [0] * 3 + [1] * 30 + [2] * 7
     confusion = np.zeros((40, 40), np.int64)
@@ -333,31 +464,29 @@ def test_ties_among_the_worst_classes_are_stated(copy, monkeypatch):
         confusion[k, (k + 1) % 40] += 2 - right
     names = [f"class {k}" for k in range(40)]
     scores = classes.class_scores(confusion, names)
-    low = classes.worst(scores)
-    assert len(low) == 20 and classes.more_alike(scores, low) == 13
-    assert classes.more_alike(scores[:3], classes.worst(scores[:3])) == 0
-    assert classes.more_alike([], []) == 0
+    low = classes.worst_classes(scores)
+    assert len(low) == 20 and classes.count_ties(scores, low) == 13
+    assert classes.count_ties(scores[:3], classes.worst_classes(scores[:3])) == 0
+    assert classes.count_ties([], []) == 0
     totals = Scores(1.0, 1.0, 1.0, 80, 0, 1.0, confusion)
     page = Page(page_of(copy, Evaluation("best.pt", 1, False, "data", totals, names, [], [])))
-    assert "lowest top-1, and 13 more with the same top-1 (50 %)." in page.sections["worst"]
+    assert "of all 40 classes, and 13 more with the same top-1 (50 %)." in page.sections["worst"]
 
     none = replace(totals, confusion=np.zeros_like(confusion))  # no class has an image
     page = Page(page_of(copy, Evaluation("best.pt", 1, False, "data", none, names, [], [])))
-    assert "lowest top-1." in page.sections["worst"]
+    assert "of all 40 classes." in page.sections["worst"]
 
-    drawn = []
-    monkeypatch.setattr(classes, "save", lambda figure, path: drawn.append(figure))
-    classes.draw_worst(scores, confusion, copy / "worst.png")
+    figure = classes.plot_worst_classes(scores, confusion)
     nothing = np.array([[0, 4], [4, 0]])
-    classes.draw_worst(classes.class_scores(nothing, ["a", "b"]), nothing, copy / "worst.png")
-    bars, counts = drawn[0].axes
-    assert "and 13 more with the same top-1" in bars.get_title()
-    assert "more" not in drawn[1].axes[0].get_title()
-    for axes in (bars, counts, *drawn[1].axes):
+    other = classes.plot_worst_classes(classes.class_scores(nothing, ["a", "b"]), nothing)
+    bars, counts = figure.axes
+    assert "13 more with the same top-1 (50 %)" in bars.get_title(loc="left")
+    assert "more" not in other.axes[0].get_title(loc="left")
+    for axes in (bars, counts, *other.axes):
         assert axes.get_xlim()[0] == 0 < axes.get_xlim()[1]
 
 
-def test_the_time_axis_tells_stops_and_kills(copy):
+def test_the_timeline_shows_stops_and_kills(copy):
     lines = [
         ("00:00", "start", 0, []),
         ("01:00", "stop", 40, ["SIGTERM: saved"]),
@@ -378,12 +507,29 @@ def test_the_time_axis_tells_stops_and_kills(copy):
         (60, 90, True),
     ]
     assert found[1].until == found[2].begin.time
-    axis = figures.time_axis(run)
-    assert 'class="lost" style="left:33.333%;width:50.000%"' in axis
-    assert axis.count("<b ") == 1 and 'left:16.667%" title="2026-05-04 01:00:00: SIGTERM' in axis
+    drawing = draw_timeline(run)
+    bars = [(bar.get_x(), bar.get_width()) for bar in drawing.figure.axes[0].patches]
+    day = np.array([(0, 1), (2, 3), (5, 1)]) / 24
+    first = date2num(run.events[0].time)
+    assert np.array(bars) - [first, 0] == pytest.approx(day, abs=1e-6)
+    svg = ElementTree.fromstring(to_svg(drawing))
+    titles = [group.find("title").text for group in svg.iter() if group.find("title") is not None]
+    assert titles == [
+        "When the run was running (UTC)",
+        "2026-05-04 00:00:00 to 2026-05-04 01:00:00, from step 0 to 40",
+        "2026-05-04 02:00:00 to 2026-05-04 05:00:00, from step 40",
+        "2026-05-04 05:00:00 to 2026-05-04 06:00:00, from step 60 to 90",
+        "2026-05-04 01:00:00: SIGTERM: saved",
+    ]
+    texts = [text.text for text in svg.iter("text")]
+    assert {"2", "02:00", "04:00", "2026-05-04", "running", "killed"} <= set(texts)
+    assert "no end recorded" not in texts and "unknown time before the next start" in drawing.note
     page = Page(page_of(copy))
     assert "at most" in page.sections["summary"], "a kill has no time"
-    assert "No stop was noted before: the run was killed. <i>careful</i>" in page.sections["time"]
+    assert (
+        "The previous start has no recorded end: the run was killed. <i>careful</i>"
+        in (page.sections["history"])
+    )
     assert page.sections["summary"].split()[:3] == ["Summary", "state", "done"]
     running = replace(run, events=run.events[:4], written=run.events[3].time + timedelta(hours=2))
     assert (
@@ -443,17 +589,20 @@ def test_any_name_can_be_drawn_and_a_synset_keeps_its_id(tmp_path, copy):
     verdict = Evaluation("best.pt", 1, False, "data", scores, names, mistakes, pictures)
     page = publish(read_run(copy), verdict, [], tmp_path / "out").read_text(encoding="utf-8")
     assert "猫" in page and "two\nlines" in page
-    classes.draw_worst(classes.class_scores(confusion, names), confusion, tmp_path / "worst.png")
+    scores = classes.class_scores(confusion, names)
+    save_png(classes.plot_worst_classes(scores, confusion), tmp_path / "worst.png")
     nothing = np.zeros((2, 2), np.int64)
-    assert classes.worst(classes.class_scores(nothing, ["a", "b"])) == []
-    assert classes.shares(nothing)[1] == 0
+    assert classes.worst_classes(classes.class_scores(nothing, ["a", "b"])) == []
+    assert classes.row_fractions(nothing)[1] == 0
 
 
 def test_the_record_alone_and_a_full_device(copy, trained, capsys, monkeypatch):
-    report_command(copy, record_only=True)
+    report_command(copy, no_evaluate=True)
     told = capsys.readouterr().out.splitlines()
-    assert "nothing was evaluated" in told[0] and told[-1] == str(copy / "report" / "report.html")
-    assert "nothing was evaluated" in Page((copy / "report" / "report.html").read_text()).text
+    assert "Not evaluated: --no-evaluate" in told[0] and told[-1] == str(
+        copy / "report" / "report.html"
+    )
+    assert "Not evaluated" in Page((copy / "report" / "report.html").read_text()).text
 
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -473,7 +622,7 @@ def test_a_full_disk_leaves_the_report_before(copy, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(RecipeError, match=r"cannot be written to .*No space left"):
+    with pytest.raises(RecipeError, match=r"cannot write the report to .*No space left"):
         publish(run, None, ["another"], copy / "report")
     assert (copy / "report" / "report.html").read_bytes() == before
     assert not list((copy / "report").glob(".*"))

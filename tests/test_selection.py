@@ -46,12 +46,12 @@ def test_status_compare_and_report_say_so(runs, command, tmp_path):
         run = base / name
         told = command("main", "status", run).stdout
         assert f"last validation {last_top1(run):.2f} %" in told and (SELECTED in told) == several
-        told = command("main", "report", run, "--device", "cpu", "--out", tmp_path / name).stdout
+        told = command("main", "report", run, "--device", "cpu", "--output", tmp_path / name).stdout
         assert ("best.pt is the best of several validations" in told) == several
         page = (tmp_path / name / "report.html").read_text()
         assert (SELECTED in page) == several and ("top-1 is optimistic" in page) == several
     told = command("main", "compare", base / "three", base / "one", cwd=tmp_path).stdout
-    assert "best top-1: the best of a run's validations, selected on the images" in told
+    assert "best top-1: the best of several validations, selected on the same images" in told
 
 
 def test_other_weights_and_other_images_were_not_selected(runs):

@@ -1,4 +1,4 @@
-"""Where a run stands, told from its folder alone."""
+"""The status of a run, read from its folder alone."""
 
 import json
 import subprocess
@@ -56,9 +56,9 @@ def test_a_run_that_goes_on(tmp_path):
     record.insert(20, line(200, split="val", top1=61.5))
     record.append(line(500, split="val", top1=55.25))
     text = told(a_run(tmp_path / "run", record, [event("start", 0, 0)]), 11)
-    assert "running since" in text and "last written to 0:01:00 ago" in text
+    assert "running since" in text and "last update 0:01:00 ago" in text
     assert "step        500 of 1,000 (50.0%), loss 2.5000" in text
-    assert "67 images/s, 25% of the time waiting for images; 0:01:15 left" in text  # 5,000 images
+    assert "67 images/s, 25% of the time waiting for data; 0:01:15 left" in text  # 5,000 images
     last = "last validation 55.25 % at step 500"
     assert f"{last}; best 61.50 % at step 200, selected on the same images" in text
     assert "last save   none yet" in text
@@ -67,13 +67,13 @@ def test_a_run_that_goes_on(tmp_path):
 @pytest.mark.parametrize(
     "history, minutes, expected, code",
     [
-        ([event("start", 0, 0)], 60, "NO SIGN OF LIFE: last written", 1),
-        ([event("start", 0, 0), event("stop", 30, 12, "SIGTERM")], 13, ": SIGTERM. Continue:", 75),
+        ([event("start", 0, 0)], 60, "NO RECENT UPDATE: last update", 1),
+        ([event("start", 0, 0), event("stop", 30, 12, "SIGTERM")], 13, ": SIGTERM. Resume:", 75),
         ([event("start", 0, 0), event("fail", 30, 12, "disk full.")], 13, "FAILED at", 1),
         ([event("start", 0, 0), event("crash", 30, 12, "TypeError")], 13, "CRASHED at", 1),
         ([event("start", 0, 0), event("done", 1000, 12)], 13, "complete since", 0),
         ([event("start", 0, 0), event("stop", 3, 1), event("resume", 3, 9)], 11, "running", 0),
-        ([], 1, "not started", 1),
+        ([], 1, "never started", 1),
     ],
 )
 def test_what_a_run_is_doing_without_a_lock(tmp_path, history, minutes, expected, code):
@@ -111,7 +111,7 @@ def test_a_slow_run_is_not_silent_between_two_lines(tmp_path):
     """100 images a window at 0.1 images/s: a line every 17 minutes."""
     record = [line(30, images_per_second=0.1)]
     run = a_run(tmp_path / "run", record, [event("start", 0, 0)])
-    assert "running since" in told(run, 10 + 49) and "NO SIGN" in told(run, 10 + 51)
+    assert "running since" in told(run, 10 + 49) and "NO RECENT UPDATE" in told(run, 10 + 51)
 
 
 def test_what_is_left_counts_the_growth_of_the_images(tmp_path):
@@ -126,7 +126,7 @@ def test_what_is_left_counts_the_growth_of_the_images(tmp_path):
 
 def test_before_the_first_line_and_of_another_folder(tmp_path):
     text = told(a_run(tmp_path / "run", [], [event("start", 0, 0)], 0), 1)
-    assert "step        0 of 1,000 (0.0%), none logged yet" in text and "speed" not in text
+    assert "step        0 of 1,000 (0.0%), nothing logged yet" in text and "speed" not in text
     with pytest.raises(RecipeError, match="not a run folder"):
         read_run(tmp_path)
 

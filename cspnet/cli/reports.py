@@ -1,16 +1,24 @@
-"""The commands on runs as a whole: `report` and `compare`."""
+"""The commands on whole runs: `report` and `compare`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cspnet.cli.options import Device, Workers
 from cspnet.text import printable
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from cspnet.report.evaluation import Evaluation
+    from cspnet.run.reader import RunRecord
+
 
 def report_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="RunRecord folder.", show_default=False)
+    ],
     data: Annotated[
         str | None,
         typer.Option(
@@ -20,87 +28,119 @@ def report_command(
     checkpoint: Annotated[
         str | None,
         typer.Option(
-            help="Weights to evaluate: best or last of the run, or a file.",
+            help="Checkpoint to evaluate: best or last of the run, or a file.",
             show_default="best, else last",
         ),
     ] = None,
-    out: Annotated[
+    output: Annotated[
         Path | None, typer.Option(help="Folder to write to.", show_default="RUN/report")
     ] = None,
     device: Device = "auto",
     workers: Workers = None,
-    record_only: Annotated[
-        bool, typer.Option("--record-only", help="Evaluate nothing: the curves and the history.")
+    no_evaluate: Annotated[
+        bool, typer.Option("--no-evaluate", help="Skip the evaluation: curves and history only.")
     ] = False,
 ) -> None:
-    """All about a run on one page: cspnet report runs/cspdarknet53-omega
+    """Write a report on a run: cspnet report runs/cspdarknet53-omega
 
-    The page, report.html, needs no network and no other file; PNGs of its pictures lie beside it. A
-    run may be going on. It is evaluated once on its validation images; without these, or without a
-    checkpoint, the report is made from the record.
+    Write report.html, a self-contained page, and its figures as PNG files. The run may still be
+    running. Evaluate its checkpoint once on the validation images; if one of them is unavailable,
+    report the logs only.
     """
-    from rich.console import Console
-    from rich.progress import Progress
-
     from cspnet.run.reader import read_run
 
-    found = read_run(run)
+    # Before torch is imported: a wrong folder is reported at once.
+    record = read_run(run)
 
-    from cspnet.report.evaluation import evaluate_run, selection_note
-    from cspnet.report.publish import publish, require_place
+    from cspnet.report.publish import publish, require_output_folder
 
-    folder = out or found.folder.report_folder
-    require_place(folder)
-    console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
-    verdict, remarks = None, ["Only the record was asked for: nothing was evaluated."]
-    if not record_only:
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task("images")
-            verdict, remarks = evaluate_run(
-                *(found, data, checkpoint, device, workers),
-                lambda done, images: bar.update(task, completed=done, total=images),
-            )
+    folder = output or record.folder.report_folder
+    require_output_folder(folder)
+    console = _console()
+    if no_evaluate:
+        evaluation, remarks = None, ["Not evaluated: --no-evaluate was given."]
+    else:
+        evaluation, remarks = _evaluate(console, record, data, checkpoint, device, workers)
     for remark in remarks:
         console.print(remark, style="yellow")
-    if verdict:
-        scores = verdict.scores
-        console.print(
-            f"{printable(verdict.checkpoint)}, step {verdict.step:,}: top-1 {scores.top1:.2f} %  "
-            f"top-5 {scores.top5:.2f} %  loss {scores.loss:.4f}  {scores.images:,} images"
+    if evaluation:
+        _print_scores(console, record, evaluation)
+    print(printable(str(publish(record, evaluation, remarks, folder))))
+
+
+def _evaluate(
+    console: "Console",
+    record: "RunRecord",
+    data: str | None,
+    checkpoint: str | None,
+    device: str,
+    workers: int | None,
+) -> "tuple[Evaluation | None, list[str]]":
+    """Evaluates with a progress bar; returns the evaluation, if possible, and remarks."""
+    from rich.progress import Progress
+
+    from cspnet.report.evaluation import evaluate_run
+
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("images")
+        return evaluate_run(
+            record,
+            data,
+            checkpoint,
+            device,
+            workers,
+            lambda done, images: bar.update(task, completed=done, total=images),
         )
-        if told := selection_note(found, verdict):
-            console.print(told)
-    print(printable(str(publish(found, verdict, remarks, folder))))
+
+
+def _print_scores(console: "Console", record: "RunRecord", evaluation: "Evaluation") -> None:
+    from cspnet.report.evaluation import selection_note
+
+    scores = evaluation.scores
+    console.print(
+        f"{printable(evaluation.checkpoint)}, step {evaluation.step:,}: top-1 {scores.top1:.2f} %  "
+        f"top-5 {scores.top5:.2f} %  loss {scores.loss:.4f}  {scores.images:,} images"
+    )
+    if note := selection_note(record, evaluation):
+        console.print(note)
 
 
 def compare_command(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders.", show_default=False)
+        list[Path],
+        typer.Argument(metavar="RUN RUN...", help="RunRecord folders.", show_default=False),
     ],
-    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("compare.png"),
+    output: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("compare.png"),
 ) -> None:
-    """Runs beside each other: cspnet compare runs/cspdarknet53-omega runs/cspdarknet53-sat
+    """Compare runs: cspnet compare runs/cspdarknet53-omega runs/cspdarknet53-sat
 
-    How far and how good each is, the fields in which their recipes differ, and their curves in one
-    picture.
+    Print the progress and scores of each run and the differences of their recipes, and draw their
+    curves in one picture.
     """
-    from rich.console import Console
-
-    from cspnet.report.compare import differing, draw, overview, read_runs
+    from cspnet.report.compare import (
+        differences_table,
+        overview_table,
+        read_runs,
+        save_comparison,
+    )
     from cspnet.report.files import require_png
 
-    require_png(out)
-    found = read_runs(runs)
-    # As wide as it comes: nothing is cut off, in a narrow terminal nor in a pipe.
-    console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False, width=100_000)
-    console.print(overview(found))
-    if any(run.selected for run in found):
+    require_png(output)
+    records = read_runs(runs)
+    console = _console(width=100_000)  # no table is truncated, in a narrow terminal or a pipe
+    console.print(overview_table(records))
+    if any(record.selected for record in records):
         console.print(
-            "best top-1: the best of a run's validations, selected on the images that it is "
-            "reported on; the last one was not selected"
+            "best top-1: the best of several validations, selected on the same images, so it is "
+            "optimistic; the last top-1 is not selected"
         )
     console.print()
-    different = differing(found)
-    console.print(different if different else "The recipes are the same.")
-    draw(found, out)
-    print(f"\n{out} written")
+    console.print(differences_table(records) or "The recipes are the same.")
+    save_comparison(records, output)
+    print(f"\n{printable(str(output))} written")
+
+
+def _console(width: int | None = None) -> "Console":
+    from rich.console import Console
+
+    return Console(soft_wrap=True, markup=False, highlight=False, emoji=False, width=width)

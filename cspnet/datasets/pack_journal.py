@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from cspnet.errors import DataError
-from cspnet.files import replace_text
+from cspnet.files import replace_text, temporary_path
 from cspnet.sources.data_root import Source
 
 JOURNAL_FILE = "pack.json"

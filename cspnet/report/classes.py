@@ -1,37 +1,43 @@
-"""What an evaluation tells of each class, as numbers and as a picture."""
+"""Scores by class from the confusion matrix, and the figures of them."""
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cspnet.inference.confusion import worst_pairs
-from cspnet.report.curves import plain, save
+from cspnet.report.drawing import theme
+from cspnet.report.style import LIGHT
 from cspnet.text import printable
 
-MATRIX = 30  # classes, up to which the whole confusion matrix can be read
-DEEP = 0.75  # of a colour, from which on text on it is white
-WORST = 20  # classes, and pairs of classes, that are shown of more
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MAX_MATRIX = 30  # classes up to which the whole confusion matrix is readable
+DARK_CELL = 0.75  # strength of a cell's colour above which its text is white
+MAX_SHOWN = 20  # worst classes and pairs of classes in the report
+MAX_LABEL = 30  # characters of a class name in a figure
 
 
 @dataclass(frozen=True)
 class ClassScore:
-    """A class on the validation set."""
+    """The result for one class on the validation set."""
 
     name: str
     images: int
-    right: int
-    taken_for: str  # the class that its mistakes went to most often; "": there are none
-    taken: int  # images that went there
+    correct: int
+    confused_with: str  # the most frequent wrong prediction; "": none
+    confused_images: int  # images with that prediction
 
     @property
     def top1(self) -> float:
-        """Percent of its images."""
-        return 100 * self.right / self.images if self.images else 0.0
+        """In percent of the images of the class."""
+        return 100 * self.correct / self.images if self.images else 0.0
 
 
 def class_labels(classes: list[str], names: list[str]) -> list[str]:
-    """What to call the classes where each must be told from all others: a synset keeps its id."""
+    """Unambiguous labels of the classes: a display name, with the synset in parentheses."""
     return [
         name if name == own else f"{name} ({own})"
         for own, name in zip(map(printable, classes), names, strict=True)
@@ -39,96 +45,115 @@ def class_labels(classes: list[str], names: list[str]) -> list[str]:
 
 
 def class_scores(confusion: np.ndarray, names: list[str]) -> list[ClassScore]:
-    """The classes in their order; int64 [K, K], rows are the true classes."""
-    mistaken = confusion.copy()
-    np.fill_diagonal(mistaken, 0)
-    most = mistaken.argmax(1)
+    """The scores of all classes in class order. `confusion`: int64 [K, K], rows: true classes."""
+    errors = confusion.copy()
+    np.fill_diagonal(errors, 0)
+    top = errors.argmax(1)
     return [
         ClassScore(
             name=name,
             images=int(confusion[k].sum()),
-            right=int(confusion[k, k]),
-            taken_for=names[most[k]] if mistaken[k, most[k]] else "",
-            taken=int(mistaken[k, most[k]]),
+            correct=int(confusion[k, k]),
+            confused_with=names[top[k]] if errors[k, top[k]] else "",
+            confused_images=int(errors[k, top[k]]),
         )
         for k, name in enumerate(names)
     ]
 
 
-def worst(scores: list[ClassScore], most: int = WORST) -> list[ClassScore]:
-    """The classes with the lowest top-1, lowest first; one without images is none of them."""
-    return sorted((score for score in scores if score.images), key=lambda s: s.top1)[:most]
+def worst_classes(scores: list[ClassScore], count: int = MAX_SHOWN) -> list[ClassScore]:
+    """The classes with the lowest top-1, lowest first; without the classes that have no images."""
+    return sorted((score for score in scores if score.images), key=lambda s: s.top1)[:count]
 
 
-def more_alike(scores: list[ClassScore], shown: list[ClassScore]) -> int:
-    """Classes with images beyond the worst ones `shown` that have the same top-1 as the last."""
+def count_ties(scores: list[ClassScore], shown: list[ClassScore]) -> int:
+    """How many classes beyond the worst ones `shown` have the same top-1 as the last of these."""
     if not shown:
         return 0
     with_images = [score for score in scores if score.images]
     return sum(score.top1 <= shown[-1].top1 for score in with_images) - len(shown)
 
 
-def shares(confusion: np.ndarray) -> tuple[np.ndarray, float]:
-    """The parts of each row, float64 [K, K] in [0, 1], and the largest beside the diagonal."""
-    parts = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    beside = parts.copy()
-    np.fill_diagonal(beside, 0)
-    return parts, float(beside.max())
+def row_fractions(confusion: np.ndarray) -> tuple[np.ndarray, float]:
+    """The matrix divided by its row sums, float64 [K, K], and the largest off-diagonal value."""
+    fractions = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    errors = fractions.copy()
+    np.fill_diagonal(errors, 0)
+    return fractions, float(errors.max())
 
 
-def draw_matrix(confusion: np.ndarray, names: list[str], path: Path) -> None:
-    """The confusion matrix as PNG: blue where right, orange where mistaken."""
+def plot_confusion(confusion: np.ndarray, names: list[str]) -> "Figure":
+    """The confusion matrix: correct predictions in blue, errors in orange."""
+    from matplotlib.colors import to_rgb
     from matplotlib.figure import Figure
 
-    parts, most = shares(confusion)
+    fractions, largest_error = row_fractions(confusion)
     count = len(names)
-    right = np.eye(count, dtype=bool)
-    strength = np.where(right, parts, parts / (most or 1))[..., None]
-    ink = np.where(right[..., None], (0.14, 0.39, 0.69), (0.76, 0.31, 0.0))
+    diagonal = np.eye(count, dtype=bool)
+    strength = np.where(diagonal, fractions, fractions / (largest_error or 1))[..., None]
+    colour = np.where(diagonal[..., None], to_rgb(LIGHT["c0"]), to_rgb(LIGHT["c1"]))
     side = 3 + 0.36 * count
-    figure = Figure(figsize=(side, side), layout="constrained")
-    place = figure.subplots()
-    place.imshow(1 - strength * (1 - ink))
-    for row, column in zip(*np.nonzero(confusion), strict=True):
-        place.text(
-            *(column, row, f"{confusion[row, column]}"),
-            color="white" if strength[row, column, 0] > DEEP else "black",
-            ha="center",
-            va="center",
-            fontsize=7,
-        )
-    short = [plain(name if len(name) < 30 else f"{name[:28]}…") for name in names]
-    place.set_xticks(range(count), short, rotation=90, fontsize=8)
-    place.set_yticks(range(count), short, fontsize=8)
-    place.set_xlabel("taken for")
-    place.set_ylabel("true class")
-    save(figure, path)
+    with theme():
+        figure = Figure(figsize=(side, side), layout="constrained")
+        axes = figure.subplots()
+        axes.imshow(1 - strength * (1 - colour))
+        axes.grid(False)
+        for row, column in zip(*np.nonzero(confusion), strict=True):
+            is_dark = strength[row, column, 0] > DARK_CELL
+            axes.text(
+                column,
+                row,
+                f"{confusion[row, column]}",
+                color=LIGHT["paper"] if is_dark else LIGHT["ink"],
+                ha="center",
+                va="center",
+                fontsize=7,
+            )
+        ticks = [shorten(name) for name in names]
+        axes.set_xticks(range(count), ticks, rotation=90, fontsize=8)
+        axes.set_yticks(range(count), ticks, fontsize=8)
+        axes.set_xlabel("predicted class")
+        axes.set_ylabel("true class")
+    return figure
 
 
-def draw_worst(scores: list[ClassScore], confusion: np.ndarray, path: Path) -> None:
-    """The worst classes and the pairs that are confused most, as PNG."""
+def plot_worst_classes(scores: list[ClassScore], confusion: np.ndarray) -> "Figure":
+    """Bars: the classes with the lowest top-1, and the pairs that are confused most often."""
     from matplotlib.figure import Figure
 
-    low = worst(scores)
-    more = more_alike(scores, low)
-    pairs = worst_pairs(confusion, [score.name for score in scores], WORST)
-    figure = Figure(figsize=(9, 1.5 + 0.24 * (len(low) + len(pairs))), layout="constrained")
-    heights = [max(1, len(low)), max(1, len(pairs))]
-    classes, confused = figure.subplots(2, 1, height_ratios=heights)
-    _bars(classes, [plain(score.name) for score in low], [score.top1 for score in low], "C0")
-    alike = f"; and {more:,} more with the same top-1 ({low[-1].top1:.4g})" if more else ""
-    classes.set_title(f"the worst classes: top-1, %{alike}", fontsize=10)
-    classes.set_xlim(0, 110)  # percent, with room for the numbers
-    told = [plain(f"{pair.true} → {pair.taken_for}") for pair in pairs]
-    _bars(confused, told, [pair.images for pair in pairs], "C1")
-    confused.set_title("confused most: images", fontsize=10)
-    save(figure, path)
+    worst = worst_classes(scores)
+    ties = count_ties(scores, worst)
+    pairs = worst_pairs(confusion, [score.name for score in scores], MAX_SHOWN)
+    with theme():
+        figure = Figure(figsize=(9, 1.5 + 0.24 * (len(worst) + len(pairs))), layout="constrained")
+        heights = [max(1, len(worst)), max(1, len(pairs))]
+        top, bottom = figure.subplots(2, 1, height_ratios=heights)
+        _plot_bars(top, [shorten(s.name, 60) for s in worst], [s.top1 for s in worst], "c0")
+        more = f"; {ties:,} more with the same top-1 ({worst[-1].top1:.4g} %)" if ties else ""
+        top.set_title(f"Worst classes: top-1 (%){more}")
+        top.set_xlim(0, 110)  # percent, with room for the labels of the bars
+        pair_names = [f"{shorten(p.true, 40)} → {shorten(p.taken_for, 40)}" for p in pairs]
+        _plot_bars(bottom, pair_names, [pair.images for pair in pairs], "c1")
+        bottom.set_title("Most frequent confusions: images, true class → predicted class")
+    return figure
 
 
-def _bars(place, names: list[str], values: list[float], colour: str) -> None:
-    bars = place.barh(range(len(names)), values, color=colour)
-    place.bar_label(bars, fmt="{:.4g}", fontsize=8, padding=2)
-    place.set_yticks(range(len(names)), names, fontsize=8)
-    place.invert_yaxis()
-    place.margins(x=0.1)
-    place.set_xlim(0, max(1, 1.1 * max(values, default=0)))
+def _plot_bars(axes: "Axes", names: list[str], values: list[float], colour: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    bars = axes.barh(range(len(names)), values, color=LIGHT[colour])
+    axes.bar_label(bars, fmt="{:.4g}", fontsize=8, padding=2)
+    axes.grid(False)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_ylim(max(len(names), 1) - 0.4, -0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlim(0, max(1, 1.1 * max(values, default=0)))
+
+
+def shorten(name: str, length: int = MAX_LABEL) -> str:
+    """A name for a figure, on one line. Of a long one the middle is cut: it may end in its synset."""
+    text = printable(name)
+    if len(text) <= length:
+        return text
+    end = length // 2 - 1
+    return f"{text[: length - 1 - end]}…{text[-end:]}"

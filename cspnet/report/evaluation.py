@@ -1,4 +1,4 @@
-"""One evaluation of a run's net for its report, or in a sentence why there is none."""
+"""The evaluation of a run's checkpoint for the report, or the reason why there is none."""
 
 import os
 from collections.abc import Callable
@@ -10,42 +10,49 @@ import numpy as np
 from cspnet.errors import CheckpointError, CspnetError, RecipeError
 from cspnet.inference.evaluate import Scores, evaluate_network
 from cspnet.report.classes import class_labels
-from cspnet.report.mistakes import Mistake, TopMistakes, view
+from cspnet.report.mistakes import Mistake, TopMistakes, network_view
 from cspnet.run.reader import RunRecord
 from cspnet.runtime.device import choose_workers, inference_precision, setup_device
-from cspnet.sources.data_root import display_names, open_validation
+from cspnet.sources.data_root import Source, display_names, open_validation
 from cspnet.text import end_sentence
 from cspnet.train.diagnose import is_out_of_memory
 from cspnet.weights.labels import LABELS_ADVICE
 from cspnet.weights.load import Trained, load_weights, resolve_class_names
 
-OWN = ("best", "last")
-WAYS = f"If you know the class names, {LABELS_ADVICE}"
+OWN_CHECKPOINTS = ("best", "last")
+CLASS_NAMES_HINT = f"If you know the class names, {LABELS_ADVICE}"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a net of the run makes of the validation set."""
+    """The predictions of a checkpoint of the run on the validation set."""
 
     checkpoint: str
     step: int
-    averaged: bool
-    data: str  # where the images are
+    averaged: bool  # whether these are the EMA weights
+    data: str  # the data root
     scores: Scores
-    names: list[str]  # of the classes, in the order of the matrix; a synset with its id
-    mistakes: list[Mistake]  # the surest first
-    pictures: list[np.ndarray]  # of them: what the net saw, uint8 RGB [S, S, 3]
+    names: list[str]  # labels of the classes in the order of the matrix
+    mistakes: list[Mistake]  # the most confident first
+    pictures: list[np.ndarray]  # of the mistakes: the network's input, uint8 RGB [S, S, 3]
+
+    @property
+    def confusion(self) -> np.ndarray:
+        """int64 [K, K]: number of images by true class (row) and predicted class (column)."""
+        if self.scores.confusion is None:
+            raise ValueError("the scores have no confusion matrix")
+        return self.scores.confusion
 
 
-def selection_note(run: RunRecord, verdict: Evaluation) -> str:
-    """Says that the checkpoint was selected on the images that it is evaluated on; else empty."""
+def selection_note(run: RunRecord, evaluation: Evaluation) -> str:
+    """A warning if the checkpoint was selected on the images that it is evaluated on; else ""."""
     best = run.folder.best_checkpoint
-    if not run.selected or verdict.checkpoint != str(best):
+    if not run.selected or evaluation.checkpoint != str(best):
         return ""
-    if verdict.data != run.fields.get("data.root"):
+    if evaluation.data != run.fields.get("data.root"):
         return ""
     return (
-        "best.pt is the best of several validations, selected on these images, so its top-1 is "
+        "best.pt is the best of several validations, selected on the same images, so its top-1 is "
         "optimistic; the last validation was not selected."
     )
 
@@ -58,84 +65,102 @@ def evaluate_run(
     workers: int | None = None,
     progress: Callable[[int, int], None] = lambda done, images: None,
 ) -> tuple[Evaluation | None, list[str]]:
-    """The verdict of the checkpoint on the data, by default the run's own, and remarks.
+    """Evaluates a checkpoint of the run, by default its best on its own data; and remarks.
 
-    What is missing of the run's own is a remark; what was asked for raises a CspnetError.
-    `progress` is told how many images are done, of how many.
+    If the run's own data or checkpoints are unavailable, a remark says so and there is no
+    evaluation. If a given `data` or `checkpoint` is unavailable, this raises CspnetError.
+    `progress` is called with the number of images done and the number of all images.
     """
-    where = setup_device(device)
-    trained, file, remarks = _open(run, checkpoint)
+    torch_device = setup_device(device)
+    trained, file, remarks = _open_checkpoint(run, checkpoint)
     if trained is None:
         return None, remarks
     recipe = trained.recipe
-    root = data or _own_root(run, recipe.data.root)
+    root = data or _recorded_root(run, recipe.data.root)
     try:
         source = open_validation(root, trained.classes, trained.net.classes)
     except CspnetError as error:
         if data:
             raise
-        told = (
-            f"The validation images are not available, nothing was evaluated: {end_sentence(error)}"
-        )
-        return None, [*remarks, f"{told} --data DIR says where they are."]
-    trained = resolve_class_names(trained, source.classes, str(file), ways=WAYS)
+        return None, [
+            *remarks,
+            f"Not evaluated, as the validation images are unavailable: {end_sentence(error)} "
+            "Give their location with --data DIR.",
+        ]
+    trained = resolve_class_names(trained, source.classes, str(file), ways=CLASS_NAMES_HINT)
     remarks += [f"{file}: {remark}." for remark in trained.remarks]
-    surest = TopMistakes()
+    collector = TopMistakes()
     try:
         scores = evaluate_network(
-            trained.net.to(where),
+            trained.net.to(torch_device),
             source,
             recipe,
-            inference_precision(recipe.precision, where),
-            choose_workers(workers, where),
+            inference_precision(recipe.precision, torch_device),
+            choose_workers(workers, torch_device),
             progress=lambda images: progress(images, len(source)),
-            seen=surest,
+            seen=collector,
         )
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        told = f"The memory of {where} did not suffice beside what else runs there"
-        return None, [*remarks, f"{told}, so nothing was evaluated: --device cpu does without it."]
+        return None, [
+            *remarks,
+            f"Not evaluated: out of memory on {torch_device}. Use --device cpu, or close other "
+            "processes that use the device.",
+        ]
     if scores.unreadable:
-        remarks.append(f"{scores.unreadable:,} validation images are unreadable; black ones count.")
-    classes = trained.classes
-    mistakes = surest.mistakes()
-    verdict = Evaluation(
-        checkpoint=str(file),
+        remarks.append(
+            f"{scores.unreadable:,} validation images are unreadable and evaluated as black images."
+        )
+    return _evaluation(trained, source, str(file), root, scores, collector.mistakes()), remarks
+
+
+def _evaluation(
+    trained: Trained,
+    source: Source,
+    checkpoint: str,
+    root: str,
+    scores: Scores,
+    mistakes: list[Mistake],
+) -> Evaluation:
+    classes = trained.classes or list(source.classes)
+    return Evaluation(
+        checkpoint=checkpoint,
         step=trained.step,
         averaged=trained.averaged,
         data=root,
         scores=scores,
         names=class_labels(classes, display_names(classes)),
         mistakes=mistakes,
-        pictures=[view(source, mistake.index, recipe) for mistake in mistakes],
+        pictures=[network_view(source, mistake.index, trained.recipe) for mistake in mistakes],
     )
-    return verdict, remarks
 
 
-def _own_root(run: RunRecord, typed: str) -> str:
-    """The run's data root, from any working directory where that path is still there."""
+def _recorded_root(run: RunRecord, root: str) -> str:
+    """The absolute data root that the run recorded, if it exists; else the recipe's `root`."""
     recorded = run.environment.get("data_root")
-    return recorded if isinstance(recorded, str) and os.path.isdir(recorded) else typed
+    return recorded if isinstance(recorded, str) and os.path.isdir(recorded) else root
 
 
-def _open(run: RunRecord, asked: str | None) -> tuple[Trained | None, Path | str, list[str]]:
-    """The net that was asked for; else the best one, else the last one that can be read."""
+def _open_checkpoint(
+    run: RunRecord, requested: str | None
+) -> tuple[Trained | None, Path | str, list[str]]:
+    """Opens the requested checkpoint; by default best.pt, or last.pt if that is unreadable."""
     folder = run.folder.checkpoint_folder
-    if asked:
-        file = folder / f"{asked}.pt" if asked in OWN else asked
-        trained = load_weights(str(file))
-        return trained, file, []
-    remarks = []
-    for name in OWN:
-        file = folder / f"{name}.pt"
-        if file.is_file():
+    if requested:
+        file = folder / f"{requested}.pt" if requested in OWN_CHECKPOINTS else requested
+        return load_weights(str(file)), file, []
+    remarks: list[str] = []
+    for name in OWN_CHECKPOINTS:
+        path = folder / f"{name}.pt"
+        if path.is_file():
             try:
-                return load_weights(str(file)), file, remarks
+                return load_weights(str(path)), path, remarks
             except (CheckpointError, RecipeError) as error:
                 remarks.append(end_sentence(error))
     remarks.append(
-        f"Nothing was evaluated: {folder} has no checkpoint"
-        + (" that can be read." if remarks else " yet. After the first save, report again.")
+        f"Not evaluated: {folder} has no readable checkpoint."
+        if remarks
+        else f"Not evaluated: {folder} has no checkpoint yet. Report again after the first save."
     )
     return None, "", remarks

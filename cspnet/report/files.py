@@ -1,22 +1,22 @@
-"""Checks of the paths that pictures are written to."""
+"""The output files of a report: replaced atomically, checked before the work starts."""
 
 from pathlib import Path
 
 from cspnet.errors import RecipeError
 
-PNG = b"\x89PNG\r\n\x1a\n"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def require_png(path: Path) -> None:
-    """Raises RecipeError unless a PNG can be written there without loss of another kind of file."""
+    """Raises RecipeError unless a PNG can be written to the path; overwrites no other file type."""
     if path.suffix.lower() != ".png" or path.is_dir() or not path.absolute().parent.is_dir():
-        raise RecipeError(f"--out {path}: must be a .png file in a folder that exists")
+        raise RecipeError(f"--output {path}: must be a .png file in an existing folder")
     try:
         with open(path, "rb") as file:
-            start = file.read(len(PNG))
+            signature = file.read(len(PNG_SIGNATURE))
     except FileNotFoundError:
         return
     except OSError as error:
-        raise RecipeError(f"--out {path}: {error.strerror}") from None
-    if start != PNG:
-        raise RecipeError(f"--out {path} is a file, and no PNG: name another")
+        raise RecipeError(f"--output {path}: {error.strerror}") from None
+    if signature != PNG_SIGNATURE:
+        raise RecipeError(f"--output {path}: exists and is not a PNG file; give another name")

@@ -1,8 +1,8 @@
-"""The mistakes that a net is surest of: found while it is evaluated, shown as it sees them."""
+"""The most confident errors of a network: collected during evaluation, and drawn."""
 
 import heapq
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -10,53 +10,62 @@ import torch
 
 from cspnet.images.decode import UnreadableError, decode, evaluation_view
 from cspnet.recipe.schema import Recipe
-from cspnet.report.curves import plain, save
+from cspnet.report.classes import shorten
+from cspnet.report.drawing import theme
 from cspnet.sources.data_root import Source
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 MAX_MISTAKES = 24
-SIDE = 192  # pixels of a picture, at most
+MAX_SIDE = 192  # pixels of a picture in the report
+MAX_COLUMNS = 6
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """An image that the net took for another class."""
+    """An image with a wrong prediction."""
 
     index: int  # in the source
-    true: int
-    taken_for: int
-    probability: float  # of the class that it was taken for, in [0, 1]
+    true: int  # class
+    taken_for: int  # predicted class
+    probability: float  # of the predicted class, in [0, 1]
 
 
 class TopMistakes:
-    """Keeps the mistakes with the highest probability; `evaluate` tells it of every batch."""
+    """Collects the errors with the highest probability; a callback of `evaluate`."""
 
-    def __init__(self, most: int = MAX_MISTAKES):
-        self.most = most
-        # The smallest on top: probability, then the later image.
+    def __init__(self, count: int = MAX_MISTAKES):
+        self.count = count
+        # A heap: the least probable error is on top; of equal ones, that with the largest index.
         self._heap: list[tuple[float, int, int, int]] = []
 
     def __call__(self, first: int, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Logits float32 [n, K] and labels [n] of the images from `first` on."""
-        # In double: a sure net's probabilities are all 1 in single precision.
-        found, taken = logits.double().softmax(1).max(1)
-        wrong = (taken != labels).nonzero()[:, 0]
-        best = wrong[found[wrong].argsort(descending=True, stable=True)[: self.most]]
+        """Adds a batch: float32 logits [n, K] and labels [n] of the images from index `first`."""
+        # float64: in float32 the probabilities of a confident network are all 1.
+        probabilities, predicted = logits.double().softmax(1).max(1)
+        wrong = (predicted != labels).nonzero()[:, 0]
+        best = wrong[probabilities[wrong].argsort(descending=True, stable=True)[: self.count]]
         rows = zip(
-            *(part[best].tolist() for part in (found, labels, taken)), best.tolist(), strict=True
+            probabilities[best].tolist(),
+            labels[best].tolist(),
+            predicted[best].tolist(),
+            best.tolist(),
+            strict=True,
         )
-        for probability, true, other, row in rows:
-            heapq.heappush(self._heap, (probability, -(first + row), true, other))
-            if len(self._heap) > self.most:
+        for probability, true, taken_for, row in rows:
+            heapq.heappush(self._heap, (probability, -(first + row), true, taken_for))
+            if len(self._heap) > self.count:
                 heapq.heappop(self._heap)
 
     def mistakes(self) -> list[Mistake]:
-        """The surest first; equal ones in the order of the images."""
+        """The most confident error first; equal ones in the order of the images."""
         ordered = sorted(self._heap, reverse=True)
-        return [Mistake(-index, true, other, p) for p, index, true, other in ordered]
+        return [Mistake(-index, true, taken_for, p) for p, index, true, taken_for in ordered]
 
 
-def view(source: Source, index: int, recipe: Recipe) -> np.ndarray:
-    """What the net sees of an image, uint8 RGB [S, S, 3]; black where it cannot be read."""
+def network_view(source: Source, index: int, recipe: Recipe) -> np.ndarray:
+    """The input of the network for an image, uint8 RGB [S, S, 3]; black if it is unreadable."""
     size = recipe.data.image_size
     try:
         return evaluation_view(decode(source.read(index)[0]), size, recipe.evaluate)
@@ -64,36 +73,37 @@ def view(source: Source, index: int, recipe: Recipe) -> np.ndarray:
         return np.zeros((size, size, 3), np.uint8)
 
 
-def to_jpeg(picture: np.ndarray) -> bytes:
-    """A JPEG of an RGB picture, uint8 [S, S, 3], SIDE pixels wide at most."""
-    if len(picture) > SIDE:
-        picture = cv2.resize(picture, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
-    quality = 82 if len(picture) == SIDE else 95
-    return cv2.imencode(".jpg", picture[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[
-        1
-    ].tobytes()
+def encode_jpeg(picture: np.ndarray) -> bytes:
+    """The JPEG of a picture, uint8 RGB [S, S, 3], reduced to MAX_SIDE pixels if it is larger."""
+    if len(picture) > MAX_SIDE:
+        picture = cv2.resize(picture, (MAX_SIDE, MAX_SIDE), interpolation=cv2.INTER_AREA)
+    # Small pictures are enlarged in the page, which makes artefacts visible.
+    quality = 82 if len(picture) == MAX_SIDE else 95
+    encoded = cv2.imencode(".jpg", picture[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    return encoded.tobytes()
 
 
-def draw(mistakes: list[Mistake], pictures: list[np.ndarray], names: list[str], path: Path) -> None:
-    """The pictures with what they are and what they were taken for, as PNG."""
+def plot_mistakes(
+    mistakes: list[Mistake], pictures: list[np.ndarray], names: list[str]
+) -> "Figure":
+    """The pictures with their true class, predicted class and probability."""
     from matplotlib.figure import Figure
 
-    columns = min(6, len(mistakes))
+    columns = min(MAX_COLUMNS, len(mistakes))
     rows = -(-len(mistakes) // columns)
-    figure = Figure(figsize=(2 * columns, 2.5 * rows), layout="constrained")
-    places = figure.subplots(rows, columns, squeeze=False).ravel()
-    for place in places:
-        place.axis("off")
-    for place, mistake, picture in zip(places, mistakes, pictures, strict=False):
-        place.imshow(picture)
-        true, taken = (
-            plain(name if len(name) < 26 else f"{name[:24]}…")
-            for name in (names[mistake.true], names[mistake.taken_for])
-        )
-        place.set_title(f"{true}\nas {taken}, {percent(mistake.probability)}", fontsize=7)
-    save(figure, path)
+    with theme():
+        figure = Figure(figsize=(2 * columns, 2.5 * rows), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes in grid:
+            axes.axis("off")
+        for axes, mistake, picture in zip(grid, mistakes, pictures, strict=False):
+            axes.imshow(picture)
+            true, predicted = (shorten(names[k], 26) for k in (mistake.true, mistake.taken_for))
+            probability = format_percent(mistake.probability)
+            axes.set_title(f"{true}\nas {predicted}, {probability}", fontsize=7)
+    return figure
 
 
-def percent(probability: float) -> str:
-    """In percent, and never 100 where it is less."""
+def format_percent(probability: float) -> str:
+    """Four digits, and 100 % only for a probability of 1."""
     return f"{min(100 * probability, 99.99) if probability < 1 else 100:.4g} %"

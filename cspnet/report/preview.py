@@ -1,6 +1,7 @@
-"""Pictures of what the net sees: images with their label mixtures, the attack, the schedule."""
+"""Pictures of training batches with their label mixtures, and of the schedules of a recipe."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -9,25 +10,38 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cspnet.files import replace_file
 from cspnet.recipe.schema import Recipe
+from cspnet.report.charts import format_axes
+from cspnet.report.drawing import save_png, theme
+from cspnet.report.style import LIGHT
 from cspnet.text import printable
 from cspnet.train.adversarial import attack_step_size
 from cspnet.train.optim import learning_rate
 
-COLUMNS = 8
-TILE = 128  # the least width of a tile; smaller images are enlarged by a whole factor, unsmoothed
-GAP = 4
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+TILES_PER_ROW = 8
+MIN_TILE = 128  # pixels; smaller images are enlarged by an integer factor without smoothing
+GAP = 4  # pixels between tiles
 LINE = 14  # height of a line of text, pixels
+MIN_WEIGHT = 5e-4  # of a class in a label mixture; smaller ones are left out
+
+Row = tuple[np.ndarray, list[list[str]]]  # tiles, uint8 [n, S, S, 3], and the lines below each
 
 
 def mixtures(targets: torch.Tensor, names: list[str], smoothing: float) -> list[list[str]]:
-    """The parts of each soft target [B, K], smoothing undone: "0.62 tench", largest first."""
-    rest = smoothing / (targets.shape[1] - 1)
-    shares = (targets.double().cpu() - rest) / (1 - smoothing - rest)
+    """The label mixture of each soft target [B, K], largest first: "0.62 tench".
+
+    `smoothing` is the label smoothing in the targets, which is undone.
+    """
+    offset = smoothing / (targets.shape[1] - 1)
+    weights = (targets.double().cpu() - offset) / (1 - smoothing - offset)
     captions = []
-    for image in shares:
-        parts = [(float(image[k]), names[k]) for k in image.gt(5e-4).nonzero()[:, 0].tolist()]
-        shown = [(share, printable(name)) for share, name in sorted(parts, reverse=True)]
-        captions.append([f"{share:.2f} {name}" for share, name in shown])
+    for image in weights:
+        classes = image.gt(MIN_WEIGHT).nonzero()[:, 0].tolist()
+        mixture = sorted(((float(image[k]), names[k]) for k in classes), reverse=True)
+        captions.append([f"{weight:.2f} {printable(name)}" for weight, name in mixture])
     return captions
 
 
@@ -41,46 +55,43 @@ def render_sheet(
 ) -> np.ndarray:
     """A page of images in [0, 1], [B, 3, S, S], each with its label mixture; uint8 RGB [H, W, 3].
 
-    With the same images after the attack, three rows more: before, after, and the difference, which
-    is stretched to the full range around grey.
+    If `attacked` holds the same images after the attack, three rows follow: before, after, and the
+    difference, stretched to the full range around grey.
     """
-    before = _pixels(images)
+    before = _tiles(images)
+    captions = mixtures(targets, names, smoothing)
     rows = [
-        (before[i : i + COLUMNS], captions)
-        for i, captions in _chunks(mixtures(targets, names, smoothing))
+        (before[i : i + TILES_PER_ROW], captions[i : i + TILES_PER_ROW])
+        for i in range(0, len(captions), TILES_PER_ROW)
     ]
     if attacked is not None:
-        after = _pixels(attacked[:COLUMNS])
-        moved = (attacked - images)[:COLUMNS].detach().float().cpu()
-        most = max(float(moved.abs().max()), 1e-12)
+        after = _tiles(attacked[:TILES_PER_ROW])
+        difference = (attacked - images)[:TILES_PER_ROW].detach().float().cpu()
+        largest = max(float(difference.abs().max()), 1e-12)
         rows += [
-            (before[:COLUMNS], [["before the attack"]] * len(after)),
+            (before[:TILES_PER_ROW], [["before the attack"]] * len(after)),
             (after, [["after the attack"]] * len(after)),
             (
-                _pixels(0.5 + moved / (2 * most)),
-                [[f"difference, ±{255 * most:.2g}/255"]] * len(after),
+                _tiles(0.5 + difference / (2 * largest)),
+                [[f"difference, ±{255 * largest:.2g}/255"]] * len(after),
             ),
         ]
-    return _draw(rows, title)
+    return _render_rows(rows, title)
 
 
-def _pixels(images: torch.Tensor) -> np.ndarray:
-    """uint8 [B, S, S, 3] of images in [0, 1], enlarged by a whole factor to TILE or more."""
-    tiles = (images.detach().float().cpu() * 255).round().to(torch.uint8)
-    tiles = tiles.permute(0, 2, 3, 1).numpy()
-    factor = -(-TILE // tiles.shape[1])
+def _tiles(images: torch.Tensor) -> np.ndarray:
+    """uint8 [B, S, S, 3] of images in [0, 1], enlarged by an integer to MIN_TILE or more."""
+    scaled = (images.detach().float().cpu() * 255).round().to(torch.uint8)
+    tiles = scaled.permute(0, 2, 3, 1).numpy()
+    factor = -(-MIN_TILE // tiles.shape[1])
     return tiles.repeat(factor, 1).repeat(factor, 2)
 
 
-def _chunks(captions: list[list[str]]) -> list[tuple[int, list[list[str]]]]:
-    return [(i, captions[i : i + COLUMNS]) for i in range(0, len(captions), COLUMNS)]
-
-
-def _draw(rows: list[tuple[np.ndarray, list[list[str]]]], title: str) -> np.ndarray:
+def _render_rows(rows: list[Row], title: str) -> np.ndarray:
     side = rows[0][0].shape[1]
     font = ImageFont.load_default(LINE - 3)
     heights = [side + GAP + LINE * max(map(len, captions)) for _, captions in rows]
-    width = COLUMNS * (side + GAP) + GAP
+    width = TILES_PER_ROW * (side + GAP) + GAP
     page = Image.new("RGB", (width, sum(heights) + GAP * (len(rows) + 1) + LINE), "white")
     pen = ImageDraw.Draw(page)
     pen.text((GAP, GAP), printable(title), "black", font)
@@ -98,56 +109,81 @@ def _draw(rows: list[tuple[np.ndarray, list[list[str]]]], title: str) -> np.ndar
 
 
 def write_png(path: Path, picture: np.ndarray) -> None:
-    """An RGB picture, uint8 [H, W, 3], as a PNG file. OSError."""
+    """Writes an RGB picture, uint8 [H, W, 3], as PNG. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = cv2.imencode(".png", picture[:, :, ::-1])[1].tobytes()
     replace_file(path, lambda temporary: temporary.write_bytes(content))
 
 
 def save_schedule(recipe: Recipe, path: Path) -> None:
-    """Learning rate, shares of mixed images and strength of the attack over the steps, as PNG."""
-    from matplotlib.figure import Figure  # a second to import
+    """Writes the figure of `plot_schedule` as PNG. Raises OSError."""
+    figure = plot_schedule(recipe)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, lambda temporary: save_png(figure, temporary))
 
-    total, warm = recipe.schedule.steps, recipe.schedule.warmup_steps
-    steps = np.unique(
-        np.concatenate([np.linspace(1, min(warm, total), 200), np.linspace(1, total, 600)]).round()
+
+def plot_schedule(recipe: Recipe) -> "Figure":
+    """Learning rate, fractions of mixed images and step size of the attack over the steps."""
+    from matplotlib.figure import Figure  # takes a second to import
+
+    total, warmup = recipe.schedule.steps, recipe.schedule.warmup_steps
+    # Dense in the warm-up, which is a small part of a long schedule.
+    early = min(2 * warmup, total)
+    grid = np.concatenate([np.linspace(1, early, 200), np.linspace(1, total, 600)])
+    steps = np.unique(grid.round()).astype(np.int64)
+    steps = steps[steps >= 1]
+    with theme():
+        figure = Figure(figsize=(9, 7.5), layout="constrained")
+        rate, mix, attack = figure.subplots(3, sharex=True)
+        rate.set_xlim(0, total)
+        _plot_learning_rate(rate, recipe, steps)
+        _plot_mixing(mix, recipe)
+        sizes = [attack_step_size(int(step) - 1, recipe) for step in steps]
+        attack.plot(steps, sizes, color=LIGHT["flag"])
+        percentage = f"on {100 * recipe.adversarial.probability:.0f} % of the groups"
+        state = percentage if recipe.adversarial.step_size else "off"
+        attack.set_title(f"Step size of the attack: {state}")
+        attack.set_xlabel("optimizer step")
+        for axes in (rate, attack):
+            format_axes(axes)
+    return figure
+
+
+def _plot_learning_rate(axes: "Axes", recipe: Recipe, steps: np.ndarray) -> None:
+    """The learning rate at the steps, and its warm-up enlarged in an inset."""
+    schedule = recipe.schedule
+    rates = np.array([learning_rate(int(step), recipe) for step in steps])
+    axes.plot(steps, rates, color=LIGHT["c0"])
+    axes.set_title(
+        f"Learning rate: {schedule.steps:,} steps of {recipe.batch} images, "
+        f"warm-up {schedule.warmup_steps:,}, power {schedule.power:g}"
     )
-    steps = steps[steps >= 1].astype(np.int64)
-    figure = Figure(figsize=(9, 7.5), layout="constrained")
-    rate, mix, sat = figure.subplots(3, sharex=True)
-    rates = [learning_rate(int(step), recipe) for step in steps]
-    rate.plot(steps, rates, color="tab:blue")
-    rate.set_ylabel("learning rate")
-    rate.set_title(
-        f"{total:,} steps of {recipe.batch}; warm-up {warm:,}, power {recipe.schedule.power:g}"
-    )
-    inner = rate.inset_axes((0.55, 0.4, 0.43, 0.55))
-    early = steps <= 2 * warm
-    inner.plot(steps[early], np.array(rates)[early], color="tab:blue")
-    inner.text(0.05, 0.8, "the first steps", transform=inner.transAxes, fontsize=8)
-    inner.tick_params(labelsize=7)
-    kinds = int(recipe.mix.cutmix) + int(recipe.mix.mosaic)
-    each = recipe.mix.probability / max(kinds, 1)
-    shares = {
-        "clean": 1 - recipe.mix.probability,
-        "CutMix": each if recipe.mix.cutmix else 0.0,
-        "Mosaic": each if recipe.mix.mosaic else 0.0,
+    early = steps <= 2 * schedule.warmup_steps
+    if not early.any():
+        return
+    inset = axes.inset_axes((0.6, 0.3, 0.38, 0.5))
+    inset.plot(steps[early], rates[early], color=LIGHT["c0"])
+    inset.set_title("first steps", fontsize=8)
+    format_axes(inset)
+    inset.tick_params(labelsize=7)
+
+
+def _plot_mixing(axes: "Axes", recipe: Recipe) -> None:
+    """The fractions of images without mixing, with CutMix and with Mosaic."""
+    mix = recipe.mix
+    each = mix.probability / max(int(mix.cutmix) + int(mix.mosaic), 1)
+    fractions = {
+        "not mixed": 1 - mix.probability,
+        "CutMix": each if mix.cutmix else 0.0,
+        "Mosaic": each if mix.mosaic else 0.0,
     }
-    mix.stackplot(
-        [1, total],
-        [[share, share] for share in shares.values()],
-        labels=[f"{name} {100 * share:.0f} %" for name, share in shares.items()],
+    axes.stackplot(
+        [1, recipe.schedule.steps],
+        [[fraction, fraction] for fraction in fractions.values()],
+        labels=[f"{name} {100 * fraction:.0f} %" for name, fraction in fractions.items()],
+        colors=[LIGHT[name] for name in ("c0", "c1", "c2")],
         alpha=0.7,
     )
-    mix.set_ylabel("share of images")
-    mix.set_ylim(0, 1)
-    mix.legend(loc="center right")
-    sat.plot(steps, [attack_step_size(int(step) - 1, recipe) for step in steps], color="tab:red")
-    sat.set_ylabel("strength of the attack")
-    half = 100 * recipe.adversarial.probability
-    sat.set_title(
-        f"on {half:.0f} % of the groups" if recipe.adversarial.step_size else "off", fontsize=9
-    )
-    sat.set_xlabel("optimizer step")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    axes.set_title("Mixing (fraction of the images)")
+    axes.set_ylim(0, 1)
+    axes.legend(loc="center right", frameon=True, framealpha=1)

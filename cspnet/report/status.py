@@ -1,4 +1,4 @@
-"""Where a run stands, from its folder alone: another terminal may ask while it goes on."""
+"""The status of a run, read from its folder: works from any terminal while the run is running."""
 
 import platform
 from datetime import UTC, datetime, timedelta
@@ -15,118 +15,127 @@ from cspnet.run.reader import END_EVENTS, RunRecord
 from cspnet.shell import command_line
 from cspnet.text import printable
 
-LINES = 10  # of the record, from which its present speed is told
-SILENCE = timedelta(minutes=10)  # without a line: longer than most windows and saves
-WINDOWS = 3  # of the record that may be silent, where they are longer
+RECENT_LINES = 10  # log lines that the current throughput is averaged over
+SILENCE = timedelta(minutes=10)  # without a log line; longer than most log intervals and saves
+SILENT_INTERVALS = 3  # log intervals without a line, if these take longer than SILENCE
 
 
 def describe_run(run: RunRecord, now: datetime | None = None) -> list[str]:
-    """The state of a run in lines for people: what it does, how far it is, its best, its last save.
+    """The status in lines for the terminal: state, progress, throughput, scores, last save.
 
-    A run that ended without a word, by SIGKILL or with its machine, is reported as dead at once.
+    A run whose process was killed is reported as dead at once, without a timeout.
     """
     now = now or datetime.now(UTC)
-    recipe = _recipe(run)
+    recipe = _read_recipe(run)
     state = _state(run, recipe, now)
-    lines = [f"{printable(str(run.folder))}: {_doing(run, state, now)}"]
     steps = run.training["step"]
-    share = f" of {run.steps:,} ({run.step / run.steps:.1%})" if run.steps else ""
-    loss = f", loss {run.training['loss'][-1]:.4f}" if len(steps) else ", none logged yet"
-    lines.append(f"step        {run.step:,}{share}{loss}")
-    speeds = run.training["images_per_second"][-LINES:]
+    fraction = f" of {run.steps:,} ({run.step / run.steps:.1%})" if run.steps else ""
+    loss = f"loss {run.training['loss'][-1]:.4f}" if len(steps) else "nothing logged yet"
+    return [
+        f"{printable(str(run.folder))}: {_describe_state(run, state, now)}",
+        f"step        {run.step:,}{fraction}, {loss}",
+        *_throughput_lines(run, recipe, state),
+        *_score_lines(run),
+        f"last save   {_last_save(run.folder.last_checkpoint, now)}",
+    ]
+
+
+def _throughput_lines(run: RunRecord, recipe: Recipe | None, state: str) -> list[str]:
+    speeds = run.training["images_per_second"][-RECENT_LINES:]
     speeds = speeds[np.isfinite(speeds) & (speeds > 0)]
-    if len(speeds):
-        speed = len(speeds) / float(np.sum(1 / speeds))  # of equal numbers of images
-        wait = float(np.nanmean(run.training["data_wait"][-LINES:]))
-        left = ""
-        if recipe and run.step < run.steps:
-            seconds = seconds_left(recipe, run.step, speed)
-            left = f"; {format_duration(seconds)} left, validations aside"
-            left += f", done at {format_eta(seconds)}" * (state == "running")
-        lines.append(
-            f"speed       {speed:,.0f} images/s, {wait:.0%} of the time waiting for images{left}"
-        )
-    top1 = run.validation["top1"]
-    if run.best is not None:
-        at = run.validation["step"]
-        best = f"{top1[run.best]:.2f} % at step {at[run.best]:,.0f}, selected on the same images"
-        lines.append(
-            f"top-1       last validation {top1[-1]:.2f} % at step {at[-1]:,.0f}"
-            + f"; best {best}" * run.selected
-        )
-    lines.append(f"last save   {_last_save(run.folder.last_checkpoint, now)}")
-    return lines
+    if not len(speeds):
+        return []
+    # Each line stands for the same number of images, hence the harmonic mean.
+    speed = len(speeds) / float(np.sum(1 / speeds))
+    waiting = float(np.nanmean(run.training["data_wait"][-RECENT_LINES:]))
+    eta = ""
+    if recipe and run.step < run.steps:
+        seconds = seconds_left(recipe, run.step, speed)
+        eta = f"; {format_duration(seconds)} left without validations"
+        eta += f", done at {format_eta(seconds)}" * (state == "running")
+    return [f"speed       {speed:,.0f} images/s, {waiting:.0%} of the time waiting for data{eta}"]
+
+
+def _score_lines(run: RunRecord) -> list[str]:
+    if run.best is None:
+        return []
+    top1, steps = run.validation["top1"], run.validation["step"]
+    best = f"{top1[run.best]:.2f} % at step {steps[run.best]:,.0f}, selected on the same images"
+    return [
+        f"top-1       last validation {top1[-1]:.2f} % at step {steps[-1]:,.0f}"
+        + f"; best {best}" * run.selected
+    ]
 
 
 def status_exit_code(run: RunRecord, now: datetime | None = None) -> int:
-    """0: running or complete. 75: stopped after a save, --resume continues. 1: dead or failed."""
+    """0: running or complete. 75: stopped after a save; --resume continues. 1: dead or failed."""
     now = now or datetime.now(UTC)
-    state = _state(run, _recipe(run), now)
+    state = _state(run, _read_recipe(run), now)
     return {"running": 0, "done": 0, "stop": 75}.get(state, 1)
 
 
 def _state(run: RunRecord, recipe: Recipe | None, now: datetime) -> str:
-    """running, dead, or the kind of the last event. The lock of the run folder decides.
+    """One of running, silent, dead, none, or the kind of the last event.
 
-    It says nothing on some network drives, nor of a process on another machine. There a run counts
-    as running as long as its record grows.
+    The lock of the run folder decides. It is not visible on some network file systems and for a
+    process on another machine. Then a run counts as running while metrics.jsonl keeps growing.
     """
     locked = is_locked(run.folder.path)
     if locked:
         return "running"
     if not run.events or run.events[-1].kind in END_EVENTS:
         return run.events[-1].kind if run.events else "none"
-    here = run.events[-1].host in ("", platform.node())
-    if locked is False and here:
+    on_this_host = run.events[-1].host in ("", platform.node())
+    if locked is False and on_this_host:
         return "dead"
-    return "running" if _writes(run, recipe, now) else "silent"
+    return "running" if _is_logging(run, recipe, now) else "silent"
 
 
-def _writes(run: RunRecord, recipe: Recipe | None, now: datetime) -> bool:
-    """Whether the run wrote to its record lately."""
-    silence, speeds = SILENCE, run.training["images_per_second"][-1:]
+def _is_logging(run: RunRecord, recipe: Recipe | None, now: datetime) -> bool:
+    """Whether the last log line is recent for the run's throughput."""
+    allowed, speeds = SILENCE, run.training["images_per_second"][-1:]
     if recipe and len(speeds) and speeds[0] > 0:
-        window = recipe.log_every * recipe.batch / float(speeds[0])
-        silence = max(silence, WINDOWS * timedelta(seconds=window))
-    return now - _last_sign(run) < silence
+        interval = recipe.log_every * recipe.batch / float(speeds[0])
+        allowed = max(allowed, SILENT_INTERVALS * timedelta(seconds=interval))
+    return now - _last_update(run) < allowed
 
 
-def _last_sign(run: RunRecord) -> datetime:
+def _last_update(run: RunRecord) -> datetime:
     return max(run.written or run.events[-1].time, run.events[-1].time)
 
 
-def _recipe(run: RunRecord) -> Recipe | None:
-    """Of the run; None where this cspnet cannot read it."""
+def _read_recipe(run: RunRecord) -> Recipe | None:
+    """The recipe of the run; None if this version of cspnet cannot read it."""
     try:
         return recipes.recipe_from_yaml(run.recipe)
     except RecipeError:
         return None
 
 
-def _doing(run: RunRecord, state: str, now: datetime) -> str:
+def _describe_state(run: RunRecord, state: str, now: datetime) -> str:
     if state == "none":
-        return "not started: there is no history.jsonl"
+        return "never started: there is no history.jsonl"
     if not run.events or (state == "running" and run.events[-1].kind in END_EVENTS):
         return "starting"
     last = run.events[-1]
-    silence = max(0.0, (now - _last_sign(run)).total_seconds())
-    ago = f"last written to {format_duration(silence)} ago"
+    silence = max(0.0, (now - _last_update(run)).total_seconds())
+    update = f"last update {format_duration(silence)} ago"
     if state == "running":
-        return f"running since {_local(last.time)} on {run.device}, {ago}"
+        return f"running since {_local(last.time)} on {run.device}, {update}"
     if state == "done":
         return f"complete since {_local(last.time)}"
-    resume = f"Continue: {command_line('cspnet-train', '--resume', '--output', run.folder.path)}"
+    resume = command_line("cspnet-train", "--resume", "--output", run.folder.path)
     if state == "silent":
         host = f" on {last.host}" * bool(last.host)
         return (
-            f"NO SIGN OF LIFE: {ago}, and the lock of the folder cannot be seen from here. If no "
-            f"process{host} trains in it: {resume.removeprefix('Continue: ')}"
+            f"NO RECENT UPDATE: {update}, and the lock of the folder is not visible from here. If "
+            f"no process{host} is training in it, resume: {resume}"
         )
     if state == "dead":
-        return f"DEAD: its process was killed, or the machine went down; {ago}. {resume}"
-    what = {"stop": "stopped", "fail": "FAILED", "crash": "CRASHED"}[state]
-    why = f": {last.remarks[0].rstrip('.')}" if last.remarks else ""
-    return f"{what} at {_local(last.time)}{why}. {resume}"
+        return f"DEAD: the process was killed or the machine went down; {update}. Resume: {resume}"
+    verb = {"stop": "stopped", "fail": "FAILED", "crash": "CRASHED"}[state]
+    reason = f": {last.remarks[0].rstrip('.')}" if last.remarks else ""
+    return f"{verb} at {_local(last.time)}{reason}. Resume: {resume}"
 
 
 def _last_save(file: Path, now: datetime) -> str:
@@ -134,8 +143,8 @@ def _last_save(file: Path, now: datetime) -> str:
         status = file.stat()
     except OSError:
         return "none yet"
-    ago = (now - datetime.fromtimestamp(status.st_mtime, UTC)).total_seconds()
-    return f"{format_duration(max(0.0, ago))} ago, {status.st_size / 1e6:,.0f} MB, {printable(str(file))}"
+    age = (now - datetime.fromtimestamp(status.st_mtime, UTC)).total_seconds()
+    return f"{format_duration(max(0.0, age))} ago, {status.st_size / 1e6:,.0f} MB, {printable(str(file))}"
 
 
 def _local(time: datetime) -> str:

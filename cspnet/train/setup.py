@@ -17,7 +17,7 @@ from cspnet.datasets.check import preflight
 from cspnet.errors import CheckpointError, DataError, RecipeError
 from cspnet.recipe.load import recipe_to_yaml
 from cspnet.recipe.schema import DIGITS, TIMM_PREFIX, Recipe
-from cspnet.recipe_comments import recipe_sources
+from cspnet.recipe.value_sources import recipe_sources
 from cspnet.run.checkpoint import CheckpointFiles
 from cspnet.run.folder import RunFolder
 from cspnet.run.lock import RunLock
