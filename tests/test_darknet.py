@@ -14,14 +14,12 @@ from torch import nn
 
 from cspnet.nets import create
 from cspnet.nets.csp import ACTIVATIONS, CspNet
+from cspnet.weights.darknet_cfg import create_from_cfg, parse_cfg, to_cfg
 from cspnet.weights.darknet_format import (
     DARKNET_NETWORKS,
     DarknetFormatError,
     cfg_sections,
     load_darknet_weights,
-    net_from_cfg,
-    parse_cfg,
-    to_cfg,
     to_darknet_weights,
 )
 from tests.conftest import ROOT, picture
@@ -78,7 +76,7 @@ def test_round_trip(tmp_path, name, activation, layout):
     (tmp_path / "a.cfg").write_text(to_cfg(net, 96))
     (tmp_path / "a.weights").write_bytes(to_darknet_weights(net, MANY))
 
-    other, size = net_from_cfg(tmp_path / "a.cfg")
+    other, size = create_from_cfg(tmp_path / "a.cfg")
     assert (size, other.name, other.classes) == (96, name, 10)
     other = scramble(other).to(memory_format=layout)
     places = [tensor.data_ptr() for tensor in other.state_dict().values()]
@@ -99,7 +97,7 @@ def test_round_trip(tmp_path, name, activation, layout):
 def test_any_width_comes_back_from_its_cfg(tmp_path, meta, name, width):
     path = tmp_path / "a.cfg"
     path.write_text(to_cfg(create(name, width=width, classes=7), SIZE))
-    other, _ = net_from_cfg(path)
+    other, _ = create_from_cfg(path)
     assert to_cfg(other, SIZE) == path.read_text()
 
 
@@ -229,7 +227,7 @@ def test_full_size(name, layers, convolutions, parameters, gflop, size):
     assert round(2 * total["macs"] / 1e9, 3) == gflop
     assert total["outputs"] == 1000
     assert len(to_darknet_weights(net, 0)) == size == 20 + 4 * total["floats"]
-    backbone = to_darknet_weights(net, 0, cut=layers - 3)
+    backbone = to_darknet_weights(net, 0, first_layers=layers - 3)
     assert len(backbone) == size - 4 * 1000 * (1024 + 1)
 
 
@@ -293,7 +291,7 @@ def test_cut(cut):
     net = scramble(create("cspdarknet53", **SMALL))
     layers = plain_layers(net)
     expected = b"".join(layers[index] for index in sorted(layers) if index < cut)
-    written = to_darknet_weights(net, MANY, cut=cut)
+    written = to_darknet_weights(net, MANY, first_layers=cut)
     assert written[:20] == struct.pack("<iiiQ", 0, 2, 5, 0)
     assert digest(written[20:]) == digest(expected)
 
@@ -302,8 +300,8 @@ def test_cut(cut):
 def test_cut_out_of_range(meta, name, layers):
     net = create(name, **SMALL)
     for cut in (-1, 0, layers + 1):
-        with pytest.raises(DarknetFormatError, match=f"cut must be 1 to {layers}"):
-            to_darknet_weights(net, 0, cut=cut)
+        with pytest.raises(DarknetFormatError, match=f"first-layers must be 1 to {layers}"):
+            to_darknet_weights(net, 0, first_layers=cut)
 
 
 # --- other people's .weights
@@ -353,7 +351,7 @@ def test_weights_of_another_net(tmp_path):
     ):
         path.write_bytes(to_darknet_weights(other, 0))
         refuse_weights(path, net, f"{path.stat().st_size:,}")
-    path.write_bytes(to_darknet_weights(net, 0, cut=105))
+    path.write_bytes(to_darknet_weights(net, 0, first_layers=105))
     refuse_weights(path, net, f"{path.stat().st_size:,}")
 
 
@@ -429,7 +427,7 @@ def test_no_cfg_of_a_net(tmp_path, text, said):
 
 def refuse_cfg(path: Path, said: str) -> None:
     with pytest.raises(DarknetFormatError, match=re.escape(said) + r"(?!\d)") as caught:
-        net_from_cfg(path)
+        create_from_cfg(path)
     assert str(path) in str(caught.value)
 
 
@@ -466,7 +464,7 @@ def test_comments_and_blanks_change_nothing(cfg):
     text = cfg.write().read_text()
     text = text.replace("[net]", "# from a forum\n\n[network]").replace("=", " = ")
     cfg.path.write_text(text.replace("\n[", "\n\n; next\n [").replace("\n", "\r\n"))
-    net, size = net_from_cfg(cfg.path)
+    net, size = create_from_cfg(cfg.path)
     assert plain_sections(to_cfg(net, size))[1:] == cfg.layers
 
 
@@ -475,7 +473,7 @@ def test_what_darknet_assumes_may_be_left_out(cfg):
         for key, assumed in (("size", "1"), ("stride", "1"), ("groups", "1")):
             if options.get(key) == assumed:
                 del options[key]
-    net, size = net_from_cfg(cfg.write())
+    net, size = create_from_cfg(cfg.write())
     assert to_cfg(net, size) == to_cfg(create(net.name, **SMALL), SIZE)
 
 
@@ -499,7 +497,7 @@ def test_one_changed_key(cross, layer):
             cross.options(layer)[key] = wrong
             refuse_cfg(cross.write(), said)
         cross.options(layer)[key] = value
-    net_from_cfg(cross.write())
+    create_from_cfg(cross.write())
 
 
 @pytest.mark.parametrize(
@@ -618,7 +616,9 @@ def backbones() -> dict[str, list[tuple[str, int]]]:
 def test_another_backbone_is_said_to_be_one(cross, name):
     layers = [(kind, {"size": str(size), "filters": "32"}) for kind, size in backbones()[name]]
     cross.layers = layers
-    refuse_cfg(cross.write(), "describes another backbone than cspdarknet53 and darknet53")
+    refuse_cfg(
+        cross.write(), "describes an unsupported backbone; supported are cspdarknet53 and darknet53"
+    )
 
 
 def test_short_names_a_mark_of_utf8_and_the_loss_are_darknets(cfg):
@@ -626,7 +626,7 @@ def test_short_names_a_mark_of_utf8_and_the_loss_are_darknets(cfg):
     for long, short in (("convolutional", "conv"), ("avgpool", "avg"), ("softmax", "soft")):
         text = text.replace(f"[{long}]", f"[{short}]")
     cfg.path.write_bytes(b"\xef\xbb\xbf" + f"{text}\n[cost]\ntype=sse\n".encode())
-    net, size = net_from_cfg(cfg.path)
+    net, size = create_from_cfg(cfg.path)
     assert plain_sections(to_cfg(net, size))[1:] == cfg.layers
 
 
@@ -634,10 +634,10 @@ def test_a_backbone_file_is_said_to_be_one(tmp_path):
     net = create("darknet53", classes=3, width=0.0625)
     path = tmp_path / "a.weights"
     for cut in (20, 74):
-        path.write_bytes(to_darknet_weights(net, 0, cut=cut))
-        refuse_weights(path, net, f"the first {cut} layers only, a backbone without a classifier")
+        path.write_bytes(to_darknet_weights(net, 0, first_layers=cut))
+        refuse_weights(path, net, f"only the first {cut} layers, a backbone without a classifier")
     whole = to_darknet_weights(net, 0)
-    for data, told in ((whole[:-4], "cut short"), (whole + bytes(4), "bytes too many")):
+    for data, told in ((whole[:-4], "truncated"), (whole + bytes(4), "extra bytes")):
         path.write_bytes(data)
         refuse_weights(path, net, told)
 
@@ -654,7 +654,7 @@ def test_timms_nets_are_refused(tmp_path, meta, name):
         lambda: list(cfg_sections(net)),
         lambda: to_cfg(net, SIZE),
         lambda: to_darknet_weights(net, 0),
-        lambda: to_darknet_weights(net, 0, cut=3),
+        lambda: to_darknet_weights(net, 0, first_layers=3),
         lambda: load_darknet_weights(net, path),
     ):
         with pytest.raises(DarknetFormatError, match=f"{name}.*only cspdarknet53 and darknet53"):

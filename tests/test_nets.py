@@ -221,7 +221,7 @@ def test_group_norm_formulas(group):
 
 
 def test_group_norm_wants_whole_groups():
-    with pytest.raises(AssertionError, match="6 images are not whole groups of 4"):
+    with pytest.raises(AssertionError, match="6 images are not a multiple of the group of 4"):
         batch_norm(group=4)(torch.randn(6, 3, 2, 2))
 
 

@@ -21,6 +21,7 @@ from cspnet.data.loader import EvalBatches
 from cspnet.errors import CheckpointError, DataError, RecipeError
 from cspnet.inference.evaluate import Scores
 from cspnet.recipe import load as recipes
+from cspnet.recipe.value_sources import recipe_entries
 from cspnet.report import charts, classes
 from cspnet.report import evaluation as verdicts
 from cspnet.report.drawing import save_png, to_svg

@@ -72,7 +72,7 @@ def test_weights_that_go_with_another_activation_are_told(weights):
     _, (_, *remarks) = init_net(
         wanted(weights[1], "model.activation=leaky", "data.normalize=imagenet"), ["a", "b"]
     )
-    assert [remark.split()[5] for remark in remarks] == [
+    assert [remark.split()[6] for remark in remarks] == [
         "model.activation=mish,",
         "data.normalize=none,",
     ]
@@ -164,7 +164,7 @@ def test_one_of_timms_nets_trains_evaluates_and_goes_back(tmp_path, command, fol
     back = load_weights(path)
     assert equal(back.net, out.net) and back.recipe == out.recipe and back.classes == out.classes
     for name in ("net.weights", "net.onnx"):
-        with pytest.raises(ExportError, match="no Darknet file and no pyramid"):
+        with pytest.raises(ExportError, match="no feature pyramid and no Darknet format"):
             export_network(out, tmp_path / name, pyramid=name.endswith(".onnx"))
 
 
@@ -172,7 +172,7 @@ def test_one_of_timms_nets_trains_evaluates_and_goes_back(tmp_path, command, fol
     "name, told",
     [
         ("timm/resnet81", "did you mean"),
-        ("timm/vit_tiny_patch16_224", "does not take images of 64×64.*own size is 224"),
+        ("timm/vit_tiny_patch16_224", "does not accept images of 64×64.*default size is 224"),
     ],
 )
 def test_a_net_that_timm_has_not_or_that_wants_another_size(name, told):
@@ -207,7 +207,7 @@ def test_timms_pretrained_nets_come_with_timms_view(monkeypatch):
     assert half.evaluate.interpolation == "bicubic"
     with pytest.raises(RecipeError, match="multiple of 32"):
         load_weights("timm:inception_v3.tf_in1k")  # 299×299
-    with pytest.raises(CheckpointError, match="no net of this name"):
+    with pytest.raises(CheckpointError, match="no network of this name"):
         load_weights("timm:resnet81")
 
 
@@ -218,7 +218,7 @@ def test_darknets_class_order_survives_every_way_back(tmp_path):
     labels = ["cherry", "apple", "damson", "banana"]
     (tmp_path / "first.labels").write_text("\n".join(labels) + "\n")
     back = load_weights(str(tmp_path / "first.weights"))
-    assert back.classes == sorted(labels) and back.seen == out.seen
+    assert back.classes == sorted(labels) and back.images_seen == out.images_seen
     export_network(back, tmp_path / "second.weights")
     export_network(back, tmp_path / "between.safetensors")
     export_network(load_weights(str(tmp_path / "between.safetensors")), tmp_path / "third.weights")
@@ -238,7 +238,7 @@ def test_a_net_without_class_names_keeps_its_order_through_darknet(tmp_path):
     assert any("no class names" in remark for remark in remarks)
     assert (tmp_path / "net.names").read_text().split()[10] == "10"
     back = load_weights(str(tmp_path / "net.weights"))
-    assert equal(back.net, out.net) and back.order is None and back.classes is None
+    assert equal(back.net, out.net) and back.file_order is None and back.classes is None
 
 
 def test_a_darknet_file_without_labels_is_not_scored_by_guessing(tmp_path, command, folder):
@@ -247,9 +247,9 @@ def test_a_darknet_file_without_labels_is_not_scored_by_guessing(tmp_path, comma
     for suffix in (".data", ".labels", ".names"):
         (tmp_path / f"net{suffix}").unlink()
     back = load_weights(str(tmp_path / "net.weights"))
-    assert back.classes is None and back.unordered
+    assert back.classes is None and back.order_unknown
     done = command("main_eval", "--checkpoint", "net.weights", "--data", folder, cwd=tmp_path)
-    assert done.returncode == 2 and "no net.data with a labels list" in done.stderr
+    assert done.returncode == 2 and "there is no net.data that names a labels list" in done.stderr
     export_network(
         back, tmp_path / "net.safetensors"
     )  # the way through another file does not hide it

@@ -121,7 +121,7 @@ def test_an_order_that_does_not_matter_is_assumed_and_said(tmp_path, command):
     root = folders(tmp_path / "data", ["ant", "bee", "cat"])
     call = ("--checkpoint", tmp_path / "net.pth", "--data", root, "--workers", "0", "--batch", "2")
     done = command("main_eval", *call)
-    assert done.returncode == 0 and "in sorted order, which is assumed" in done.stdout
+    assert done.returncode == 0 and "in sorted order (assumed)" in done.stdout
     two = folders(tmp_path / "two", ["ant", "bee"])
     done = command("main_eval", *call[:2], "--data", two, "--workers", "0", "--batch", "2")
     assert done.returncode == 2 and "has 2 classes, but the network has 3" in done.stderr
@@ -131,7 +131,9 @@ def test_names_that_timm_takes_for_equal_have_no_order(tmp_path):
     nameless(tmp_path / "net.pth", 3)
     for order in (None, "natural"):
         found = load_weights(str(tmp_path / "net.pth"))
-        with pytest.raises(CheckpointError, match="01 and 1 are equal and come in any order"):
+        with pytest.raises(
+            CheckpointError, match="01 and 1 compare equal, so their order is undefined"
+        ):
             resolve_class_names(found, ["01", "1", "2"], "net.pth", order)
     assert resolve_class_names(found, ["01", "1", "2"], "net.pth", "sorted").classes == [
         "01",
@@ -145,7 +147,7 @@ def test_a_thousand_classes_are_imagenets_unless_the_user_knows_better(tmp_path)
     found = load_weights(str(tmp_path / "net.pth"))
     assert found.classes[0] == "n01440764" and found.inferred
     synsets = found.classes
-    assert resolve_class_names(found, synsets, "net.pth").order is None
+    assert resolve_class_names(found, synsets, "net.pth").file_order is None
     numbers = sorted(map(str, range(1000)))
     assert resolve_class_names(found, numbers, "net.pth", "natural").classes == numbers
     # A run on as many other classes has a classifier of its own.
@@ -214,7 +216,7 @@ def test_label_files_are_read_as_darknet_reads_them(tmp_path):
         (b"\nant\nbee\ncat\n", "line 1 is blank"),
         (b"ant\n\r\nbee\n", "line 2 is blank"),
         (b"ant\nbee\nant\n", "lines 1 and 3: both are ant"),
-        (b"ant\nbee\n", "has 2 lines, the net 3 classes"),
+        (b"ant\nbee\n", "has 2 lines, but the network has 3 classes"),
     ):
         file.write_bytes(content)
         with pytest.raises(CheckpointError, match=told):
@@ -238,7 +240,7 @@ def test_labels_by_option_and_beside_the_weights(tmp_path, command):
     export_network(load_weights(str(tmp_path / "net.pth")), tmp_path / "bare.safetensors")
     (tmp_path / "bare.labels").write_bytes((tmp_path / "list").read_bytes())
     found = load_weights(str(tmp_path / "bare.safetensors"))
-    assert found.classes == ["bee", "p\udceache\x1b[31m", "zebra"] and found.order == [2, 1, 0]
+    assert found.classes == ["bee", "p\udceache\x1b[31m", "zebra"] and found.file_order == [2, 1, 0]
     export_network(found, tmp_path / "named.safetensors")
     done = command(*call[:4], "named.safetensors", "--labels", "list", cwd=tmp_path)
     assert done.returncode == 2 and "--labels list has no effect" in done.stderr
@@ -257,9 +259,9 @@ def test_a_missing_list_is_named(darknet, command, folder):
     data = darknet.with_suffix(".data")
     data.write_bytes(b"# donn\xe9es\nclasses = 5\nlabels = lists/a.txt # mine\nlabels=net.labels\n")
     found = load_weights(str(darknet))
-    told = "net.data names the list lists/a.txt # mine, which does not exist: no class names"
+    told = "no class names: net.data names the list lists/a.txt # mine, which does not exist"
     assert found.classes is None and told in found.remarks
-    assert "net.data says classes=5, the net has 3" in found.remarks
+    assert "net.data says classes=5, but the network has 3" in found.remarks
     done = command("main_eval", "--checkpoint", darknet, "--data", folder)
     assert done.returncode == 2 and "lists/a.txt # mine, which does not exist" in done.stderr
     data.write_text("top=5\n")
@@ -313,7 +315,7 @@ def test_class_names_of_any_bytes_go_through_darknet(tmp_path):
             export_network(Trained(net.net, net.recipe, [name, "x", "y"]), tmp_path / "no.weights")
     assert not list(tmp_path.glob("no.*"))
     export_network(
-        Trained(net.net, net.recipe, ["a\nb", "x", "y"]), tmp_path / "cut.weights", cut=105
+        Trained(net.net, net.recipe, ["a\nb", "x", "y"]), tmp_path / "cut.weights", first_layers=105
     )
 
 
@@ -362,7 +364,7 @@ def test_a_hub_folder_is_opened_with_its_view_and_names(hub, tmp_path, command):
     transform = create_transform(**view)
     for name in (hub, hub / "model.safetensors"):
         found = load_weights(str(name))
-        assert found.classes == ["ant", "bee", "zebra"] and found.order == [1, 2, 0]
+        assert found.classes == ["ant", "bee", "zebra"] and found.file_order == [1, 2, 0]
         recipe = found.recipe
         assert (recipe.data.image_size, recipe.evaluate.crop_pct) == (64, 0.95)
         assert recipe.data.mean == recipe.data.std == (0.5, 0.5, 0.5)
@@ -389,13 +391,15 @@ def test_a_config_counts_in_fine_tuning_and_in_exports(hub, tmp_path):
     model = ("model.name=timm/test_resnet", f"model.init_from={hub}", "data.image_size=64")
     net, remarks = init_net(recipes.load_recipe(None, model), ["ant", "bee", "zebra"])
     assert any("tensors loaded" in remark and "all" in remark for remark in remarks)
-    assert any("go with data.normalize=custom, not none" in remark for remark in remarks)
+    assert any(
+        "trained with data.normalize=custom, this run has none" in remark for remark in remarks
+    )
     found = load_weights(str(hub))
     assert torch.equal(net.fc.weight, found.net.fc.weight)
     export_network(found, tmp_path / "net.safetensors")
     back = load_weights(str(tmp_path / "net.safetensors"))
     assert back.recipe == found.recipe and back.classes == found.classes
-    assert back.order == found.order and equal(back.net, found.net)
+    assert back.file_order == found.file_order and equal(back.net, found.net)
 
 
 def test_keys_that_are_missing_have_timms_defaults(hub):
@@ -435,9 +439,9 @@ OWN = {**CONFIG, "architecture": "cspdarknet53"}
     [
         (b"{", "is not valid JSON"),
         (b"\xff\xfe\x00", "is not valid JSON"),
-        (b"[1]", "holds a list, not an object"),
+        (b"[1]", "contains a list, not an object"),
         ({"pretrained_cfg": {}}, "has no architecture"),
-        ({**CONFIG, "architecture": "cspdarknet54"}, "timm has no net"),
+        ({**CONFIG, "architecture": "cspdarknet54"}, "timm has no network"),
         ({**CONFIG, "architecture": "resnet18"}, "which timm/resnet18 needs"),
         ({**CONFIG, "pretrained_cfg": [1]}, "pretrained_cfg is not an object"),
         ({**CONFIG, "pretrained_cfg": {**VIEW, "crop_mode": "squash"}}, "crop_mode is 'squash'"),
@@ -446,17 +450,17 @@ OWN = {**CONFIG, "architecture": "cspdarknet53"}
         ({**CONFIG, "pretrained_cfg": {**VIEW, "std": [0, 1, 1]}}, "data.std is .* must be"),
         ({**CONFIG, "pretrained_cfg": {**VIEW, "crop_pct": "x"}}, "crop_pct is 'x'"),
         ({**CONFIG, "pretrained_cfg": {**VIEW, "crop_pct": 1.5}}, "evaluate.crop_pct is 1.5"),
-        ({**CONFIG, "pretrained_cfg": {**VIEW, "input_size": [1, 64, 64]}}, "RGB squares"),
+        ({**CONFIG, "pretrained_cfg": {**VIEW, "input_size": [1, 64, 64]}}, "square RGB images"),
         ({**CONFIG, "pretrained_cfg": {**VIEW, "input_size": [3, 65, 65]}}, "multiple of 32"),
         ({**CONFIG, "num_classes": 0}, "has no classifier"),
         ({**CONFIG, "model_args": {"features_only": True}}, "has no classifier"),
         ({**OWN, "model_args": {"global_pool": "max"}}, "global_pool is 'max'"),
         ({**OWN, "model_args": {"act_layer": "silu"}}, "act_layer is 'silu'"),
         ({**OWN, "model_args": {"stem": {"pool": "max"}}}, "cannot build cspdarknet53 with"),
-        ({**CONFIG, "num_classes": 4}, "num_classes is 4, the weights have 3"),
+        ({**CONFIG, "num_classes": 4}, "num_classes is 4, but the weights have 3"),
         ({**CONFIG, "label_names": ["a", "b"]}, "label_names has 2 names"),
-        ({**CONFIG, "label_names": ["a", "b", "a"]}, "not a list of different names"),
-        ({**CONFIG, "label_names": {"0": "a"}}, "not a list of different names"),
+        ({**CONFIG, "label_names": ["a", "b", "a"]}, "not a list of unique names"),
+        ({**CONFIG, "label_names": {"0": "a"}}, "not a list of unique names"),
     ],
 )
 def test_a_config_that_cannot_be_used_gives_one_message(hub, content, told):

@@ -1,4 +1,4 @@
-"""Which classes a net takes for which, from a confusion matrix."""
+"""The most frequent confusions of classes, from a confusion matrix."""
 
 from typing import NamedTuple
 
@@ -8,12 +8,12 @@ from cspnet.text import printable
 
 
 class Pair(NamedTuple):
-    """Images of a class that were taken for another."""
+    """The images of one class that were predicted as another."""
 
     true: str
-    taken_for: str
+    taken_for: str  # the predicted class
     images: int
-    of: int  # images of the class
+    of: int  # images of the true class
 
     @property
     def share(self) -> float:
@@ -21,30 +21,31 @@ class Pair(NamedTuple):
 
 
 def worst_pairs(confusion: np.ndarray, names: list[str], most: int = 20) -> list[Pair]:
-    """The pairs of classes with the most images confused, most first; int64 [K, K] by class.
+    """The pairs of classes with the most confused images, most first; ties in class order.
 
-    Rows are the true classes. Equal counts stand in the order of the classes.
+    `confusion` is int64 [K, K]; rows are the true classes, columns the predicted ones.
     """
-    true, other = np.nonzero(confusion)  # few: at most one an image
-    true, other = true[true != other], other[true != other]
-    images = confusion[true, other]
+    true, predicted = np.nonzero(confusion)  # sparse: at most one cell per image
+    true, predicted = true[true != predicted], predicted[true != predicted]
+    images = confusion[true, predicted]
     order = np.argsort(-images, kind="stable")[:most]
     counts = confusion.sum(1)
     return [
-        Pair(names[true[i]], names[other[i]], int(images[i]), int(counts[true[i]])) for i in order
+        Pair(names[true[i]], names[predicted[i]], int(images[i]), int(counts[true[i]]))
+        for i in order
     ]
 
 
 def to_markdown(pairs: list[Pair]) -> str:
-    """A table of pairs, as TensorBoard's text tab shows it. Names are escaped: it is UTF-8."""
+    """A Markdown table for TensorBoard's text tab. Names are escaped, as it must be UTF-8."""
     rows = [
         f"| {_cell(pair.true)} | {_cell(pair.taken_for)} | {pair.images:,} of {pair.of:,} | "
         f"{pair.share:.0%} |"
         for pair in pairs
     ]
-    return "\n".join(["| class | taken for | images | share |", "|---|---|---|---|", *rows])
+    return "\n".join(["| class | predicted as | images | share |", "|---|---|---|---|", *rows])
 
 
 def _cell(name: str) -> str:
-    """A name in a cell of a Markdown table, which a bar would end."""
+    """A name as a cell of a Markdown table, with | escaped."""
     return printable(name).replace("|", "\\|")

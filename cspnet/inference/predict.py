@@ -1,7 +1,4 @@
-"""What a net takes images for: the classes with the highest probabilities, file by file.
-
-The way to the logits is that of `evaluate`: the recipe's evaluation view, normalisation, precision.
-"""
+"""Image classification: the most probable classes of each file."""
 
 import contextlib
 import csv
@@ -9,15 +6,14 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
 from rich.text import Text
 
-from cspnet.data.augment import normalize
-from cspnet.data.loader import evaluation_batches
 from cspnet.images.decode import UnreadableError, decode, evaluation_view
+from cspnet.inference.batches import batches_with_logits
 from cspnet.recipe.schema import Recipe
 from cspnet.runtime.device import Precision
 from cspnet.sources.data_root import Source, display_names
@@ -28,16 +24,16 @@ CSV_COLUMNS = ("file", "rank", "class", "name", "probability", "error")  # of th
 
 
 class Guess(NamedTuple):
-    label: str  # the class as it was trained: its folder's name, or its index where it has none
-    name: str  # what to call it before people
+    label: str  # the class name: its folder in the training set, or its index if unnamed
+    name: str  # for display
     probability: float
 
 
 @dataclass(frozen=True)
 class Prediction:
     file: str
-    guesses: list[Guess] = field(default_factory=list)  # best first
-    error: str | None = None  # why the file could not be read; there are no guesses then
+    guesses: list[Guess] = field(default_factory=list)  # most probable first
+    error: str | None = None  # why the file could not be read; then there are no guesses
 
 
 def predict_files(
@@ -48,66 +44,54 @@ def predict_files(
     top: int,
     batch: int | None = None,
 ) -> Iterator[Prediction]:
-    """The `top` best classes of each file, or all there are, in the order of the source.
+    """The `top` most probable classes of each file, in the order of the source.
 
-    On the device of the net, which is left in evaluation mode. `batch` is the number of images at
-    once, the recipe's by default. Labels of the source are not looked at.
+    Runs on the network's device; leaves the network in evaluation mode. `batch` is the number of
+    images per batch, by default the recipe's. The labels of the source are ignored.
     """
     net, recipe = trained.net.eval(), trained.recipe
-    device = next(net.parameters()).device
-    names = display_names(trained.classes) if trained.classes else None
+    labels = trained.classes or [str(index) for index in range(net.classes)]
+    names = display_names(trained.classes) if trained.classes else labels
     batch = min(batch or recipe.batch, len(files))
-    workers = min(workers, -(-len(files) // batch))  # a worker makes a whole batch
-    size, how = recipe.data.image_size, recipe.evaluate
+    workers = min(workers, -(-len(files) // batch))  # each worker loads whole batches
     with contextlib.closing(
-        evaluation_batches(files, batch, size, how, workers, device.type == "cuda")
+        batches_with_logits(net, files, recipe, precision, workers, batch, padding=False)
     ) as batches:
-        for number, loaded in enumerate(batches):
-            count = int(loaded.mask.sum())  # less than a batch in the last one
-            images = loaded.images.to(device, non_blocking=True)[:count]
-            best, indices = _best(net, images, recipe, precision, top)
-            rows = zip(best.tolist(), indices.tolist(), strict=True)
-            for index, (probabilities, chosen) in enumerate(rows, number * batch):
+        for loaded in batches:
+            probabilities, classes = _best(loaded.logits, top)
+            rows = zip(probabilities.tolist(), classes.tolist(), strict=True)
+            for index, row in enumerate(rows, loaded.first):
                 if index in loaded.unreadable:
                     yield Prediction(files.name(index), error=_reason(files, index, recipe))
                     continue
                 guesses = [
-                    Guess(trained.classes[k], names[k], probability)
-                    if trained.classes
-                    else Guess(str(k), str(k), probability)
-                    for k, probability in zip(chosen, probabilities, strict=True)
+                    Guess(labels[k], names[k], probability)
+                    for probability, k in zip(*row, strict=True)
                 ]
                 yield Prediction(files.name(index), guesses)
 
 
-@torch.no_grad()
-def _best(
-    net: torch.nn.Module, images: torch.Tensor, recipe: Recipe, precision: Precision, top: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities, float32, and classes of the best [B, top], of uint8 [B, S, S, 3]."""
-    pixels = normalize(images.permute(0, 3, 1, 2).float() / 255, recipe.data)
-    with precision.autocast(images.device):
-        logits = net(pixels)
-    logits = logits.float()
-    # Ranked as logits: probabilities of a sure net are zero, and equal, from some rank on.
-    indices = logits.topk(min(top, logits.shape[1]), dim=1).indices
-    return logits.softmax(1).gather(1, indices), indices
+def _best(logits: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The highest probabilities, float32, and their classes, both [B, top], of logits [B, K]."""
+    # Rank the logits: the probabilities of a confident network underflow to equal zeros.
+    classes = logits.topk(min(top, logits.shape[1]), dim=1).indices
+    return logits.softmax(1).gather(1, classes), classes
 
 
 def _reason(files: Source, index: int, recipe: Recipe) -> str:
-    """Why a file could not be read. It is read again: a batch tells no more than the index."""
+    """Why a file could not be read. Reads it again, as a batch contains only its index."""
     try:
         evaluation_view(decode(files.read(index)[0]), recipe.data.image_size, recipe.evaluate)
     except OSError as error:
         return error.strerror or str(error)
     except UnreadableError as error:
         return str(error)
-    return "it could not be read at first"  # it is still being written, for one
+    return "it could not be read at first"  # for example, it was still being written
 
 
 def predictions_to_json(predictions: list[Prediction]) -> str:
-    """A list with an object per file: its `predictions`, best first, or its `error`."""
-    content = []
+    """A JSON list with an object per file: its `predictions`, in descending order, or `error`."""
+    content: list[dict[str, Any]] = []
     for prediction in predictions:
         if prediction.error is not None:
             content.append({"file": prediction.file, "error": prediction.error})
@@ -121,7 +105,7 @@ def predictions_to_json(predictions: list[Prediction]) -> str:
 
 
 def predictions_to_csv(predictions: list[Prediction]) -> str:
-    """A line per file and rank, from 1; for an unreadable file one line with its error."""
+    """One CSV line per file and rank (from 1); for an unreadable file, one line with its error."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
@@ -134,14 +118,14 @@ def predictions_to_csv(predictions: list[Prediction]) -> str:
 
 
 def predictions_to_table(predictions: list[Prediction]) -> Table:
-    """The guesses for people; unreadable files are not in it."""
+    """A table for the terminal, without unreadable files."""
     table = Table(box=None, pad_edge=False)
     table.add_column("file", no_wrap=True)
     table.add_column("class", no_wrap=True)
     table.add_column("probability", justify="right", no_wrap=True)
     for prediction in predictions:
         for rank, guess in enumerate(prediction.guesses):
-            # Text, for a str may be taken for markup or an emoji's name.
+            # Text, because rich may interpret a str as markup or an emoji.
             file = Text(printable(prediction.file) if rank == 0 else "")
             table.add_row(file, Text(printable(guess.name)), f"{100 * guess.probability:.2f} %")
     return table

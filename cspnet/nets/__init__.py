@@ -1,4 +1,4 @@
-"""The networks: `create(name)` builds one, with timm's parameter names and Darknet's numerics."""
+"""The networks. `create(name)` builds one with timm's parameter names and Darknet's numerics."""
 
 from cspnet.nets.csp import create
 

@@ -1,41 +1,57 @@
-"""Nets of timm's by name, with what the rest of the program asks of a net."""
+"""timm's networks by name, as `Network`s."""
 
 import difflib
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from cspnet.nets.network import Network
 
-def create_timm_network(name: str, *, classes: int, size: int) -> nn.Module:
-    """timm's net of a name, freshly initialised by timm, for images of size×size.
 
-    It has `name`, `classes` and `classifier_prefixes` as `CspNet` has them, and no pyramid. Its
-    BatchNorm takes in all images of a pass. ValueError: timm has no such net, or it does not take
+def create_timm_network(name: str, *, classes: int, size: int) -> Network:
+    """The timm network `timm/NAME`, initialized by timm, for images of size×size.
+
+    It has no pyramid and no stages to freeze. Its BatchNorm computes statistics over the whole
+    micro-batch. ValueError if timm does not have the network, or if the network does not accept
     images of this size.
     """
-    import timm  # seconds to import
+    import timm  # takes seconds
 
     short = name.partition("/")[2]
     if not timm.is_model(short):
         near = difflib.get_close_matches(short, timm.list_models(), n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"timm has no net {short!r}{hint}")
-    net = timm.create_model(short, num_classes=classes)
-    mode = net.training
+        raise ValueError(f"timm has no network {short!r}{hint}")
+    model = timm.create_model(short, num_classes=classes)
+    config = cast(dict[str, Any], model.default_cfg)
+    training = model.training
     try:
         with torch.no_grad():
-            shape = net.eval()(torch.zeros(1, 3, size, size)).shape
+            shape = model.eval()(torch.zeros(1, 3, size, size)).shape
     except (RuntimeError, AssertionError, ValueError, IndexError) as error:
-        first = str(error).strip().partition("\n")[0]
-        wanted = net.default_cfg["input_size"][-1]
+        first_line = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"{name} does not take images of {size}×{size} ({first}); timm's own size is {wanted}"
+            f"{name} does not accept images of {size}×{size} ({first_line}); its default size is "
+            f"{config['input_size'][-1]}"
         ) from None
     if shape != (1, classes):
-        raise ValueError(f"{name} answers {list(shape)}, not a logit for each of {classes} classes")
-    net.train(mode)
-    classifier = net.default_cfg["classifier"]
-    net.name, net.classes = name, classes
-    names = [classifier] if isinstance(classifier, str) else classifier
-    net.classifier_prefixes = tuple(f"{part}." for part in names)
-    return net
+        raise ValueError(
+            f"{name} returns {list(shape)}, not one logit for each of {classes} classes"
+        )
+    model.train(training)
+    layers = config["classifier"]
+    layers = [layers] if isinstance(layers, str) else layers
+    return _as_network(model, name, classes, tuple(f"{layer}." for layer in layers))
+
+
+def _as_network(model: nn.Module, name: str, classes: int, prefixes: tuple[str, ...]) -> Network:
+    """Make a timm model an instance of `Network`, too, in place.
+
+    A wrapper would prefix every parameter name.
+    """
+    timm_class = type(model)
+    model.__class__ = type(timm_class.__name__, (timm_class, Network), {})
+    network = cast(Network, model)
+    network.name, network.classes, network.classifier_prefixes = name, classes, prefixes
+    return network

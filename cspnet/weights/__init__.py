@@ -1,1 +1,1 @@
-"""Readers of a trained net, one module per kind of file; `cspnet/weights/load.py` is their front."""
+"""Trained networks in files: one reader per format, behind `cspnet.weights.load.load_weights`."""

@@ -1,8 +1,8 @@
-"""timm's `config.json`, which the Hugging Face Hub has beside `model.safetensors`.
+"""timm's `config.json`, which accompanies `model.safetensors` on the Hugging Face Hub.
 
-It says which net the weights are of, how their images are prepared, and what the classes are called
-(timm/models/_hub.py, save_config_for_hf). A key that is missing has timm's default
-(timm/models/_pretrained.py, PretrainedCfg). The same view is that of timm's pretrained nets.
+It describes the architecture, the preprocessing and the class names (timm/models/_hub.py,
+save_config_for_hf). Missing keys have timm's defaults (timm/models/_pretrained.py, PretrainedCfg).
+timm's pretrained networks use the same preprocessing keys.
 """
 
 import json
@@ -19,16 +19,19 @@ from cspnet.weights import labels
 from cspnet.weights.trained import Trained, recipe_problems
 
 CONFIG_FILE = "config.json"
-HUB_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # what the Hub calls them, best first
+HUB_WEIGHTS = (
+    "model.safetensors",
+    "pytorch_model.bin",
+)  # file names on the Hub, in order of preference
 ACTIVATION_OVERRIDES = {
     None: ("model.activation=leaky", "model.leaky_slope=0.01"),
     "leaky_relu": ("model.activation=leaky", "model.leaky_slope=0.01"),
     "mish": ("model.activation=mish",),
 }
 INTERPOLATIONS = {"bilinear": "antialias", "bicubic": "bicubic"}
-# Arguments of timm.create_model that change nothing in an evaluation.
+# Arguments of timm.create_model that do not affect an evaluation.
 IGNORED_ARGUMENTS = ("num_classes", "drop_rate", "drop_path_rate", "proj_drop_rate", "pretrained")
-PREPROCESSING_DEFAULTS = {
+PREPROCESSING_DEFAULTS: dict[str, Any] = {
     "input_size": (3, 224, 224),
     "mean": IMAGENET_MEAN,
     "std": IMAGENET_STD,
@@ -40,18 +43,18 @@ PREPROCESSING_DEFAULTS = {
 
 @dataclass(frozen=True)
 class HubConfig:
-    """What a `config.json` says, as far as cspnet can use it."""
+    """The contents of a `config.json` that cspnet uses."""
 
-    origin: str  # its path, for people
+    origin: str  # its path, for messages
     recipe: Recipe
     classes: int | None
-    names: list[str] | None  # in the order of the net's outputs
+    names: list[str] | None  # in the order of the network's outputs
 
 
 def find_hub_weights(folder: Path) -> Path | None:
-    """The weights in a folder laid out as timm and the Hub do; None where it is another folder.
+    """The weights file in a folder with the layout of timm and the Hub; None for other folders.
 
-    CheckpointError where there is a `config.json` without weights.
+    CheckpointError if there is a `config.json` without weights.
     """
     for name in HUB_WEIGHTS:
         if (folder / name).is_file():
@@ -59,15 +62,15 @@ def find_hub_weights(folder: Path) -> Path | None:
     if not (folder / CONFIG_FILE).is_file():
         return None
     raise CheckpointError(
-        f"{printable(str(folder))} has a {CONFIG_FILE}, but no {' and no '.join(HUB_WEIGHTS)}: "
-        "name the file with the weights"
+        f"{printable(str(folder))} has a {CONFIG_FILE}, but no {' or '.join(HUB_WEIGHTS)}: "
+        "give the weights file itself"
     )
 
 
 def read_hub_config(weights: Path) -> HubConfig | None:
-    """The `config.json` in the folder of a file; None where there is none, or another program's.
+    """The `config.json` next to a weights file; None if it is missing or another program's.
 
-    CheckpointError where it is malformed, or asks for what cspnet has not.
+    CheckpointError if it is malformed, or needs something that cspnet does not support.
     """
     path = weights.with_name(CONFIG_FILE)
     if not path.is_file():
@@ -80,61 +83,73 @@ def read_hub_config(weights: Path) -> HubConfig | None:
         return _parse(content, origin)
     except RecipeError as error:
         raise CheckpointError(
-            f"{origin} asks for what cspnet has not: {recipe_problems(error)}"
+            f"{origin} needs unsupported settings: {recipe_problems(error)}"
         ) from None
 
 
 def apply_hub_config(trained: Trained, config: HubConfig) -> Trained:
-    """A net that was built by a config, with its class names. CheckpointError."""
+    """Add a config's class names to the network that was built from it. CheckpointError."""
     if config.classes not in (None, trained.net.classes):
         raise CheckpointError(
-            f"{config.origin}: num_classes is {config.classes}, the weights have "
+            f"{config.origin}: num_classes is {config.classes}, but the weights have "
             f"{trained.net.classes} classes"
         )
-    remark = f"net and view as {config.origin} says"
+    remark = f"architecture and preprocessing from {config.origin}"
     remarks = [*trained.remarks, remark]
     if config.names is None:
         return replace(trained, remarks=remarks)
     if len(config.names) != trained.net.classes:
         raise CheckpointError(
-            f"{config.origin}: label_names has {len(config.names)} names, the weights have "
+            f"{config.origin}: label_names has {len(config.names)} names, but the weights have "
             f"{trained.net.classes} classes"
         )
     return labels.assign_class_names(replace(trained, remarks=[remark]), config.names)
 
 
-def preprocessing_overrides(given: dict[str, Any], origin: str) -> list[str]:
-    """The recipe's view of images by a timm data configuration, as overrides. CheckpointError."""
-    values = {key: given.get(key) or default for key, default in PREPROCESSING_DEFAULTS.items()}
+def preprocessing_overrides(pretrained_cfg: dict[str, Any], origin: str) -> list[str]:
+    """Recipe overrides for the preprocessing in a timm configuration. CheckpointError."""
+    values = {
+        key: pretrained_cfg.get(key) or default for key, default in PREPROCESSING_DEFAULTS.items()
+    }
     size = values["input_size"]
-    if not _numbers(size, 3) or size[0] != 3 or size[1] != size[2]:
-        raise CheckpointError(f"{origin}: input_size is {size}; cspnet needs 3×N×N, RGB squares")
-    if values["crop_mode"] != "center":
-        raise CheckpointError(f"{origin}: crop_mode is {values['crop_mode']!r}; cspnet has center")
-    if not isinstance(resize := values["interpolation"], str) or resize not in INTERPOLATIONS:
+    if not _are_numbers(size, 3) or size[0] != 3 or size[1] != size[2]:
         raise CheckpointError(
-            f"{origin}: interpolation is {resize!r}; cspnet has {' and '.join(INTERPOLATIONS)}"
+            f"{origin}: input_size is {size}; cspnet supports only square RGB images, 3×N×N"
         )
-    if not _numbers([values["crop_pct"]], 1):
+    if values["crop_mode"] != "center":
+        raise CheckpointError(
+            f"{origin}: crop_mode is {values['crop_mode']!r}; cspnet supports only center"
+        )
+    interpolation = values["interpolation"]
+    if not isinstance(interpolation, str) or interpolation not in INTERPOLATIONS:
+        raise CheckpointError(
+            f"{origin}: interpolation is {interpolation!r}; cspnet supports only "
+            f"{' and '.join(INTERPOLATIONS)}"
+        )
+    if not _are_numbers([values["crop_pct"]], 1):
         raise CheckpointError(f"{origin}: crop_pct is {values['crop_pct']!r}, not a number")
     return [
         *(f"data.image_size={size[1]}", f"evaluate.crop_pct={values['crop_pct']}"),
-        *(f"evaluate.interpolation={INTERPOLATIONS[resize]}", *_normalization(values, origin)),
+        *(
+            f"evaluate.interpolation={INTERPOLATIONS[interpolation]}",
+            *_normalization(values, origin),
+        ),
     ]
 
 
 def _normalization(values: dict[str, Any], origin: str) -> list[str]:
     for key in ("mean", "std"):
-        if not _numbers(values[key], 3):
+        if not _are_numbers(values[key], 3):
             raise CheckpointError(f"{origin}: {key} is {values[key]!r}, not three numbers")
     mean, std = (tuple(map(float, values[key])) for key in ("mean", "std"))
-    known = {(IMAGENET_MEAN, IMAGENET_STD): "imagenet", ((0.0,) * 3, (1.0,) * 3): "none"}
-    if (mean, std) in known:
-        return [f"data.normalize={known[mean, std]}"]
+    if (mean, std) == (IMAGENET_MEAN, IMAGENET_STD):
+        return ["data.normalize=imagenet"]
+    if (mean, std) == ((0.0,) * 3, (1.0,) * 3):
+        return ["data.normalize=none"]
     return ["data.normalize=custom", f"data.mean={list(mean)}", f"data.std={list(std)}"]
 
 
-def _numbers(values: Any, count: int) -> bool:
+def _are_numbers(values: Any, count: int) -> bool:
     return (
         isinstance(values, list | tuple)
         and len(values) == count
@@ -150,69 +165,73 @@ def _read(path: Path, origin: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{origin} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{origin} holds a {type(content).__name__}, not an object")
+        raise CheckpointError(f"{origin} contains a {type(content).__name__}, not an object")
     return content
 
 
 def _parse(content: dict[str, Any], origin: str) -> HubConfig:
-    # Older files are one level deep, with the names under `labels`.
-    inner = content.get("pretrained_cfg", content)
+    # Older files have no nested pretrained_cfg, and keep the names under `labels`.
+    pretrained_cfg = content.get("pretrained_cfg", content)
     arguments = content.get("model_args") or {}
-    for key, value in (("pretrained_cfg", inner), ("model_args", arguments)):
+    for key, value in (("pretrained_cfg", pretrained_cfg), ("model_args", arguments)):
         if not isinstance(value, dict):
             raise CheckpointError(f"{origin}: {key} is not an object")
     architecture = content.get("architecture")
     if not isinstance(architecture, str):
         raise CheckpointError(
-            f"{origin} has no architecture: it is not timm's. Give the weights another name than "
-            f"{HUB_WEIGHTS[0]}, or correct it"
+            f"{origin} has no architecture, so timm did not write it. Correct it, or rename the "
+            f"weights to something other than {HUB_WEIGHTS[0]}"
         )
-    classes = arguments.get("num_classes", content.get("num_classes", inner.get("num_classes")))
+    classes = arguments.get(
+        "num_classes", content.get("num_classes", pretrained_cfg.get("num_classes"))
+    )
     if classes == 0 or arguments.get("features_only"):
-        raise CheckpointError(f"{origin}: the net has no classifier; cspnet needs one")
-    if classes is not None and not _numbers([classes], 1):
+        raise CheckpointError(f"{origin}: the network has no classifier; cspnet needs one")
+    if classes is not None and not _are_numbers([classes], 1):
         raise CheckpointError(f"{origin}: num_classes is {classes!r}, not a number")
-    overrides = [*_net(architecture.partition(".")[0], content, arguments, origin)]
-    recipe = load_recipe(None, [*overrides, *preprocessing_overrides(inner, origin)])
-    names = content.get("label_names", inner.get("label_names", inner.get("labels")))
-    return HubConfig(origin, recipe, classes, _names(names, origin))
+    overrides = _architecture(architecture.partition(".")[0], content, arguments, origin)
+    recipe = load_recipe(None, [*overrides, *preprocessing_overrides(pretrained_cfg, origin)])
+    names = content.get(
+        "label_names", pretrained_cfg.get("label_names", pretrained_cfg.get("labels"))
+    )
+    return HubConfig(origin, recipe, classes, _class_names(names, origin))
 
 
-def _net(
-    architecture: str, content: dict[str, Any], arguments: dict[str, Any], origin: str
+def _architecture(
+    name: str, content: dict[str, Any], arguments: dict[str, Any], origin: str
 ) -> list[str]:
-    """The net, as overrides of a recipe."""
-    rest = {key: value for key, value in arguments.items() if key not in IGNORED_ARGUMENTS}
-    if rest.get("in_chans") == 3:
-        del rest["in_chans"]
-    own = architecture in STAGE_COUNTS
-    if own:
-        pool = rest.pop("global_pool", content.get("global_pool") or "avg")
+    """Recipe overrides for an architecture and its timm model_args. CheckpointError."""
+    other = {key: value for key, value in arguments.items() if key not in IGNORED_ARGUMENTS}
+    if other.get("in_chans") == 3:
+        del other["in_chans"]
+    is_cspnet = name in STAGE_COUNTS
+    if is_cspnet:
+        pool = other.pop("global_pool", content.get("global_pool") or "avg")
         if pool != "avg":
-            raise CheckpointError(f"{origin}: global_pool is {pool!r}; {architecture} has avg")
-        activation = rest.pop("act_layer", None)
+            raise CheckpointError(f"{origin}: global_pool is {pool!r}; {name} supports only avg")
+        activation = other.pop("act_layer", None)
         if not isinstance(activation, str | None) or activation not in ACTIVATION_OVERRIDES:
             raise CheckpointError(
-                f"{origin}: act_layer is {activation!r}; cspnet has leaky_relu and mish"
+                f"{origin}: act_layer is {activation!r}; cspnet supports only leaky_relu and mish"
             )
-        if rest.get("norm_layer") in ("batchnorm", "batchnorm2d"):
-            del rest["norm_layer"]
-    if rest:
+        if other.get("norm_layer") in ("batchnorm", "batchnorm2d"):
+            del other["norm_layer"]
+    if other:
         raise CheckpointError(
-            f"{origin}: cspnet cannot build {architecture} with the model_args {json.dumps(rest)}"
+            f"{origin}: cspnet cannot build {name} with the model_args {json.dumps(other)}"
         )
-    if own:
-        return [f"model.name={architecture}", *ACTIVATION_OVERRIDES[activation]]
-    return [f"model.name={TIMM_PREFIX}{architecture}"]
+    if is_cspnet:
+        return [f"model.name={name}", *ACTIVATION_OVERRIDES[activation]]
+    return [f"model.name={TIMM_PREFIX}{name}"]
 
 
-def _names(given: Any, origin: str) -> list[str] | None:
-    if given is None:
+def _class_names(names: Any, origin: str) -> list[str] | None:
+    if names is None:
         return None
     if (
-        not isinstance(given, list)
-        or not all(isinstance(name, str) and name for name in given)
-        or len(set(given)) != len(given)
+        not isinstance(names, list)
+        or not all(isinstance(name, str) and name for name in names)
+        or len(set(names)) != len(names)
     ):
-        raise CheckpointError(f"{origin}: label_names is not a list of different names")
-    return given
+        raise CheckpointError(f"{origin}: label_names is not a list of unique names")
+    return names

@@ -1,4 +1,4 @@
-"""A trained net in Darknet's files: `.weights`, with its `.cfg` and `.data` beside it."""
+"""A trained network in Darknet's files: `.weights`, with its `.cfg` and `.data` next to it."""
 
 import os
 from pathlib import Path
@@ -9,34 +9,32 @@ from cspnet.errors import CheckpointError, RecipeError
 from cspnet.recipe.load import load_recipe
 from cspnet.text import printable
 from cspnet.weights import labels
-from cspnet.weights.darknet_format import DarknetFormatError, load_darknet_weights, net_from_cfg
+from cspnet.weights.darknet_cfg import create_from_cfg
+from cspnet.weights.darknet_format import DarknetFormatError, load_darknet_weights
 from cspnet.weights.trained import Trained, recipe_problems
 
-# The line of our own `.cfg` that keeps the recipe's view of a validation, and what is in it.
+# The start of the comment in our `.cfg` with the evaluation preprocessing; the keys in it.
 PREPROCESSING_MARK = "# cspnet: "
 PREPROCESSING_KEYS = ("crop_pct", "interpolation")
-# The line of our own `.data` for a net without class names: its names are but numbers.
+# The comment in our `.data` for a network without class names: its .names contains only indices.
 UNNAMED_CLASSES_MARK = "# cspnet: the classes have no names"
 
 DARKNET_PREPROCESSING = (
-    "prepared as Darknet's valid: RGB in [0, 1], shorter side to the size, centre crop"
+    "preprocessing as in Darknet's validation: RGB in [0, 1], shorter side resized, center crop"
 )
 
 
 def from_darknet(path: Path, origin: str) -> Trained:
-    """The net of a `.weights` file; its classes are put in the order of their names.
-
-    CheckpointError.
-    """
+    """The network in a `.weights` file, with its classes in sorted order. CheckpointError."""
     cfg = path.with_suffix(".cfg")
     if not cfg.is_file():
         raise CheckpointError(
-            f"{origin} needs its .cfg beside it: {printable(str(cfg))} does not exist"
+            f"{origin} needs its .cfg next to it: {printable(str(cfg))} does not exist"
         )
     try:
-        net, size = net_from_cfg(cfg)
-        seen = load_darknet_weights(net, path)
-        first = cfg.read_text(errors="replace").partition("\n")[0]
+        net, size = create_from_cfg(cfg)
+        images_seen = load_darknet_weights(net, path)
+        first_line = cfg.read_text(errors="replace").partition("\n")[0]
     except DarknetFormatError as error:
         raise CheckpointError(str(error)) from None
     except OSError as error:
@@ -45,8 +43,8 @@ def from_darknet(path: Path, origin: str) -> Trained:
         ) from None
     slope = ["model.leaky_slope=0.1"] if net.activation == "leaky" else []
     view = (
-        first.removeprefix(PREPROCESSING_MARK).split()
-        if first.startswith(PREPROCESSING_MARK)
+        first_line.removeprefix(PREPROCESSING_MARK).split()
+        if first_line.startswith(PREPROCESSING_MARK)
         else []
     )
     try:
@@ -59,17 +57,19 @@ def from_darknet(path: Path, origin: str) -> Trained:
         )
     except RecipeError as error:
         raise CheckpointError(
-            f"{printable(str(cfg))} asks for what cspnet has not: {recipe_problems(error)}"
+            f"{printable(str(cfg))} needs unsupported settings: {recipe_problems(error)}"
         ) from None
-    names, remarks = _find_names(path, net.classes)
+    names, remarks, reason = _find_names(path, net.classes)
+    if reason:
+        remarks.append(f"no class names: {reason}")
     trained = Trained(
         net,
         recipe,
         None,
-        step=seen // recipe.batch,
-        seen=seen,
-        remarks=["images prepared as its .cfg says" if view else DARKNET_PREPROCESSING, *remarks],
-        unordered="" if names else f"{remarks[-1]}. A Darknet list has an order of its own",
+        step=images_seen // recipe.batch,
+        images_seen=images_seen,
+        remarks=["preprocessing from its .cfg" if view else DARKNET_PREPROCESSING, *remarks],
+        order_unknown=f"{reason}. Darknet lists can have any order" if reason else "",
     )
     if names:
         trained = labels.assign_class_names(trained, names)
@@ -77,51 +77,54 @@ def from_darknet(path: Path, origin: str) -> Trained:
     return trained
 
 
-def _find_names(path: Path, classes: int) -> tuple[list[str] | None, list[str]]:
-    """The class names of a `.weights` in its own order, and remarks; the last says why not."""
-    data, beside = path.with_suffix(".data"), path.with_suffix(".labels")
+def _find_names(path: Path, classes: int) -> tuple[list[str], list[str], str]:
+    """The class names for a `.weights` file in its order, remarks, and why there are no names."""
+    data, labels_file = path.with_suffix(".data"), path.with_suffix(".labels")
     shown = printable(data.name)
     if not os.path.isfile(data):
-        if not os.path.isfile(beside):
-            return None, [f"no {shown} with a labels list beside it: no class names"]
-        names, remarks = labels.read_labels(beside, classes)
-        return names, [f"class names from {printable(str(beside))}", *remarks]
+        if not os.path.isfile(labels_file):
+            return [], [], f"there is no {shown} that names a labels list"
+        names, warnings = labels.read_labels(labels_file, classes)
+        return names, [f"class names from {printable(str(labels_file))}", *warnings], ""
     options, nameless = _read_data(data)
-    remarks = []
-    if (told := options.get("classes", str(classes))) != str(classes):
-        remarks.append(f"{shown} says classes={printable(told)}, the net has {classes}")
+    remarks: list[str] = []
+    if (count := options.get("classes", str(classes))) != str(classes):
+        remarks.append(f"{shown} says classes={printable(count)}, but the network has {classes}")
     if nameless:
-        return None, [*remarks, f"{shown} says that the classes have no names"]
+        return [], remarks, f"{shown} says that the classes are unnamed"
     named = options.get("labels") or options.get("names")
     if not named:
-        return None, [*remarks, f"{shown} has no line labels=FILE: no class names"]
-    there = _places(named, data)
-    if not there:
-        told = f"{shown} names the list {printable(named)}, which does not exist: no class names"
-        return None, [*remarks, told]
-    lists = [labels.read_labels(file, classes) for file in there]
-    for file, (names, _) in zip(there, lists, strict=True):
+        return [], remarks, f"{shown} has no line labels=FILE"
+    files = _find_lists(named, data)
+    if not files:
+        return [], remarks, f"{shown} names the list {printable(named)}, which does not exist"
+    lists = [labels.read_labels(file, classes) for file in files]
+    for file, (names, _) in zip(files, lists, strict=True):
         if names != lists[0][0]:
-            one, other = printable(str(there[0])), printable(str(file))
+            first, second = printable(str(files[0])), printable(str(file))
             raise CheckpointError(
-                f"{shown} names the list {printable(named)}, which may be {one} or {other}, and "
-                "the two differ: remove or rename one of them"
+                f"{shown} names the list {printable(named)}, which matches {first} and {second}, "
+                "but the two differ: remove or rename one of them"
             )
-    return lists[0][0], [*remarks, *lists[0][1]]
+    return lists[0][0], [*remarks, *lists[0][1]], ""
 
 
-def _places(named: str, data: Path) -> list[Path]:
-    """Where a list that a `.data` names is: where Darknet finds it, from the working folder; and
-    from the folder of the `.data`, which may have been moved together with the list."""
-    places = (Path(named), data.parent / named, data.parent / Path(named).name)
-    there = {os.path.realpath(place): place for place in places if os.path.isfile(place)}
-    return list(there.values())
+def _find_lists(named: str, data: Path) -> list[Path]:
+    """The files that the name of a list in a `.data` may refer to.
+
+    Darknet resolves it against the working folder. The `.data` may have been moved together with
+    the list, so try its folder, too.
+    """
+    candidates = (Path(named), data.parent / named, data.parent / Path(named).name)
+    existing = {os.path.realpath(path): path for path in candidates if os.path.isfile(path)}
+    return list(existing.values())
 
 
 def _read_data(path: Path) -> tuple[dict[str, str], bool]:
-    """The options of a `.data`, of any encoding, and whether it says that classes have no names.
+    """The options of a `.data` in any encoding, and whether it has UNNAMED_CLASSES_MARK.
 
-    As Darknet: # and ; begin a comment at the start of a line only; of two options the first holds.
+    Like Darknet: # and ; start a comment only at the start of a line; the first of duplicate keys
+    counts. CheckpointError.
     """
     try:
         lines = [os.fsdecode(line).strip() for line in path.read_bytes().splitlines()]

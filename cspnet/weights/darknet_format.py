@@ -1,17 +1,16 @@
-"""Darknet's files: the `.cfg` of a net of ours, and `.weights` to and from it.
+"""The layers of a network in Darknet's order, and `.weights` files.
 
-cspdarknet53 and darknet53 are Darknet's own graphs. Three things lie between our tensors and its
-file: the expansion of a stage is two convolutions there, first the cross path (X), then the main
-path (M); a stage joins [main, cross] where ours joins [cross, main], so the input channels of the
-transition come in the other order; the classifier is a 1x1 convolution.
+cspdarknet53 and darknet53 are Darknet's graphs. Our tensors differ from its file in three ways.
+Darknet has two convolutions for the expansion of a stage: first the cross path, then the main path.
+It concatenates [main, cross] at the end of a stage, we [cross, main], so the input channels of the
+transition are ordered differently. Its classifier is a 1x1 convolution.
 
-The file (darknet src/parser.c, save_weights_upto, save_convolutional_weights), little-endian: int32
-major, minor, revision; images seen, uint64 from version 0.2 on, uint32 before; then for each
-convolution float32 [n] biases, with BatchNorm [n] scales, means and variances, then the weights.
+File format (darknet src/parser.c, save_weights_upto, save_convolutional_weights), little-endian:
+int32 major, minor, revision; the number of images seen, uint64 since version 0.2, uint32 before;
+then for each convolution float32 biases [n], with BatchNorm also scales, means and variances [n],
+and the weights. For the `.cfg` see cspnet/weights/darknet_cfg.py.
 """
 
-import difflib
-import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,55 +18,52 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from cspnet.nets.csp import ARCHITECTURES, CrossStage, CspNet, create
-from cspnet.nets.layers import ConvNormAct
+from cspnet.nets.csp import CrossStage, CspNet, DarkStage
+from cspnet.nets.layers import ConvNormAct, GroupBatchNorm2d
 from cspnet.nets.mish import Mish
 
 DARKNET_VERSION = (0, 2, 5)
-ALL = slice(None)
-# What Darknet takes where a layer says nothing (src/parser.c).
-DEFAULTS = {"batch_normalize": "0", "size": "1", "stride": "1", "pad": "0", "groups": "1"}
 DARKNET_NETWORKS = ("cspdarknet53", "darknet53")
-# Darknet's short names of sections (src/parser.c, string_to_layer_type).
-ALIASES = {"conv": "convolutional", "avg": "avgpool", "soft": "softmax"}
-# Sections that only detectors have.
-DETECTORS = {"yolo", "Gaussian_yolo", "region", "detection", "upsample", "reorg", "reorg3d"}
+ALL_CHANNELS = slice(None)
 
 
 class DarknetFormatError(ValueError):
-    """A `.cfg` or `.weights` file that is not what it has to be; the message says where."""
+    """A malformed or unsupported `.cfg` or `.weights` file; the message says where."""
 
 
 @dataclass(frozen=True)
 class DarknetConv:
-    """Where the tensors of one of Darknet's convolutions lie in ours."""
+    """One of Darknet's convolutions, and the tensors of ours that it corresponds to."""
 
     name: str
     conv: nn.Conv2d | nn.Linear
-    norm: nn.BatchNorm2d | None
-    rows: slice  # output channels of ours
-    swapped: bool = False  # halves of the input channels
+    norm: GroupBatchNorm2d | None
+    channels: slice  # of the output channels of `conv`
+    swapped: bool = False  # the halves of the input channels are in the opposite order
 
-    def blobs(self) -> list[tuple[torch.Tensor, tuple[int, ...]]]:
-        """Views of our tensors in the order of the file, each with its shape there."""
-        weight = self.conv.weight.data[self.rows]
+    def tensors(self) -> list[tuple[Tensor, tuple[int, ...]]]:
+        """Views of our tensors in the order of the file, each with its shape in Darknet."""
+        weight = self.conv.weight.data[self.channels]
         shape = (*weight.shape, 1, 1)[:4]
         if self.norm is None:
-            return [(self.conv.bias.data[self.rows], shape[:1]), (weight, shape)]
+            assert self.conv.bias is not None
+            return [(self.conv.bias.data[self.channels], shape[:1]), (weight, shape)]
         norm = self.norm
         vectors = (norm.bias.data, norm.weight.data, norm.running_mean, norm.running_var)
-        return [(vector[self.rows], shape[:1]) for vector in vectors] + [(weight, shape)]
+        return [(vector[self.channels], shape[:1]) for vector in vectors] + [(weight, shape)]
 
-    def swap(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight with the halves of its input channels exchanged where the graphs differ."""
-        return weight.roll(weight.shape[1] // 2, 1) if self.swapped and weight.ndim > 1 else weight
+    def swap_inputs(self, tensor: Tensor) -> Tensor:
+        """Convert a tensor between the two orders of input channels, in either direction."""
+        if not self.swapped or tensor.ndim < 2:
+            return tensor
+        return tensor.roll(tensor.shape[1] // 2, 1)
 
 
 @dataclass(frozen=True)
 class CfgSection:
-    """A section of a `.cfg`, and the convolution that it stands for."""
+    """A section of a `.cfg`, and its convolution if it has one."""
 
     kind: str
     options: dict[str, str]
@@ -75,53 +71,31 @@ class CfgSection:
 
 
 def cfg_sections(net: CspNet) -> Iterator[CfgSection]:
-    """The layers of a net in Darknet's order; the first one is layer 0."""
+    """The layers of a network in Darknet's order; the first one is layer 0.
+
+    DarknetFormatError if Darknet does not have the network, or cannot express its options.
+    """
     if net.name not in DARKNET_NETWORKS:
         raise DarknetFormatError(
-            f"Darknet's {net.name} is another graph than timm's, which ours follows; "
-            f"only {' and '.join(DARKNET_NETWORKS)} have a Darknet file"
+            f"{net.name} follows timm and differs from Darknet's network of that name; only "
+            f"{' and '.join(DARKNET_NETWORKS)} have Darknet files"
         )
-
-    def conv(name: str, layer: ConvNormAct, rows: slice = ALL, swapped: bool = False) -> CfgSection:
-        if getattr(layer.act, "negative_slope", 0.1) != 0.1:
-            raise DarknetFormatError(
-                f"leaky_slope={layer.act.negative_slope}, Darknet's leaky has 0.1"
-            )
-        if layer.bn.eps != 1e-5:
-            raise DarknetFormatError(f"norm_eps={layer.bn.eps}, Darknet's BatchNorm has 1e-5")
-        kernel, stride = layer.conv.kernel_size[0], layer.conv.stride[0]
-        options = {
-            "batch_normalize": "1",
-            "filters": str(len(layer.conv.weight[rows])),
-            "size": str(kernel),
-            "stride": str(stride),
-            "pad": "1",
-            "activation": "mish" if isinstance(layer.act, Mish) else "leaky",
-        }
-        where = DarknetConv(name, layer.conv, layer.bn, rows, swapped)
-        return CfgSection("convolutional", options, where)
-
-    def shortcuts(blocks: nn.Sequential, prefix: str) -> Iterator[CfgSection]:
-        for number, block in enumerate(blocks):
-            yield conv(f"{prefix}.blocks.{number}.conv1", block.conv1)
-            yield conv(f"{prefix}.blocks.{number}.conv2", block.conv2)
-            yield CfgSection("shortcut", {"from": "-3", "activation": "linear"})
-
-    yield conv("stem.conv1", net.stem.conv1)
+    yield _conv_section("stem.conv1", net.stem.conv1)
     for number, stage in enumerate(net.stages):
+        assert isinstance(stage, DarkStage | CrossStage)
         prefix = f"stages.{number}"
-        yield conv(f"{prefix}.conv_down", stage.conv_down)
-        if not isinstance(stage, CrossStage):
-            yield from shortcuts(stage.blocks, prefix)
+        yield _conv_section(f"{prefix}.conv_down", stage.conv_down)
+        if isinstance(stage, DarkStage):
+            yield from _block_sections(stage.blocks, prefix)
             continue
         half = stage.conv_transition_b.conv.out_channels
-        yield conv(f"{prefix}.conv_exp (cross)", stage.conv_exp, slice(0, half))
+        yield _conv_section(f"{prefix}.conv_exp (cross)", stage.conv_exp, slice(0, half))
         yield CfgSection("route", {"layers": "-2"})
-        yield conv(f"{prefix}.conv_exp (main)", stage.conv_exp, slice(half, None))
-        yield from shortcuts(stage.blocks, prefix)
-        yield conv(f"{prefix}.conv_transition_b", stage.conv_transition_b)
+        yield _conv_section(f"{prefix}.conv_exp (main)", stage.conv_exp, slice(half, None))
+        yield from _block_sections(stage.blocks, prefix)
+        yield _conv_section(f"{prefix}.conv_transition_b", stage.conv_transition_b)
         yield CfgSection("route", {"layers": f"-1,-{3 * len(stage.blocks) + 4}"})
-        yield conv(f"{prefix}.conv_transition", stage.conv_transition, swapped=True)
+        yield _conv_section(f"{prefix}.conv_transition", stage.conv_transition, swapped=True)
     yield CfgSection("avgpool", {})
     options = {
         "filters": str(net.classes),
@@ -130,202 +104,109 @@ def cfg_sections(net: CspNet) -> Iterator[CfgSection]:
         "pad": "1",
         "activation": "linear",
     }
-    yield CfgSection("convolutional", options, DarknetConv("head.fc", net.head.fc, None, ALL))
+    classifier = DarknetConv("head.fc", net.head.fc, None, ALL_CHANNELS)
+    yield CfgSection("convolutional", options, classifier)
     yield CfgSection("softmax", {"groups": "1"})
 
 
-def to_cfg(net: CspNet, size: int) -> str:
-    """The `.cfg` of a net for images of size×size, ready for `darknet classifier predict`."""
-    lines = [
-        *("[net]", "batch=1", "subdivisions=1"),
-        *(f"height={size}", f"width={size}", "channels=3"),
-        # What Darknet's parser wants to see; a training run would set its own.
-        *("learning_rate=0.1", "policy=poly", "power=4", "max_batches=1200000", "burn_in=1000"),
-        *("momentum=0.9", "decay=0.0005"),
-    ]
-    for section in cfg_sections(net):
-        lines += ["", f"[{section.kind}]"]
-        lines += [f"{key}={value}" for key, value in section.options.items()]
-    return "\n".join(lines) + "\n"
+def _block_sections(blocks: nn.Sequential, prefix: str) -> Iterator[CfgSection]:
+    """The residual blocks of a stage."""
+    for number, block in enumerate(blocks):
+        yield _conv_section(f"{prefix}.blocks.{number}.conv1", block.conv1)
+        yield _conv_section(f"{prefix}.blocks.{number}.conv2", block.conv2)
+        yield CfgSection("shortcut", {"from": "-3", "activation": "linear"})
 
 
-def to_darknet_weights(net: CspNet, seen: int, cut: int | None = None) -> bytes:
-    """The `.weights` of a net; with `cut`, of its layers 0 … cut - 1 only and with nothing seen.
-
-    `cut` 105 of cspdarknet53 is a file such as csdarknet53-omega.conv.105, from which Darknet's
-    detectors start (src/darknet.c, partial).
-    """
-    parts = [struct.pack("<iiiQ", *DARKNET_VERSION, 0 if cut is not None else seen)]
-    layers = list(cfg_sections(net))
-    if cut is not None and not 0 < cut <= len(layers):
+def _conv_section(
+    name: str, layer: object, channels: slice = ALL_CHANNELS, swapped: bool = False
+) -> CfgSection:
+    """A convolution with BatchNorm and activation."""
+    assert isinstance(layer, ConvNormAct)
+    if isinstance(layer.act, nn.LeakyReLU) and layer.act.negative_slope != 0.1:
         raise DarknetFormatError(
-            f"the net has layers 0 … {len(layers) - 1}: --first-layers must be 1 to {len(layers)}"
+            f"leaky_slope is {layer.act.negative_slope}, but Darknet's leaky ReLU has slope 0.1"
         )
-    for section in layers[:cut]:
+    if layer.bn.eps != 1e-5:
+        raise DarknetFormatError(f"norm_eps is {layer.bn.eps}, but Darknet's BatchNorm has 1e-5")
+    options = {
+        "batch_normalize": "1",
+        "filters": str(len(layer.conv.weight[channels])),
+        "size": str(layer.conv.kernel_size[0]),
+        "stride": str(layer.conv.stride[0]),
+        "pad": "1",
+        "activation": "mish" if isinstance(layer.act, Mish) else "leaky",
+    }
+    convolution = DarknetConv(name, layer.conv, layer.bn, channels, swapped)
+    return CfgSection("convolutional", options, convolution)
+
+
+def to_darknet_weights(net: CspNet, images_seen: int, first_layers: int | None = None) -> bytes:
+    """The contents of a `.weights` file; with `first_layers`, of that many layers only.
+
+    105 layers of cspdarknet53 give a file like csdarknet53-omega.conv.105, which Darknet's
+    detectors start from. As in Darknet, its number of images seen is 0 (src/darknet.c, partial).
+    """
+    layers = list(cfg_sections(net))
+    if first_layers is not None and not 0 < first_layers <= len(layers):
+        raise DarknetFormatError(
+            f"the network has layers 0 to {len(layers) - 1}: "
+            f"--first-layers must be 1 to {len(layers)}"
+        )
+    blobs = [struct.pack("<iiiQ", *DARKNET_VERSION, images_seen if first_layers is None else 0)]
+    for section in layers[:first_layers]:
         if section.convolution:
-            for tensor, _ in section.convolution.blobs():
-                value = section.convolution.swap(tensor).float().cpu().contiguous()
-                parts.append(value.numpy().astype("<f4").tobytes())
-    return b"".join(parts)
+            for tensor, _ in section.convolution.tensors():
+                values = section.convolution.swap_inputs(tensor).float().cpu().contiguous()
+                blobs.append(values.numpy().astype("<f4").tobytes())
+    return b"".join(blobs)
 
 
 def load_darknet_weights(net: CspNet, path: Path) -> int:
-    """Fills a net from a `.weights` file; returns the images seen. FormatError on a wrong size."""
+    """Load a `.weights` file into a network in place; returns the number of images seen.
+
+    DarknetFormatError if the file does not have the right size; then the network is unchanged.
+    """
     data = path.read_bytes()
     if len(data) < 16:
-        raise DarknetFormatError(f"{path} has {len(data)} bytes, less than a header")
+        raise DarknetFormatError(f"{path} has {len(data)} bytes, fewer than a header")
     major, minor, _ = struct.unpack_from("<iii", data)
     if not (0 <= major < 1000 and 0 <= minor < 1000):
-        raise DarknetFormatError(f"{path} is no .weights file: its version reads {major}.{minor}")
-    wide = major * 10 + minor >= 2
-    layers = [section.convolution for section in cfg_sections(net) if section.convolution]
-    values = sum(int(np.prod(shape)) for layer in layers for _, shape in layer.blobs())
-    header = 20 if wide else 16
+        raise DarknetFormatError(
+            f"{path} is not a .weights file: its version would be {major}.{minor}"
+        )
+    is_64_bit = major * 10 + minor >= 2
+    convolutions = [section.convolution for section in cfg_sections(net) if section.convolution]
+    values = sum(int(np.prod(shape)) for conv in convolutions for _, shape in conv.tensors())
+    header = 20 if is_64_bit else 16
     if len(data) != header + 4 * values:
         raise DarknetFormatError(
-            f"{path} has {len(data):,} bytes; a {net.name} with {net.classes} classes has "
-            f"{header + 4 * values:,}. {_size_hint(net, len(data) - header)}"
+            f"{path} has {len(data):,} bytes; {net.name} with {net.classes} classes needs "
+            f"{header + 4 * values:,}. {_explain_size(net, len(data) - header)}"
         )
-    (seen,) = struct.unpack_from("<Q" if wide else "<I", data, 12)
+    (images_seen,) = struct.unpack_from("<Q" if is_64_bit else "<I", data, 12)
     offset = header
-    for layer in layers:
-        for tensor, shape in layer.blobs():
+    for conv in convolutions:
+        for tensor, shape in conv.tensors():
             count = int(np.prod(shape))
-            value = np.frombuffer(data, "<f4", count, offset).astype(np.float32)
-            tensor.copy_(layer.swap(torch.from_numpy(value).reshape(shape)).view(tensor.shape))
+            array = np.frombuffer(data, "<f4", count, offset).astype(np.float32)
+            value = torch.from_numpy(array).reshape(shape)
+            tensor.copy_(conv.swap_inputs(value).view(tensor.shape))
             offset += 4 * count
-    return seen
+    return images_seen
 
 
-def _size_hint(net: CspNet, size: int) -> str:
-    """What a file with so many bytes after its header may be."""
+def _explain_size(net: CspNet, size: int) -> str:
+    """The likely reason why a file has `size` bytes after its header."""
     total = layers = 0
     for number, section in enumerate(cfg_sections(net), 1):
         if section.convolution:
             if total == size > 0:
                 return (
-                    f"It holds the first {layers} layers only, a backbone without a classifier: "
-                    "give the whole net"
+                    f"It contains only the first {layers} layers, a backbone without a "
+                    "classifier: use the file of the whole network"
                 )
-            total += sum(4 * int(np.prod(shape)) for _, shape in section.convolution.blobs())
+            total += sum(4 * int(np.prod(shape)) for _, shape in section.convolution.tensors())
             layers = number
     if size < total:
-        return "It is cut short, or the .cfg is another net's"
-    return "It has bytes too many, or the .cfg is another net's"
-
-
-def parse_cfg(path: Path) -> list[tuple[str, dict[str, str]]]:
-    """Sections of a `.cfg` in order, as Darknet reads it: blanks dropped, # and ; are comments.
-
-    Each by its full name. FormatError, OSError.
-    """
-    parsed: list[tuple[str, dict[str, str]]] = []
-    text = path.read_text("utf-8-sig", errors="replace")
-    for number, raw in enumerate(text.splitlines(), 1):
-        line = "".join(raw.split())
-        if not line or line[0] in "#;":
-            continue
-        if line.startswith("[") and line.endswith("]"):
-            parsed.append((ALIASES.get(line[1:-1], line[1:-1]), {}))
-        elif "=" in line and parsed:
-            key, _, value = line.partition("=")
-            parsed[-1][1].setdefault(key, value)  # of two, Darknet finds the first
-        else:
-            raise DarknetFormatError(
-                f"{path}, line {number}: {raw.strip()!r} is no section and no option"
-            )
-    if not parsed or parsed[0][0] not in ("net", "network"):
-        raise DarknetFormatError(f"{path} does not begin with a [net] section")
-    return parsed
-
-
-def net_from_cfg(path: Path) -> tuple[CspNet, int]:
-    """The net of ours that a `.cfg` describes, with fresh weights, and its image size.
-
-    FormatError says that it is a detector's or another backbone's, or names the first layer that is
-    not that of cspdarknet53 or darknet53.
-    """
-    (_, options), *layers = parse_cfg(path)
-    if layers and layers[-1][0] == "cost":
-        del layers[-1]  # the loss of a training run; it passes its input on
-    for number, (kind, _) in enumerate(layers):
-        if kind in DETECTORS:
-            raise DarknetFormatError(
-                f"{path} describes a detector: layer {number} is [{kind}]. cspnet reads "
-                f"classifiers only, of {' and '.join(DARKNET_NETWORKS)}: give such weights and their .cfg"
-            )
-    found = [(number, o) for number, (kind, o) in enumerate(layers) if kind == "convolutional"]
-    if len(found) < 2:
-        raise DarknetFormatError(f"{path} has {len(found)} convolutions: it is not a net of ours")
-    size = _number(f"{path}, [net]", options, "width")
-    if options.get("height") != str(size):
-        given = options.get("height", "nothing")
-        raise DarknetFormatError(
-            f"{path}, [net]: width={size} and height={given}, images must be square"
-        )
-    if options.get("channels") != "3":
-        given = options.get("channels", "nothing")
-        raise DarknetFormatError(f"{path}, [net]: channels={given}, images must have channels=3")
-    stem, features, classes = (
-        _number(f"{path}, layer {number}", option, "filters")
-        for number, option in (found[0], *found[-2:])
-    )
-    name = "cspdarknet53" if any(kind == "route" for kind, _ in layers) else "darknet53"
-    plan = ARCHITECTURES[name]
-    full = plan.stages[-1].outputs
-    activation = "mish" if found[0][1].get("activation") == "mish" else "leaky"
-    differences = []
-    # By the last map: the narrow layers of a narrow net are rounded up. Where an odd number of
-    # eights is halved, a little less is another net; the stem is there in case the last is wrong.
-    for width in dict.fromkeys((features / full, (features - 1) / full, stem / plan.stem)):
-        with torch.device("meta"):
-            net = create(name, classes=classes, activation=activation, width=width)
-        difference = _first_difference(net, layers)
-        if difference is None:
-            return create(name, classes=classes, activation=activation, width=width), size
-        differences.append(difference)
-    number, message = max(differences)  # of the net that comes nearest
-    if _likeness(layers, net) < 0.9:
-        raise DarknetFormatError(
-            f"{path} describes another backbone than {' and '.join(DARKNET_NETWORKS)}, which are those "
-            f"that cspnet reads; the first difference to {name} is at layer {number}: {message}"
-        )
-    raise DarknetFormatError(f"{path}, layer {number}: {message}")
-
-
-def _likeness(layers: list[tuple[str, dict[str, str]]], net: CspNet) -> float:
-    """How much of the sequence of a `.cfg`'s layers is also that of a net, from 0 to 1."""
-
-    def shape(kind: str, options: dict[str, str]) -> tuple[str, ...]:
-        return kind, *(options.get(key, DEFAULTS[key]) for key in ("size", "stride"))
-
-    found = [shape(kind, options) for kind, options in layers]
-    wanted = [shape(section.kind, section.options) for section in cfg_sections(net)]
-    return difflib.SequenceMatcher(None, found, wanted, autojunk=False).ratio()
-
-
-def _number(where: str, options: dict[str, str], key: str) -> int:
-    value = options.get(key, "nothing")
-    if not re.fullmatch("[1-9][0-9]{0,4}", value):
-        raise DarknetFormatError(f"{where}: {key}={value} is no number from 1 to 99999")
-    return int(value)
-
-
-def _first_difference(
-    net: CspNet, layers: list[tuple[str, dict[str, str]]]
-) -> tuple[int, str] | None:
-    """The number of the first layer of a `.cfg` that is not the net's, and what is wrong there."""
-    wanted = list(cfg_sections(net))
-    for number, (section, (kind, found)) in enumerate(zip(wanted, layers, strict=False)):
-        if kind != section.kind:
-            return number, f"[{kind}] where {net.name} has [{section.kind}]"
-        for key in (*section.options, *found):
-            value, given = (
-                o.get(key, DEFAULTS.get(key, "nothing")) for o in (section.options, found)
-            )
-            if given != value:
-                return number, f"{key}={given} where {net.name} has {key}={value}"
-    if len(layers) != len(wanted):
-        number = min(len(layers), len(wanted))
-        return number, f"the file has {len(layers)} layers, {net.name} has {len(wanted)}"
-    return None
+        return "It is truncated, or the .cfg belongs to another network"
+    return "It has extra bytes, or the .cfg belongs to another network"

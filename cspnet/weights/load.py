@@ -1,16 +1,15 @@
-"""A trained net in any file: a checkpoint, safetensors, timm's state dicts, `.weights`.
+"""Trained networks from any file: checkpoints, safetensors, timm's state dicts, `.weights`.
 
-A file says how its images are to be prepared where it is ours or has timm's `config.json` beside
-it. For the others the convention of their makers is taken, and said: Darknet's validation for
-`.weights`, timm's for a state dict. The readers are in cspnet/weights.
+The preprocessing is read from our own files and from timm's `config.json`. For other files the
+convention of their origin is assumed and reported: Darknet's validation for `.weights`, timm's for
+a state dict. The readers are in cspnet/weights.
 """
 
 import os
 from pathlib import Path
 
-from torch import nn
-
 from cspnet.errors import CheckpointError
+from cspnet.nets.network import Network
 from cspnet.recipe.load import flatten
 from cspnet.recipe.schema import Recipe, no_effect
 from cspnet.text import printable
@@ -31,92 +30,103 @@ __all__ = [
     "resolve_class_names",
 ]
 
-# What a net was trained with and must go on with; a difference costs accuracy and raises nothing.
+# Weights must be used with the settings of their training; a mismatch silently costs accuracy.
 CONVENTIONS = (
     *("model.activation", "model.leaky_slope", "model.norm_eps"),
     *("data.normalize", "data.mean", "data.std"),
 )
 
 
-def init_net(recipe: Recipe, classes: list[str]) -> tuple[nn.Module, list[str]]:
-    """The net that a run starts from, and remarks: fresh, or with the recipe's `model.init_from`.
+def init_net(recipe: Recipe, classes: list[str]) -> tuple[Network, list[str]]:
+    """The initial network of a run, and remarks: fresh, or with the weights in `model.init_from`.
 
-    Everything but the classifier must fit. The classifier is taken over where its classes are these
-    by name, or have no names and are as many, in an order that is known. CheckpointError.
+    Everything except the classifier must match. The classifier is loaded if its class names are
+    `classes`, or if it has the same number of unnamed classes in a known order. CheckpointError if
+    the weights cannot be used.
     """
     net = build_net(recipe, len(classes))
     origin = recipe.model.init_from
     if origin is None:
         return net, []
-    found = load_weights(origin, recipe)
+    trained = load_weights(origin, recipe)
     order = recipe.model.class_order
-    if order != "fresh" and found.net.classes == len(classes):
-        found = resolve_class_names(
-            found,
+    if order != "fresh" and trained.net.classes == len(classes):
+        trained = resolve_class_names(
+            trained,
             classes,
             origin,
             None if order == "auto" else order,
             option="model.class_order",
-            ways=f"If you know the names, {LABELS_ADVICE}; if you know the order, give model.class_order="
-            "natural or sorted; model.class_order=fresh does not take the classifier over",
+            ways=f"If you know the names, {LABELS_ADVICE}; "
+            "if you know the order, set model.class_order to natural or sorted; "
+            "model.class_order=fresh initializes a new classifier",
         )
-    state, own = found.net.state_dict(), net.state_dict()
-    head = [key for key in own if key.startswith(net.classifier_prefixes)]
-    same = order != "fresh" and found.classes == classes
-    if not same:
+    state, initial_state = trained.net.state_dict(), net.state_dict()
+    head = net.classifier_keys()
+    is_complete = order != "fresh" and trained.classes == classes
+    if not is_complete:
         for key in head:
-            state[key] = own[key]
+            state[key] = initial_state[key]
     load_strict(net, state, origin)
-    taken = f"{origin}, step {found.step:,}{', averaged' if found.averaged else ''}"
-    if same:
-        remarks = [f"started from {taken}: all {len(own)} tensors loaded"]
+    start = f"initialized from {origin}, step {trained.step:,}{', EMA' if trained.averaged else ''}"
+    if is_complete:
+        remarks = [f"{start}: all {len(state)} tensors loaded"]
     else:
         reason = (
-            "as model.class_order is fresh"
+            "because model.class_order is fresh"
             if order == "fresh"
-            else f"as its {found.net.classes} classes are not these {len(classes)}"
+            else f"because its {trained.net.classes} classes differ from the data set's "
+            f"{len(classes)} classes"
         )
         remarks = [
-            f"started from {taken}: {len(own) - len(head)} tensors loaded; not loaded: "
+            f"{start}: {len(initial_state) - len(head)} tensors loaded; not loaded: "
             f"{', '.join(head)}, {reason}"
         ]
-    then, now = dict(flatten(found.recipe)), dict(flatten(recipe))
-    for key in CONVENTIONS:
-        if then[key] != now[key] and not no_effect(recipe, key):
-            remarks.append(f"careful: these weights go with {key}={then[key]}, not {now[key]}")
-    return net, [*found.remarks, *remarks]
+    return net, [*trained.remarks, *remarks, *_convention_warnings(trained.recipe, recipe)]
+
+
+def _convention_warnings(trained: Recipe, recipe: Recipe) -> list[str]:
+    """The conventions of trained weights that the recipe of a new run changes."""
+    old, new = dict(flatten(trained)), dict(flatten(recipe))
+    return [
+        f"warning: the weights were trained with {key}={old[key]}, this run has {new[key]}"
+        for key in CONVENTIONS
+        if old[key] != new[key] and not no_effect(recipe, key)
+    ]
 
 
 def load_weights(name: str, wanted: Recipe | None = None, labels: Path | None = None) -> Trained:
-    """The net in a file, by its suffix, or of `timm:NAME`. CheckpointError where there is none.
+    """The trained network in a file, whose suffix is its format, or the pretrained `timm:NAME`.
 
-    A folder is one that timm or the Hub has laid out. A bare state dict is taken for that of the
-    net that is `wanted`; without one, for timm's net of the four of ours that it resembles most.
-    `labels` is a list of the class names, for a file without any. RecipeError where it has some.
+    A folder must have the layout of timm and the Hub. For a bare state dict, `wanted` is the recipe
+    of its network; without it, the most similar of our networks is assumed, with timm's
+    conventions. `labels` is a file of class names for weights without names. CheckpointError if the
+    weights cannot be loaded; RecipeError if they have class names already.
     """
     if name.startswith("timm:"):
-        found = from_timm(name.removeprefix("timm:"))
+        trained = from_timm(name.removeprefix("timm:"))
     else:
-        found = _open_file(name, wanted, named=labels is not None)
-    return apply_label_file(found, labels, f"--labels {labels}") if labels else found
+        trained = _open_file(name, wanted, find_labels=labels is None)
+    return apply_label_file(trained, labels, f"--labels {labels}") if labels else trained
 
 
-def load_network(name: str) -> nn.Module:
-    """The net in a file, in evaluation mode: for detectors, `load("best.pt").pyramid(images)`.
+def load_network(name: str | os.PathLike[str]) -> Network:
+    """The network in a file, in evaluation mode. Detectors use `load("best.pt").pyramid(images)`.
 
-    Images are float [N, 3, H, W], prepared as the file's recipe says; `cspnet predict` says how.
+    Images are float [N, 3, H, W], preprocessed as in the file's recipe, which `cspnet predict`
+    prints. CheckpointError if the file cannot be loaded.
     """
     return load_weights(str(name)).net.eval()
 
 
-def _open_file(name: str, wanted: Recipe | None, named: bool) -> Trained:
-    """The net in a file or folder; with the list of class names beside it, if not `named`."""
+def _open_file(name: str, wanted: Recipe | None, find_labels: bool) -> Trained:
+    """The network in a file or folder; `find_labels`: with the class names in NAME.labels."""
     path = Path(os.path.expanduser(name))
     origin = printable(str(path))
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
-        pass  # the reader says what is there instead
+        pass  # the reader reports which files exist instead
     except OSError as error:
         raise CheckpointError(f"{origin} cannot be read: {error.strerror}") from None
     if path.is_dir():
@@ -126,21 +136,22 @@ def _open_file(name: str, wanted: Recipe | None, named: bool) -> Trained:
         _require_file(path, origin)
     elif path.is_file() and path.suffix != ".pt":
         raise CheckpointError(
-            f"{origin}: unknown suffix; known are .pt, .safetensors, .pth, .bin, .tar and .weights"
+            f"{origin}: unknown suffix; supported are .pt, .safetensors, .pth, .bin, .tar and "
+            ".weights"
         )
     else:
         return from_checkpoint(path, origin)
     if path.suffix == ".weights":
         return from_darknet(path, origin)
-    found = from_tensors(path, origin, wanted)
-    beside = path.with_suffix(".labels")
-    return found if named or not os.path.isfile(beside) else apply_label_file(found, beside)
+    trained = from_tensors(path, origin, wanted)
+    labels = path.with_suffix(".labels")
+    return apply_label_file(trained, labels) if find_labels and os.path.isfile(labels) else trained
 
 
 def _require_file(path: Path, origin: str) -> None:
     if path.is_dir():
         raise CheckpointError(
-            f"{origin} is a folder without {' or '.join(config.HUB_WEIGHTS)}: name a file"
+            f"{origin} is a folder without {' or '.join(config.HUB_WEIGHTS)}: give a file"
         )
     if not path.is_file():
         raise CheckpointError(f"the file {origin} does not exist")

@@ -1,6 +1,7 @@
-"""timm's pretrained nets, from the network: `timm:NAME`."""
+"""timm's pretrained networks, downloaded: `timm:NAME`."""
 
 from dataclasses import replace
+from typing import Any, cast
 
 from cspnet.errors import CheckpointError
 from cspnet.nets.csp import ARCHITECTURES
@@ -12,26 +13,26 @@ from cspnet.weights.trained import Trained
 
 
 def from_timm(name: str) -> Trained:
-    """A net as timm fetches it, with timm's view of images. CheckpointError."""
+    """A pretrained network as timm downloads it, with timm's preprocessing. CheckpointError."""
     import timm
 
     origin, architecture = f"timm:{name}", name.partition(".")[0]
     if not timm.is_model(architecture):
-        raise CheckpointError(f"{origin}: timm has no net of this name")
+        raise CheckpointError(f"{origin}: timm has no network of this name")
     try:
-        net = timm.create_model(name, pretrained=True)
-    except Exception as error:  # the hub's client has a dozen of its own
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        model = timm.create_model(name, pretrained=True)
+    except Exception as error:  # the hub's client has a dozen error types
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
-            f"{origin} could not be fetched ({first[:160]}). It needs the network once; without "
-            "one, give a file that was fetched elsewhere."
+            f"{origin} could not be downloaded ({lines[0][:160]}). The first use needs internet "
+            "access; without it, give a file that was downloaded elsewhere."
         ) from None
     if architecture in ARCHITECTURES:
-        return from_state_dict(net.state_dict(), origin, None)
-    view = config.preprocessing_overrides(net.default_cfg, origin)
-    wanted = load_recipe(None, [f"model.name={TIMM_PREFIX}{architecture}", *view])
-    found = from_state_dict(net.state_dict(), origin, wanted)
-    remark = f"{origin}: images as timm prepares them"
+        return from_state_dict(model.state_dict(), origin, None)
+    overrides = config.preprocessing_overrides(cast(dict[str, Any], model.default_cfg), origin)
+    recipe = load_recipe(None, [f"model.name={TIMM_PREFIX}{architecture}", *overrides])
+    trained = from_state_dict(model.state_dict(), origin, recipe)
+    remark = f"{origin}: preprocessing as in timm"
     return replace(
-        found, classes=imagenet_names(found.net.classes), remarks=[remark], inferred=False
+        trained, classes=imagenet_names(trained.net.classes), remarks=[remark], inferred=False
     )

@@ -1,11 +1,12 @@
-"""The Python lines that build an exported net in timm, with its view of images, for people to copy.
+"""Python code that loads an exported network into timm, for users to copy.
 
-`net` and `transform` of these lines give our logits: the activation's slope, BatchNorm's epsilon,
-size, crop, interpolation and normalisation are all in them, as timm's own values differ.
+Its `net` and `transform` reproduce our logits. It sets the activation's slope, BatchNorm's epsilon,
+size, crop, interpolation and normalization explicitly, as timm's defaults differ.
 """
 
 import math
 from pathlib import Path
+from typing import Any
 
 from cspnet.data.augment import mean_and_std
 from cspnet.recipe.schema import TIMM_PREFIX, Model, Recipe
@@ -14,14 +15,9 @@ from cspnet.weights.trained import Trained
 
 TIMM_LEAKY_SLOPE, TIMM_NORM_EPS = 0.01, 1e-5
 
-TIMM_TRANSFORM = [
-    "view = timm.data.resolve_model_data_config(net)",
-    "transform = timm.data.create_transform(**view)",
-]
-
 
 def timm_code(trained: Trained, file: Path) -> list[str]:
-    """Lines that define `net`, in evaluation mode, and `transform`, which takes a PIL image."""
+    """Lines that define `net`, in evaluation mode, and `transform`, which accepts a PIL image."""
     recipe = trained.recipe
     net = [
         repr(recipe.model.name.removeprefix(TIMM_PREFIX)),
@@ -65,8 +61,8 @@ def _layers(model: Model) -> list[str]:
     return layers
 
 
-def _overlay(recipe: Recipe) -> dict:
-    """timm's data configuration of the recipe's view; for "align_corners" the nearest in timm."""
+def _overlay(recipe: Recipe) -> dict[str, Any]:
+    """timm's preprocessing configuration for the recipe; the closest one for "align_corners"."""
     mean, std = mean_and_std(recipe.data)
     names = {ours: timms for timms, ours in INTERPOLATIONS.items()}
     return {
@@ -85,7 +81,7 @@ def _corner_aligned(recipe: Recipe) -> list[str]:
     short = math.floor(size / recipe.evaluate.crop_pct)
     square = f"top : top + {size}, left : left + {size}"
     return [
-        "def transform(image):  # timm has no corner-aligned resize, which is Darknet's",
+        "def transform(image):  # Darknet's corner-aligned resize, which timm does not have",
         "    pixels = pil_to_tensor(image.convert('RGB'))[None].float()",
         "    height, width = pixels.shape[2:]",
         "    if height < width:",
