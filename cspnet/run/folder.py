@@ -106,8 +106,9 @@ class RunFolder:
 
     def holds_files(self) -> bool:
         """Whether the folder holds more than what an interrupted start leaves."""
+        leftovers = (LOCK_NAME, self.recipe_sources_file.name)
         return self.path.is_dir() and any(
-            path.suffix != TEMPORARY_SUFFIX and path.name != LOCK_NAME
+            path.suffix != TEMPORARY_SUFFIX and path.name not in leftovers
             for path in self.path.iterdir()
         )
 
@@ -129,10 +130,11 @@ class RunFolder:
         self, recipe: str, environment: Mapping[str, Any], sources: Mapping[str, Any] | None = None
     ) -> None:
         """Writes the recipe (YAML), the environment and, if known, the sources of the recipe."""
-        replace_text(self.recipe_file, recipe)
-        replace_text(self.environment_file, json.dumps(environment, indent=2) + "\n")
+        # recipe.yaml makes it a run folder, which is resumed without the original recipe file.
         if sources is not None:
             replace_text(self.recipe_sources_file, json.dumps(sources, indent=2) + "\n")
+        replace_text(self.recipe_file, recipe)
+        replace_text(self.environment_file, json.dumps(environment, indent=2) + "\n")
 
     def read_environment(self) -> dict[str, Any]:
         """The environment of the last start; empty if it cannot be read."""
