@@ -11,7 +11,7 @@ from tests.conftest import picture
 
 
 def coloured(hue, saturation, value):
-    """Draws that only change colour."""
+    """Parameters that only change colours."""
     images = len(hue)
     return AugmentParams(
         *(torch.tensor(part, dtype=torch.float32) for part in (hue, saturation, value)),
@@ -121,7 +121,7 @@ def test_partners_are_three_other_images_of_the_group():
 
 
 def test_mixing_pixel_by_pixel_and_label_weights_by_counting(tiny):
-    """Each image is one colour, so that counting colours gives the areas."""
+    """Each image has one colour, so that counting colours gives the areas."""
     recipe = tiny("data.image_size=64", "group=16", "mix.probability=1")
     images, classes = 16, 16
     draws = augment.sample_params(recipe, step=3, groups=range(1))

@@ -1,4 +1,4 @@
-"""Is this data set what you think it is: each finding by a fixture, and the command around them."""
+"""`cspnet check`: a fixture for each finding, and the command."""
 
 import builtins
 import io
@@ -31,7 +31,7 @@ def encoded(kind, image=None, **options):
 
 
 def found(report, name=None, severity=None):
-    """Kinds of the findings that are about a file of that name, or about anything."""
+    """Kinds of the findings about files of this name, or of all findings."""
     return {
         finding.kind
         for finding in report.findings
@@ -252,7 +252,7 @@ def test_quick_looks_at_names_and_sizes_only(folder, monkeypatch):
 
 
 class Deadly(Digits):
-    """A source whose reading ends the process, as a fault in a decoder would."""
+    """A source that ends the process when it is read, like a crash of a decoder."""
 
     def read(self, index):
         os._exit(1)
@@ -305,7 +305,7 @@ def test_the_command_on_what_is_sound_and_on_what_is_wrong(folder, command, tmp_
 
 
 def test_workers_do_not_outlive_a_kill(tmp_path):
-    """They wait on a pipe that they hold open themselves."""
+    """They wait on a pipe that they keep open themselves."""
     script = (
         "import time\n"
         "from cspnet.datasets import inspect_file as examine\n"

@@ -1,4 +1,4 @@
-"""`cspnet prepare`: official archives, fabricated small, into class folders."""
+"""`cspnet prepare` with small imitations of the official archives."""
 
 import io
 import pickle
@@ -25,7 +25,7 @@ def jpeg(seed: int) -> bytes:
 
 
 def tar(files: dict[str, bytes], mode: str = "w") -> bytes:
-    """A tar file of these files, as bytes."""
+    """The bytes of a tar file with these files."""
     target = io.BytesIO()
     with tarfile.open(fileobj=target, mode=mode) as archive:
         for name, content in files.items():
@@ -37,7 +37,7 @@ def tar(files: dict[str, bytes], mode: str = "w") -> bytes:
 
 @pytest.fixture
 def archives(tmp_path, monkeypatch):
-    """ImageNet's archives, with three classes: four images of each to train on, two for val."""
+    """ImageNet's archives with three classes of four training and two validation images each."""
     from scipy.io import savemat
 
     folder = tmp_path / "archives"
@@ -113,7 +113,7 @@ def test_archives_may_lie_in_the_data_root(archives, get, tmp_path):
 
 
 def test_interrupted_it_goes_on(archives, get, tmp_path, monkeypatch):
-    """The class that was cut is done again, those before it are not, nor is the checksum."""
+    """Only the interrupted class is unpacked again, and the checksum is not recomputed."""
 
     def stop(done, total):
         if done == 2:
@@ -202,7 +202,7 @@ def test_an_unknown_name_is_told(get):
 
 @pytest.fixture
 def cifar(tmp_path, monkeypatch):
-    """CIFAR-10's archive with four images in a training batch and two to test on."""
+    """CIFAR-10's archive with four training and two test images."""
 
     def batch(seed: int, labels: list[int]) -> bytes:
         rng = np.random.default_rng(seed)
@@ -268,7 +268,7 @@ def test_a_damaged_small_archive_is_not_written_over(cifar, get, tmp_path):
 
 
 def test_imagenette_is_downloaded_and_kept(tmp_path, get, monkeypatch):
-    """The network is a stand-in: what it brings is checked and unpacked as what was there."""
+    """With a fake network. A downloaded archive is treated like an existing one."""
     monkeypatch.setitem(module.DOWNLOADABLE, "imagenette", 3)
     content = tar(
         {

@@ -1,4 +1,4 @@
-"""Files damaged in every way, in a data set: the loader goes on, and counts each of them."""
+"""Damaged files of all kinds: the loader continues and counts them."""
 
 import io
 import json
@@ -104,7 +104,7 @@ DAMAGES = (
 
 
 def mixed(root, images, damaged, seed=0):
-    """A data root with a number of images in three classes, some of them damaged."""
+    """Create a data root with images in three classes, some of them damaged."""
     rng = random.Random(seed)
     bad = set(rng.sample(range(images), damaged))
     for name in ("apple", "bear", "cat"):
@@ -121,7 +121,7 @@ def mixed(root, images, damaged, seed=0):
 
 
 def epoch(root, workers):
-    """Unreadable indices, and the peaks of memory of all processes in MB."""
+    """Indices of unreadable images, and the peak memory of all processes in MB."""
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(root), str(workers)],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""The memory that batches are made in: shared, used again, and never while somebody looks at it."""
+"""Shared buffers of batches: they are reused, but never while someone holds their images."""
 
 import contextlib
 import gc
@@ -19,6 +19,7 @@ from cspnet.images import decode
 from cspnet.recipe.load import load_recipe
 from cspnet.recipe.schema import Evaluate
 from cspnet.sources import data_root
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def content(batch):
 
 
 def both(source, recipe, workers):
-    """Training and evaluation."""
+    """Training groups, then evaluation batches."""
     yield from training_groups(source, recipe, 0, workers, False)
     yield from evaluation_batches(source, 8, 64, Evaluate(), workers, False)
 
@@ -51,7 +52,7 @@ def both(source, recipe, workers):
     ],
 )
 def test_batches_that_are_held_stay_as_they_are(source, overrides):
-    """More of them than there are slots, from one worker and from two; the sides may change."""
+    """Hold more batches than there are slots, with one and two workers; image sizes may change."""
     with open(source.name(3), "wb"):
         pass  # unreadable
     recipe = small(*overrides)
@@ -100,7 +101,7 @@ def test_pictures_are_not_pickled(source):
 
 
 def test_what_a_slot_held_before_does_not_show(source):
-    """Rows that no image fills, and an unreadable one, are black."""
+    """Padding and unreadable images are black."""
     with open(source.name(33), "wb"):
         pass
     batches = EvalBatches(source, 16, 64, Evaluate())
@@ -113,7 +114,7 @@ def test_what_a_slot_held_before_does_not_show(source):
 
 
 def test_without_room_in_shared_memory_batches_come_all_the_same(source, monkeypatch):
-    """As in a container whose /dev/shm is small: neither slots nor a tensor find room there."""
+    """As in a container with a small /dev/shm: neither buffers nor tensors fit."""
 
     def no_room(*_):
         raise RuntimeError("unable to allocate shared memory(shm)")
@@ -132,7 +133,7 @@ def test_an_evaluation_of_nothing():
 
 @pytest.mark.parametrize("scaled", [True, False])
 def test_one_decode_per_sample(source, monkeypatch, scaled):
-    """In training, mixing included, whether or not the image is decoded smaller."""
+    """In training, with mixing, with and without reduced decoding."""
     recipe = small(f"data.reduced_decode={scaled}", "mix.probability=1", "data.image_size=32")
     decoded = []
     original = decode.cv2.imdecode
@@ -148,7 +149,7 @@ def test_one_decode_per_sample(source, monkeypatch, scaled):
 
 
 def held_by_a_worker():
-    """Bytes that the only worker holds, its share of shared pages included."""
+    """Memory of the only worker in bytes, with its share of shared pages (PSS)."""
     (worker,) = multiprocessing.active_children()
     rollup = Path(f"/proc/{worker.pid}/smaps_rollup").read_text()
     return 1024 * next(int(line.split()[1]) for line in rollup.splitlines() if line[:4] == "Pss:")
@@ -156,7 +157,7 @@ def held_by_a_worker():
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux tells it")
 def test_a_worker_does_not_grow(source):
-    """Of 560 images the decoded ones would be 8 MB, their views 7 MB, their files 1 MB."""
+    """For 560 images, decoded pixels take 8 MB, views 7 MB, files 1 MB."""
     recipe = small("schedule.steps=100")
     with contextlib.closing(training_groups(source, recipe, 0, 1, False)) as groups:
         for _ in range(36):
@@ -182,29 +183,27 @@ def test_pinned_batches_are_the_same(source):
 
 
 def test_a_process_ends_although_nobody_closed_its_groups(tmp_path):
-    """Its workers ignore SIGTERM, by which the interpreter would end them and wait for them."""
+    """Its workers ignore the SIGTERM that the interpreter sends at exit before it waits for them."""
     script = """
 import builtins, pathlib
-from cspnet import recipe
 from cspnet.data.loader import training_groups
 from cspnet.sources.data_root import open_training
-resolved = recipe.load(recipe.find("digits"), ["batch=8", "group=4"])
-groups = training_groups(open_training("digits"), resolved, 0, 1, False)
+from tests.test_loader import small
+groups = training_groups(open_training("digits"), small(), 0, 1, False)
 next(groups)
 builtins.kept = groups
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_a_worker_ends_although_its_parent_died_in_the_fork(tmp_path):
-    """torch's own watch then takes the process that inherits it for its parent."""
+    """torch then takes the process that adopted the worker for its parent."""
     script = """
 import os, pathlib, signal, sys, time
-from cspnet import recipe
 from cspnet.data.loader import training_groups
 from cspnet.sources.data_root import open_training
-resolved = recipe.load(recipe.find("digits"), ["batch=8", "group=4"])
+from tests.test_loader import small
 source = open_training("digits")
 def in_the_child():
     pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))
@@ -213,10 +212,10 @@ os.register_at_fork(
     after_in_child=in_the_child,
     after_in_parent=lambda: (time.sleep(0.2), os.kill(os.getpid(), signal.SIGKILL)),
 )
-next(training_groups(source, resolved, 0, 1, False))
+next(training_groups(source, small(), 0, 1, False))
 """
     note = tmp_path / "pid"
-    done = subprocess.run([sys.executable, "-c", script, note], timeout=60)
+    done = subprocess.run([sys.executable, "-c", script, note], cwd=ROOT, timeout=60)
     assert done.returncode == -signal.SIGKILL
     worker = Path(f"/proc/{note.read_text()}")
     for _ in range(200):

@@ -1,4 +1,4 @@
-"""A data set scaled down into tar files: the same order, all or nothing, the source untouched."""
+"""`cspnet pack`: same order, all or nothing, source unchanged."""
 
 import errno
 import io
@@ -37,13 +37,13 @@ def encoded(kind, image=None, **options):
 
 
 def small_shards(monkeypatch, most=20_000):
-    """Tar files of some bytes, not megabytes: several a part."""
+    """Limit tar files to kilobytes, so that each split has several."""
     add = packing._TarWriter.size.fget
     monkeypatch.setattr(packing._TarWriter, "size", property(lambda tar: add(tar) + 10**6 - most))
 
 
 def snapshot(root):
-    """Every file below a folder: its bytes; and time of change, where that may not differ."""
+    """The contents of all files below a folder."""
     return {
         str(path.relative_to(root)): path.read_bytes()
         for path in sorted(Path(root).rglob("*"))
@@ -173,7 +173,7 @@ def test_labels_by_index_for_readers_that_want_them(folder, tmp_path):
 
 
 def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(folder, tmp_path, monkeypatch):
-    """The interruption comes before each rename, and after each."""
+    """Interrupt before and after every rename."""
     small_shards(monkeypatch)
     (folder / "train" / "bear" / "1.jpg").write_bytes(b"")
     report = pack_dataset(str(folder), tmp_path / "whole", SMALL)
@@ -238,7 +238,7 @@ def interrupted(folder, out):
 
 
 def refusals(folder, out):
-    """Folders that are refused, each with what the message says."""
+    """Unsuitable output folders, each with a part of the message."""
     out.mkdir()
     (out / "x").touch()
     yield out, SMALL, "is neither empty nor an interrupted pack"

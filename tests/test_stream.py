@@ -44,7 +44,7 @@ def test_random_numbers_belong_to_their_address():
 
 
 def test_the_order_is_pinned():
-    """Another order would break the resumption of every run: these numbers must never change."""
+    """These numbers must never change: another order would break the resumption of every run."""
     assert stream.permutation(0, 0, 10).tolist() == PINNED_ORDER
     assert np.allclose(stream.rng_for(1, stream.VIEW_DOMAIN, 2, 3).random(2), PINNED_RANDOM, atol=0)
 

@@ -1,4 +1,4 @@
-"""Dataloader workers that are killed, and systems on which none can be started."""
+"""Killed dataloader workers, and systems that cannot start any."""
 
 import contextlib
 import gc
@@ -25,7 +25,7 @@ from tests.test_loop import history, last, metrics, numbers, run, same
 
 @pytest.fixture(autouse=True)
 def no_garbage():
-    """Exceptions that a test has caught keep the memory of their loaders."""
+    """Caught exceptions keep the memory of their loaders alive."""
     yield
     gc.collect()
 
@@ -36,7 +36,7 @@ def source(folder):
 
 
 def kill(worker):
-    """SIGKILL to a worker; returns once it has died."""
+    """Kill a worker and wait until it is dead."""
     os.kill(worker.pid, signal.SIGKILL)
     os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
 
@@ -66,7 +66,7 @@ def test_killed_workers_change_nothing(source):
 
 
 def test_a_death_is_reported_only_while_a_batch_is_waited_for(source):
-    """torch raises in its handler of SIGCHLD, in the middle of whatever runs: a save, a step."""
+    """torch would raise in its SIGCHLD handler, in the middle of a save or a step."""
     monitor = WorkerMonitor(lambda line: None)
     with groups_of(source, monitor) as groups:
         next(groups)
@@ -92,7 +92,7 @@ def test_the_third_death_gives_up(source):
 
 
 def test_a_stop_that_is_only_asked_for_lets_the_step_end(source):
-    """So do several processes, which can stop together only after a step."""
+    """As with several ranks, which can only stop together after a step."""
     asked = []
     monitor = WorkerMonitor(lambda line: None, asked.append)
     found = 0
@@ -116,7 +116,7 @@ def no_semaphores(monkeypatch):
 
 
 def test_without_semaphores_the_main_process_decodes(source, no_semaphores, capfd):
-    """As in a container whose /dev/shm is full or cannot be written."""
+    """As in a container whose /dev/shm is full or read-only."""
     with groups_of(source, None, workers=0) as groups:
         expected = [content(batch) for batch in groups]
     lines = []
@@ -160,7 +160,7 @@ def test_a_run_whose_workers_are_killed_is_the_undisturbed_one(tiny, tmp_path, m
 
 
 def test_workers_that_keep_dying_end_the_run_after_a_save(tiny, tmp_path, monkeypatch):
-    """Within one log interval; the step at which it happens is not done, and nothing else lost."""
+    """Within one log interval. Only the interrupted step is lost."""
     recipe = tiny("schedule.steps=9", "log_every=100", "save_every=1000")
     run(recipe, tmp_path / "whole")
     original = loop.to_device
@@ -182,7 +182,7 @@ def test_workers_that_keep_dying_end_the_run_after_a_save(tiny, tmp_path, monkey
 
 
 def test_workers_that_die_at_once_do_not_ask_for_another_start(tiny, tmp_path, monkeypatch):
-    """An image that kills its decoder would else be tried by `until` loops for ever."""
+    """Otherwise an `until` loop would retry an image that kills its decoder forever."""
     original = training_groups
 
     def killing(*arguments):
@@ -199,7 +199,7 @@ def test_workers_that_die_at_once_do_not_ask_for_another_start(tiny, tmp_path, m
 
 
 def test_a_torn_message_does_not_block_the_restart(source, monkeypatch):
-    """torch's pin-memory thread waits for the rest of it, and its shutdown for that thread."""
+    """torch's pin-memory thread waits for the rest of it, and torch's shutdown for the thread."""
     monkeypatch.setattr(supervision, "SHUTDOWN_TIMEOUT", 0.2)
     release = threading.Event()
     monkeypatch.setattr(

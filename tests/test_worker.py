@@ -1,4 +1,4 @@
-"""How many cores a process may use: its affinity, and the CPU quotas of its cgroups."""
+"""The number of usable cores: CPU affinity and cgroup quotas."""
 
 import os
 
@@ -9,7 +9,7 @@ from cspnet.runtime import cpu
 
 @pytest.fixture
 def system(tmp_path, monkeypatch):
-    """A machine of 16 cores with a /proc/self and cgroups of our own; makes one, counts cores."""
+    """A fake machine with 16 cores, /proc/self and cgroups; returns the number of usable cores."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
     process = tmp_path / "proc"
     process.mkdir()
@@ -74,7 +74,7 @@ def test_cgroup_v1_has_a_quota_and_a_period(system):
 
 
 def test_a_container_without_a_namespace_sees_the_path_of_its_host(system):
-    """Docker with cgroup v1: the mount begins at the container's own cgroup."""
+    """Docker with cgroup v1: the root of the mount is the container's own cgroup."""
     mounts = [("cgroup", "cpu", "/docker/12ab", "cpu")]
     files = {"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}
     assert system(mounts, ["4:cpu:/docker/12ab"], files) == 2

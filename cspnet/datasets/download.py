@@ -188,7 +188,7 @@ def _unpack_imagenet_val(archives: Path, output: Path) -> None:
                 raise _damaged(file, md5) from None
             except ImportError:
                 raise DataError("ImageNet's devkit needs scipy: pip install scipy") from None
-    _move_into_place(partial, output / "val")
+    _finish(partial, output / "val")
 
 
 def _unpack_imagenet_train(
@@ -216,10 +216,10 @@ def _unpack_imagenet_train(
                 shutil.rmtree(unfinished, ignore_errors=True)
                 with tarfile.open(fileobj=outer.extractfile(member)) as inner:
                     _extract(inner, unfinished)
-                _move_into_place(unfinished, folder)
+                _finish(unfinished, folder)
             progress(number, len(members))
     verified.unlink()
-    _move_into_place(partial, output / "train")
+    _finish(partial, output / "train")
 
 
 def _extract(tar: tarfile.TarFile, folder: Path) -> None:
@@ -229,10 +229,10 @@ def _extract(tar: tarfile.TarFile, folder: Path) -> None:
         tar.extractall(folder)
 
 
-def _move_into_place(partial: Path, final: Path) -> None:
+def _finish(partial: Path, final: Path) -> None:
     """Rename a complete folder once its files are on disk: a power loss must not empty it."""
     os.sync()
-    partial.rename(final)
+    move_into_place(partial, final)
 
 
 def _prepare_small(
@@ -259,7 +259,7 @@ def _prepare_small(
         if name == "cifar10":
             _write_cifar10(scratch, split, output, progress)
         else:
-            _move_into_place(scratch / archive.stem / split, output / split)
+            _finish(scratch / archive.stem / split, output / split)
     shutil.rmtree(scratch)
 
 
@@ -275,7 +275,7 @@ def _write_cifar10(unpacked: Path, split: str, output: Path, progress: Progress)
     for index, (image, label) in enumerate(images):
         image.save(partial / images.classes[label] / f"{index:05}.png")
         progress(index + 1, len(images))
-    _move_into_place(partial, output / split)
+    _finish(partial, output / split)
 
 
 def _obtain_archive(url: str, md5: str, folder: Path, report: ReportLine) -> Path:

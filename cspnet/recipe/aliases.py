@@ -80,8 +80,8 @@ _RENAMED = {
     "augment": {"resize": "augment.scale", "angle": "augment.rotation"},
     "data": {
         "size": "data.image_size",
-        "start_image_size": "data.start_image_size",
-        "reduced_decode": "data.reduced_decode",
+        "start_size": "data.start_image_size",
+        "scaled_decode": "data.reduced_decode",
     },
     "evaluate": {
         "crop": "evaluate.crop_pct",
