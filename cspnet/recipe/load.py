@@ -1,7 +1,7 @@
 """Recipes: everything that affects the numerical results of a run, and nothing else.
 
-`load` reads a YAML file and dotted overrides into a frozen `Recipe` (cspnet/recipe/schema.py), or raises a
-single RecipeError that lists every problem.
+`load` reads a YAML file and dotted overrides into a frozen `Recipe`, or raises a single RecipeError
+that lists every problem.
 """
 
 import difflib
@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+import cspnet
 from cspnet.errors import RecipeError
 from cspnet.recipe.aliases import alias_hint, format_value, leaf_name, renamed, renamed_leaves
 from cspnet.recipe.checks import check_effects, check_recipe
@@ -45,7 +46,7 @@ def builtin_recipes() -> list[str]:
 
 def _recipe_folders() -> list[Path]:
     """Folders of the built-in recipes: inside the installed package, or next to it in a clone."""
-    package = Path(__file__).resolve().parent.parent
+    package = Path(cspnet.__path__[0]).resolve()
     candidates = (package / "recipes", package.parent / "recipes")
     return [folder for folder in candidates if folder.is_dir()]
 

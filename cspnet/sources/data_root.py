@@ -167,6 +167,7 @@ def display_names(classes: list[str]) -> list[str]:
     from timm.data import ImageNetInfo  # takes seconds
 
     words = ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True)
+    assert isinstance(words, dict)
     return [words.get(name, name).partition(",")[0] for name in classes]
 
 

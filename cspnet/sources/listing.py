@@ -30,7 +30,9 @@ class Listing:
         for (name, size), label in zip(source.listing(), source.labels.tolist(), strict=True):
             line = f"{name.removeprefix(prefixes[label])}\0{size}\n"
             contents[label].update(line.encode(errors="surrogateescape"))
-        labels = hashlib.blake2b(np.ascontiguousarray(source.labels, np.int32), digest_size=16)
+        labels = hashlib.blake2b(
+            np.ascontiguousarray(source.labels, np.int32).tobytes(), digest_size=16
+        )
         return cls(len(source), labels.hexdigest(), [d.hexdigest() for d in contents])
 
 

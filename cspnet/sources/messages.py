@@ -109,7 +109,8 @@ def _alternative(folder: Path, names: tuple[str, ...], prefixes: tuple[str, ...]
         return f"It is a {absolute.name} folder itself: give its parent, {absolute.parent}."
     classes = [name for name in class_folders(folder) if not roots.has_split_name(folder / name)]
     if classes and names == ("train",) and "train" not in inner:
-        return f"It has {count_and_names(classes, 'class folder')} itself: move them into {folder / 'train'}."
+        count = count_and_names(classes, "class folder")
+        return f"It has {count} itself: move them into {folder / 'train'}."
     archives = [entry.name for entry in list_entries(folder) if entry.name.endswith(ARCHIVES)]
     if archives:
         how = "."
@@ -148,9 +149,10 @@ def no_class_folders(folder: Path) -> str:
             "Sort them into one folder per class; data/README.md says how for ImageNet's val."
         )
     if archives:
+        count = count_and_names(archives, "archive")
         return (
-            f"{folder} has {count_and_names(archives, 'archive')} and no class folder. Unpack each into a "
-            "folder of its name; data/README.md says how for ImageNet."
+            f"{folder} has {count} and no class folder. Unpack each into a folder of its name; "
+            "data/README.md says how for ImageNet."
         )
     if not names:
         return f"{folder} is empty. Create one folder per class in it."
@@ -178,8 +180,9 @@ def wrong_level(folder: Path, classes: list[str]) -> str:
         return ""
     if roots.split_names(only):
         return f"{folder} has only one folder, which is a data root: give {only}."
+    count = count_and_names(names, "class folder")
     return (
-        f"{folder} has only one folder, {classes[0]}/, with {count_and_names(names, 'class folder')} in it: "
+        f"{folder} has only one folder, {classes[0]}/, with {count} in it: "
         f"one level too many. Move them up, into {folder}."
     )
 

@@ -83,6 +83,8 @@ class ParquetSource:
     `allow_empty`.
     """
 
+    _columns: Columns
+
     def __init__(self, parquets: ParquetSet, allow_empty: bool = False):
         try:
             import pyarrow.parquet  # noqa: F401
@@ -254,8 +256,9 @@ def _columns(schema: Any, file: Path) -> Columns:
     if names is not None:
         duplicates = [name for name, count in Counter(names).items() if count > 1]
         if duplicates:
+            count = count_and_names(duplicates, "name")
             raise DataError(
-                f"{file}: the ClassLabel of column `{label}` has {count_and_names(duplicates, 'name')} more "
+                f"{file}: the ClassLabel of column `{label}` has {count} more "
                 "than once, so these classes are ambiguous: write it with distinct names"
             )
     _check_types(schema, file, Columns(image, label, names))

@@ -57,12 +57,16 @@ def scan_tar(file: Path) -> TarScan:
     scan = TarScan(file, {}, {}, {}, [], [])
     last = "its first header"
     try:
-        with tarfile.open(file, "r:", encoding="utf-8", errors="surrogateescape") as tar:
-            stream = tar.fileobj
-            assert stream is not None
+        with (
+            open(file, "rb") as stream,
+            tarfile.open(
+                fileobj=stream, mode="r:", encoding="utf-8", errors="surrogateescape"
+            ) as tar,
+        ):
             previous_offset = -1
             while (member := tar.next()) is not None:
-                tar.members.clear()  # tarfile would keep all of them in memory
+                # tarfile would keep all members in memory; only a private attribute prevents it.
+                tar.members.clear()  # type: ignore[attr-defined]
                 if member.size < 0 or member.offset <= previous_offset:
                     raise tarfile.ReadError("a header points backwards")
                 previous_offset, last = member.offset, member.name

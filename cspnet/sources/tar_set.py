@@ -53,9 +53,9 @@ class TarSet:
         if {name.removesuffix(".tar") for name in tars} <= set(folders):
             return None
         if folders:
+            both = f"{count_and_names(folders, 'folder')} and {count_and_names(tars, 'tar file')}"
             raise DataError(
-                f"{folder} contains both {count_and_names(folders, 'folder')} and {count_and_names(tars, 'tar file')}: "
-                "which are the images? Move the others elsewhere."
+                f"{folder} contains both {both}: which are the images? Move the others elsewhere."
             )
         return cls(str(folder), tuple(folder / name for name in tars), folder / "index.cspnet")
 
@@ -81,8 +81,9 @@ class TarSet:
         conflicts = [f"{other}/" for other in names if (root / other).is_dir()]
         conflicts += [other_shards[0] for _, other_shards in others]
         if conflicts:
+            count = count_and_names(shards, "tar file")
             raise DataError(
-                f"{root} has {count_and_names(shards, 'tar file')}, but also {', '.join(conflicts)}: "
+                f"{root} has {count}, but also {', '.join(conflicts)}: "
                 "which are the images? Keep one."
             )
         paths = tuple(root / file for file in shards)
@@ -149,8 +150,8 @@ class TarSource:
             require_nonempty_classes(
                 self,
                 lambda names: (
-                    f"{tars.where}: no image of {count_and_names(names, 'class')} listed in classes.txt. "
-                    "Add the missing tar files, or empty these lines."
+                    f"{tars.where}: no image of {count_and_names(names, 'class')} "
+                    "listed in classes.txt. Add the missing tar files, or empty these lines."
                 ),
             )
 
@@ -221,7 +222,7 @@ def _open_index(
             _warn(f"{tars.index} does not match the tar files: building it again")
         _warn(
             f"{tars.where}: reading the headers of its tar files ({len(tars.files):,}); "
-            f"`{command_line('cspnet', 'index', tars.index.parent)}` saves an index for all later starts"
+            f"`{command_line('cspnet', 'index', tars.index.parent)}` saves an index for later starts"
         )
     index = _build_index(tars, stamp, progress)
     if save:
