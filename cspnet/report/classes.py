@@ -129,12 +129,12 @@ def plot_worst_classes(scores: list[ClassScore], confusion: np.ndarray) -> "Figu
         heights = [max(1, len(worst)), max(1, len(pairs))]
         top, bottom = figure.subplots(2, 1, height_ratios=heights)
         _plot_bars(top, [shorten(s.name, 60) for s in worst], [s.top1 for s in worst], "c0")
-        more = f"; {ties:,} more with the same top-1 ({worst[-1].top1:.4g} %)" if ties else ""
+        more = f"\n{ties:,} more with the same top-1 ({worst[-1].top1:.4g} %)" if ties else ""
         top.set_title(f"Worst classes: top-1 (%){more}")
         top.set_xlim(0, 110)  # percent, with room for the labels of the bars
         pair_names = [f"{shorten(p.true, 40)} → {shorten(p.taken_for, 40)}" for p in pairs]
         _plot_bars(bottom, pair_names, [pair.images for pair in pairs], "c1")
-        bottom.set_title("Most frequent confusions: images, true class → predicted class")
+        bottom.set_title("Most frequent confusions (images)")
     return figure
 
 
@@ -146,12 +146,12 @@ def _plot_bars(axes: "Axes", names: list[str], values: list[float], colour: str)
     axes.grid(False)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_ylim(max(len(names), 1) - 0.4, -0.6)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlim(0, max(1, 1.1 * max(values, default=0)))
 
 
 def shorten(name: str, length: int = MAX_LABEL) -> str:
-    """A name for a figure, on one line. Of a long one the middle is cut: it may end in its synset."""
+    """A name for a figure, on one line. A long one loses its middle, as it may end in a synset."""
     text = printable(name)
     if len(text) <= length:
         return text
