@@ -1,41 +1,27 @@
 import contextlib
+import fcntl
+import hashlib
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import cv2
-import numpy as np
 import pytest
 import torch
 
-from cspnet import cli
 from cspnet.recipe import load as recipes
+from tests.helpers import HIDDEN, ROOT, TINY, call, picture, run
 
-HIDDEN = {"CUDA_VISIBLE_DEVICES": ""}  # no GPU
-ROOT = Path(__file__).parent.parent
 # Small nets on few cores: threads would wait for each other longer than they work.
 torch.set_num_threads(1)
-
-# A net that trains in milliseconds a step; mixing and averaging are on.
-TINY = [
-    "batch=16",
-    "group=8",
-    "model.width=0.125",
-    "model.norm_momentum=0.1",
-    "schedule.steps=7",
-    "schedule.warmup_steps=3",
-    "log_every=1",
-    "save_every=1",
-    "evaluate.every=1000",
-    "mix.probability=0.5",
-]
 
 
 @pytest.fixture
 def tiny():
-    """A recipe from the digits' one, made tiny, with further overrides."""
+    """The digits recipe, made tiny, with further overrides."""
 
     def build(*overrides: str) -> recipes.Recipe:
         return recipes.load_recipe(ROOT / "recipes" / "digits.yaml", [*TINY, *overrides])
@@ -43,9 +29,38 @@ def tiny():
     return build
 
 
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """Runs without an incident: each recipe is trained once, and shared by all test processes.
+
+    Returns the run folder, which must not be changed.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def train(recipe: recipes.Recipe, **options):
+        key = hashlib.sha256(f"{recipes.recipe_to_yaml(recipe)}{options}".encode()).hexdigest()[:16]
+        folder = shared / "undisturbed" / key
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / "done").exists():
+                run(recipe, folder / "run", **options)
+                (folder / "done").touch()
+        return folder / "run"
+
+    return train
+
+
+@pytest.fixture
+def finished_run(undisturbed, tiny, tmp_path):
+    """A copy of a finished run of the tiny recipe, in tmp_path/run."""
+    return Path(shutil.copytree(undisturbed(tiny()), tmp_path / "run"))
+
+
 @pytest.fixture
 def command(capsys, monkeypatch):
-    """Runs a command of the package in this process; what it printed, and its exit code."""
+    """Run a command of the package in this process; returns its output and exit code."""
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(name: str, *arguments, cwd=".") -> subprocess.CompletedProcess:
@@ -60,7 +75,7 @@ def command(capsys, monkeypatch):
 
 @pytest.fixture
 def process():
-    """The same in a process of its own, as a user would: seconds more, to import torch."""
+    """Run a command in a new process, as a user does: importing torch takes seconds."""
 
     def run(name: str, *arguments, cwd=None, timeout=120, **options) -> subprocess.CompletedProcess:
         call = f"import sys; from cspnet.cli import {name}; sys.argv[0] = '{name}'; {name}()"
@@ -79,28 +94,6 @@ def process():
     return run
 
 
-def call(line: str) -> int:
-    """Runs a command line in this process; its exit code."""
-    name, *arguments = shlex.split(line)
-    mains = {"cspnet": cli.main, "cspnet-train": cli.main_train, "cspnet-eval": cli.main_eval}
-    before = sys.argv
-    sys.argv = [name, *arguments]
-    try:
-        mains[name]()
-    except SystemExit as end:
-        return end.code or 0
-    finally:
-        sys.argv = before
-    return 0
-
-
-def picture(seed: int, height: int = 60, width: int = 80) -> np.ndarray:
-    """A smooth, colourful picture, RGB uint8 [height, width, 3]; noise would hide a shift."""
-    rng = np.random.default_rng(seed)
-    coarse = rng.integers(0, 256, (5, 6, 3)).astype(np.uint8)
-    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
-
-
 @pytest.fixture
 def folder(tmp_path):
     """A data root with three classes of JPEGs: 12 for training and 3 for validation each."""
@@ -115,9 +108,8 @@ def folder(tmp_path):
     return root
 
 
-# Processes that wait for each other, and the longest tests, first: at the end they would keep one
-# core idle.
-EARLY = ("test_world.py", "test_signals.py", "test_torture.py", "test_fast.py")
+# The longest tests start first: at the end they would leave one core idle.
+EARLY = ("test_golden.py", "test_world.py", "test_signals.py", "test_torture.py", "test_fast.py")
 
 
 def pytest_collection_modifyitems(items):
@@ -125,6 +117,6 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_configure(config):
-    """Without `-m gpu` no test sees a GPU: what `--device auto` means is the same everywhere."""
+    """Hide GPUs unless `-m gpu` is given, so that `--device auto` is the same everywhere."""
     if "gpu" not in (config.option.markexpr or "") or "not gpu" in config.option.markexpr:
         os.environ.update(HIDDEN)

@@ -304,6 +304,7 @@ def test_the_command_on_what_is_sound_and_on_what_is_wrong(folder, command, tmp_
         assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_workers_do_not_outlive_a_kill(tmp_path):
     """They wait on a pipe that they keep open themselves."""
     script = (

@@ -178,6 +178,7 @@ def test_the_checkpoint_is_plain_and_timm_reads_it(trained):
     assert timm.create_model("cspdarknet53", act_layer="mish").state_dict().keys() == weights.keys()
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_leaves_at_once(tmp_path):
     """Exit code 130, no traceback, the last checkpoint as it was, no worker left behind."""
     call = """

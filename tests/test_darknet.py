@@ -23,7 +23,7 @@ from cspnet.weights.darknet_format import (
     to_darknet_weights,
 )
 from tests.conftest import ROOT, picture
-from tests.test_nets import live
+from tests.helpers import live
 
 SMALL = {"width": 0.25, "classes": 10}
 PHOTOS = ROOT / "data" / "local" / "imagenet-sample"  # <synset>/*.JPEG

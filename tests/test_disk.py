@@ -13,7 +13,7 @@ from cspnet import cli
 from cspnet.recipe import load as recipes
 from cspnet.run.checkpoint import FORMAT, CheckpointFiles, load_checkpoint, write_checkpoint
 from cspnet.train import loop
-from tests.test_loop import last, metrics, numbers, run, same
+from tests.helpers import last, metrics, numbers, run, same
 
 MB = 1 << 20
 CHECKPOINT = int(5.2 * MB)  # of the tiny net
@@ -50,20 +50,6 @@ def disk(tmp_path):
         yield folder
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """Undisturbed runs, made once, by their recipes."""
-    made = {}
-
-    def get(recipe):
-        if recipe not in made:
-            made[recipe] = tmp_path_factory.mktemp("whole") / "run"
-            run(recipe, made[recipe])
-        return made[recipe]
-
-    return get
 
 
 @pytest.fixture
@@ -117,7 +103,7 @@ def assert_same_end(cut, whole):
         pytest.param(CHECKPOINT - MB // 4, marks=pytest.mark.slow),
     ],
 )
-def test_a_disk_that_is_full_for_a_while_changes_nothing(tiny, disk, train, whole, free):
+def test_a_disk_that_is_full_for_a_while_changes_nothing(tiny, disk, train, undisturbed, free):
     recipe = tiny("evaluate.every=2", "schedule.steps=9", "seed=2")  # its best is the first
     seen = []
 
@@ -131,14 +117,14 @@ def test_a_disk_that_is_full_for_a_while_changes_nothing(tiny, disk, train, whol
     failures = re.findall(r"^NOT SAVED at step (\d): .*\((.*)\)", told, re.MULTILINE)
     assert [step for step, _ in failures] == list("344566")
     assert all(reason.startswith("No space left") for _, reason in failures)
-    assert_same_end(disk / "run", whole(recipe))
+    assert_same_end(disk / "run", undisturbed(recipe))
 
 
 @pytest.mark.slow
-def test_a_best_that_found_the_disk_full_is_not_the_best(tiny, disk, whole, monkeypatch):
+def test_a_best_that_found_the_disk_full_is_not_the_best(tiny, disk, undisturbed, monkeypatch):
     """Its weights are gone: best.pt, and what the later ones are measured by, is the best saved."""
     recipe = tiny("evaluate.every=2", "schedule.steps=9")
-    top1 = {x["step"]: x["top1"] for x in metrics(whole(recipe)) if x["split"] == "val"}
+    top1 = {x["step"]: x["top1"] for x in metrics(undisturbed(recipe)) if x["split"] == "val"}
     lost = max(top1, key=top1.get)
     kept = max((step for step in top1 if step != lost), key=top1.get)
     validate = loop.validate
@@ -153,12 +139,12 @@ def test_a_best_that_found_the_disk_full_is_not_the_best(tiny, disk, whole, monk
     assert best["step"] == kept
     assert best["best_top1"] == last(disk / "run")["best_top1"] == top1[kept]
     for part in ("state_dict", "state_dict_ema", "optimizer"):
-        assert same(last(disk / "run")[part], last(whole(recipe))[part]), part
-    assert numbers(metrics(disk / "run")) == numbers(metrics(whole(recipe)))
+        assert same(last(disk / "run")[part], last(undisturbed(recipe))[part]), part
+    assert numbers(metrics(disk / "run")) == numbers(metrics(undisturbed(recipe)))
 
 
 def test_stop_when_full_exits_75_and_the_resumed_run_ends_as_the_undisturbed(
-    tiny, disk, train, whole
+    tiny, disk, train, undisturbed
 ):
     code, _, errors = train(tiny(), "--stop-when-full", changes={4: 2 * MB})
     assert code == 75 and last(disk / "run")["step"] == 3
@@ -167,11 +153,11 @@ def test_stop_when_full_exits_75_and_the_resumed_run_ends_as_the_undisturbed(
     assert code == 2 and re.fullmatch(r"error: .* lacks \d+ MB .*, 5 MB each: .*\n", errors)
     set_free(disk, None)
     assert train(tiny(), "--resume")[0] == 0
-    assert_same_end(disk / "run", whole(tiny()))
+    assert_same_end(disk / "run", undisturbed(tiny()))
 
 
 @pytest.mark.parametrize("when", ["step", "validation"])
-def test_full_at_the_very_last_save(tiny, disk, train, whole, monkeypatch, when):
+def test_full_at_the_very_last_save(tiny, disk, train, undisturbed, monkeypatch, when):
     """The save after the last step, and the one after the last validation."""
     with monkeypatch.context() as patch:
         if when == "validation":
@@ -184,7 +170,7 @@ def test_full_at_the_very_last_save(tiny, disk, train, whole, monkeypatch, when)
     assert last(disk / "run")["validated"] == 0
     set_free(disk, None)
     assert train(tiny(), "--resume")[0] == 0
-    assert_same_end(disk / "run", whole(tiny()))
+    assert_same_end(disk / "run", undisturbed(tiny()))
 
 
 def test_too_small_a_disk_is_seen_before_anything_is_written(tiny, disk, train):
@@ -195,7 +181,7 @@ def test_too_small_a_disk_is_seen_before_anything_is_written(tiny, disk, train):
     assert os.listdir(disk) == ["filler"]
 
 
-def test_a_disk_without_a_byte_for_the_record(tiny, disk, train, whole):
+def test_a_disk_without_a_byte_for_the_record(tiny, disk, train, undisturbed):
     """Neither metrics.jsonl nor TensorBoard's events can grow; in the end no checkpoint either."""
     recipe = tiny("schedule.steps=24", "save_every=5")
     code, told, errors = train(recipe, changes={2: 0, 20: None, 21: 0})
@@ -205,7 +191,7 @@ def test_a_disk_without_a_byte_for_the_record(tiny, disk, train, whole):
     assert last(disk / "run")["step"] == 20
     set_free(disk, None)
     assert train(recipe, "--resume")[0] == 0
-    assert_same_end(disk / "run", whole(recipe))
+    assert_same_end(disk / "run", undisturbed(recipe))
 
 
 def test_a_disk_that_fills_up_after_the_last_save(tiny, disk, train, monkeypatch):
@@ -226,7 +212,7 @@ def test_a_disk_that_fills_up_after_the_last_save(tiny, disk, train, monkeypatch
 
 
 @pytest.mark.slow
-def test_what_a_kill_left_does_not_count_against_the_resume(tiny, disk, train, whole):
+def test_what_a_kill_left_does_not_count_against_the_resume(tiny, disk, train, undisturbed):
     """On a disk with room for the four files of a run, and for not much more."""
     code, _, _ = train(tiny(), "--stop-when-full", changes={4: 0})
     assert code == 75
@@ -237,7 +223,7 @@ def test_what_a_kill_left_does_not_count_against_the_resume(tiny, disk, train, w
     set_free(disk, 2 * CHECKPOINT - (CHECKPOINT - MB) + MB // 2)
     code, _, errors = train(tiny(), "--resume")
     assert (code, errors) == (0, "")
-    assert_same_end(disk / "run", whole(tiny()))
+    assert_same_end(disk / "run", undisturbed(tiny()))
 
 
 @contextmanager
@@ -252,7 +238,7 @@ def limit(size):
 
 
 @pytest.mark.parametrize("options, code", [((), 1), (("--stop-when-full",), 75)])
-def test_a_limit_on_the_size_of_a_file(tiny, train, whole, tmp_path, options, code):
+def test_a_limit_on_the_size_of_a_file(tiny, train, undisturbed, tmp_path, options, code):
     output = tmp_path / "disk" / "run"
     with limit(2 * MB):
         ended, told, errors = train(tiny(), *options)
@@ -261,7 +247,7 @@ def test_a_limit_on_the_size_of_a_file(tiny, train, whole, tmp_path, options, co
     assert len(re.findall("NOT SAVED at step", told)) == (0 if options else 6)
     assert os.listdir(output / "checkpoints") == []
     assert train(tiny(), "--resume")[0] == 0
-    assert_same_end(output, whole(tiny()))
+    assert_same_end(output, undisturbed(tiny()))
 
 
 def test_a_limit_that_is_met_leaves_the_earlier_files(tmp_path):

@@ -20,35 +20,7 @@ from cspnet.sources.data_root import open_validation
 from cspnet.weights.export import ExportError, export_network
 from cspnet.weights.load import Trained, build_net, load_weights
 from tests.conftest import ROOT, picture
-
-
-def trained(*overrides, classes=10, live=True):
-    """A net with BatchNorm statistics and a classifier that tell images apart."""
-    recipe = load_recipe(None, ["data.image_size=64", "model.width=0.25", "seed=5", *overrides])
-    net = build_net(recipe, classes)
-    if live:
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for module in net.modules():
-                if isinstance(module, torch.nn.BatchNorm2d):
-                    module.momentum = 0.3
-            for seed in range(6):
-                net.train()(torch.rand(32, 3, 64, 64, generator=generator) * (seed + 1) / 6)
-            net.head.fc.weight *= 8
-            net.head.fc.bias.normal_(generator=generator)
-    names = [f"class {number:02}" for number in range(classes)]
-    return Trained(net.eval(), recipe, names, 70, True, 70 * 128)
-
-
-def views(count=20):
-    """Pictures as the net gets them: float [N, 3, 64, 64] in [0, 1]."""
-    pictures = [picture(seed, 64, 64) for seed in range(count)]
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
-
-
-def equal(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+from tests.helpers import equal, run_lines, trained, views
 
 
 @pytest.mark.parametrize("name", ["cspdarknet53", "darknet53"])
@@ -64,14 +36,6 @@ def test_round_trip_is_bit_exact(tmp_path, name, activation, suffix):
     assert back.recipe.model.activation == activation and back.recipe.data.image_size == 64
     if suffix == ".safetensors":
         assert back.recipe == out.recipe and back.averaged
-
-
-def run_lines(remarks):
-    """Executes the Python lines among an export's remarks, as they are printed; their names."""
-    start = next(i for i, remark in enumerate(remarks) if remark.startswith("import "))
-    defined = {}
-    exec("\n".join(remarks[start:]), defined)
-    return defined
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from cspnet.errors import CspnetError, OutOfMemoryError, RecipeError
 from cspnet.nets import csp
 from cspnet.runtime.device import RunOptions
 from cspnet.train import compile, loop, setup
-from tests.test_loop import last, metrics, run, same
+from tests.helpers import last, metrics, run, same
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +72,9 @@ def test_a_compiled_run_has_the_losses_of_the_eager_one(tiny, tmp_path, console,
         ("raises afterwards", "no C compiler found"),
     ],
 )
-def test_a_faulty_compiler_is_told_and_not_used(tiny, tmp_path, console, monkeypatch, fault, told):
+def test_a_faulty_compiler_is_told_and_not_used(
+    tiny, undisturbed, tmp_path, console, monkeypatch, fault, told
+):
     def compile(function, **_):
         def faulty(images, *others):
             if fault == "raises":
@@ -100,8 +102,8 @@ def test_a_faulty_compiler_is_told_and_not_used(tiny, tmp_path, console, monkeyp
     text = console.export_text()
     assert "NOT COMPILED" in text and told in text
     monkeypatch.undo()
-    run(recipe, tmp_path / "eager", passes=2)
-    assert same(last(tmp_path / "fast")["state_dict"], last(tmp_path / "eager")["state_dict"])
+    eager = undisturbed(recipe, passes=2)
+    assert same(last(tmp_path / "fast")["state_dict"], last(eager)["state_dict"])
 
 
 def test_a_compiler_that_fails_amid_the_run_is_told_with_the_way_on(

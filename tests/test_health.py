@@ -17,7 +17,7 @@ from cspnet.train import loop, setup, step
 from cspnet.train import reporter as metrics_module
 from cspnet.train.diagnose import first_non_finite_layer
 from cspnet.train.optim import EMA, learning_rate
-from tests.test_loop import SuddenDeath, last, metrics, numbers, run, same
+from tests.helpers import SuddenDeath, last, metrics, numbers, run, same
 
 
 def spoil(monkeypatch, *steps, by=float("inf")):

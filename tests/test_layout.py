@@ -11,8 +11,14 @@ from cspnet.datasets.check import check_dataset
 from cspnet.errors import DataError
 from cspnet.sources import data_root, names
 from tests.conftest import ROOT
+from tests.helpers import (
+    CLASSES,
+    make_flat,
+    make_flat_in_one_folder,
+    make_kaggle,
+    make_tiny_imagenet,
+)
 
-CLASSES = ["apple", "bear", "cat"]
 ROOT_USER = hasattr(os, "geteuid") and os.geteuid() == 0
 
 
@@ -153,10 +159,7 @@ def two_vals(root):
 
 
 def flat(root):
-    for file in list((root / "val").rglob("*.jpg")):
-        file.rename(root / "val" / f"{file.parent.name}_{file.name}")
-    for name in CLASSES:
-        (root / "val" / name).rmdir()
+    make_flat(root)
     return val
 
 
@@ -232,23 +235,17 @@ def no_train_but_a_class_of_that_name(root):
 
 
 def in_one_folder(root):
-    flat(root)
-    move_down(root, "val", "images")
+    make_flat_in_one_folder(root)
     return val
 
 
 def tiny_imagenet(root):
-    in_one_folder(root)
-    (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn01443537\t0\t32\t44\t62\n")
+    make_tiny_imagenet(root)
     return val
 
 
 def kaggle(root):
-    """As the archive unpacks: the data root is ILSVRC/Data/CLS-LOC, and its val/ is flat."""
-    inner = root / "ILSVRC" / "Data" / "CLS-LOC"
-    inner.mkdir(parents=True)
-    for part in ("train", "val"):
-        (root / part).rename(inner / part)
+    make_kaggle(root)
     return train
 
 

@@ -16,25 +16,15 @@ import torch
 from cspnet.data.loader import EvalBatches, TrainGroups, evaluation_batches, training_groups
 from cspnet.data.shared_memory import SharedBuffers, SlotRequest
 from cspnet.images import decode
-from cspnet.recipe.load import load_recipe
 from cspnet.recipe.schema import Evaluate
 from cspnet.sources import data_root
 from tests.conftest import ROOT
+from tests.helpers import content, small
 
 
 @pytest.fixture
 def source(folder):
     return data_root.open_training(str(folder))
-
-
-def small(*overrides):
-    return load_recipe(
-        None, ["data.image_size=64", "batch=8", "group=4", "schedule.steps=20", *overrides]
-    )
-
-
-def content(batch):
-    return batch.images.numpy().tobytes(), batch.labels.tolist(), batch.mask.tolist(), *batch[3:]
 
 
 def both(source, recipe, workers):
@@ -182,13 +172,14 @@ def test_pinned_batches_are_the_same(source):
     assert [content(batch) for batch in pinned] == expected
 
 
+@pytest.mark.slow
 def test_a_process_ends_although_nobody_closed_its_groups(tmp_path):
     """Its workers ignore the SIGTERM that the interpreter sends at exit before it waits for them."""
     script = """
 import builtins, pathlib
 from cspnet.data.loader import training_groups
 from cspnet.sources.data_root import open_training
-from tests.test_loader import small
+from tests.helpers import small
 groups = training_groups(open_training("digits"), small(), 0, 1, False)
 next(groups)
 builtins.kept = groups
@@ -197,13 +188,14 @@ builtins.kept = groups
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.slow
 def test_a_worker_ends_although_its_parent_died_in_the_fork(tmp_path):
     """torch then takes the process that adopted the worker for its parent."""
     script = """
 import os, pathlib, signal, sys, time
 from cspnet.data.loader import training_groups
 from cspnet.sources.data_root import open_training
-from tests.test_loader import small
+from tests.helpers import small
 source = open_training("digits")
 def in_the_child():
     pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))

@@ -1,11 +1,10 @@
 """The loop and its promises: resumption to the last bit, passes that change nothing."""
 
-import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -22,66 +21,16 @@ from cspnet.train import step as train_step
 from cspnet.train.adversarial import attack_mask
 from cspnet.train.optim import build_optimizer
 from cspnet.weights.load import build_net
-
-# A process that trains by a recipe's text and, after a given step is saved, kills itself.
-CHILD = """
-import os, pathlib, signal, sys, torch
-torch.set_num_threads(1)
-from rich.console import Console
-from cspnet.recipe import load
-from cspnet.run import checkpoint
-from cspnet.train import loop
-from cspnet.train import setup as job
-from cspnet.runtime.device import RunOptions
-text, output, workers, die_after = sys.argv[1:]
-original = checkpoint.CheckpointFiles.save
-def save(self, content, best=False):
-    original(self, content, best)
-    if content["step"] == int(die_after):
-        os.kill(os.getpid(), signal.SIGKILL)
-checkpoint.CheckpointFiles.save = save
-place = RunOptions(pathlib.Path(output), resume=True, device="cpu", workers=int(workers))
-loop.train(load.recipe_from_yaml(text), place, Console(quiet=True))
-"""
-
-
-def in_process(recipe, output, workers=0, die_after=-1):
-    arguments = [recipes.recipe_to_yaml(recipe), str(output), str(workers), str(die_after)]
-    return subprocess.run([sys.executable, "-c", CHILD, *arguments], timeout=120).returncode
-
-
-def run(recipe, output, **place):
-    place = RunOptions(output, device="cpu", **{"workers": 0, **place})
-    return loop.train(recipe, place, Console(quiet=True))
-
-
-def last(output):
-    return load_checkpoint(output / "checkpoints" / "last.pt")
-
-
-def history(output):
-    return [json.loads(line) for line in (output / "history.jsonl").read_text().splitlines()]
-
-
-def same(a, b):
-    """Bit-equality of nested dictionaries, lists, tensors and numbers."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
-
-
-def metrics(output):
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-
-
-def numbers(lines):
-    """Metrics without what a clock says."""
-    clock = ("images_per_second", "data_wait", "memory_gb")
-    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
+from tests.helpers import (
+    SuddenDeath,
+    die_at,
+    in_process,
+    last,
+    metrics,
+    numbers,
+    run,
+    same,
+)
 
 
 def test_killed_and_resumed_is_bit_equal_to_undisturbed(tiny, folder, tmp_path):
@@ -105,33 +54,16 @@ def test_killed_and_resumed_is_bit_equal_to_undisturbed(tiny, folder, tmp_path):
     assert numbers(metrics(tmp_path / "cut")) == numbers(metrics(tmp_path / "whole"))
 
 
-def test_the_log_window_survives_a_resume(tiny, tmp_path, monkeypatch):
+def test_the_log_window_survives_a_resume(tiny, undisturbed, tmp_path, monkeypatch):
     """The loss of a line is the mean since the last line, also across a crash in between."""
     recipe = tiny("log_every=3", "schedule.steps=6")
-    run(recipe, tmp_path / "whole")
+    expected = undisturbed(recipe)
     with monkeypatch.context() as patch:
         die_at(patch, "learning_rate", 3)
         with pytest.raises(SuddenDeath):
             run(recipe, tmp_path / "cut")
     run(recipe, tmp_path / "cut", resume=True)
-    assert numbers(metrics(tmp_path / "cut")) == numbers(metrics(tmp_path / "whole"))
-
-
-class SuddenDeath(BaseException):
-    """Ends a run as SIGKILL would: no handler of exceptions saves anything."""
-
-
-def die_at(monkeypatch, name, call, error=SuddenDeath):
-    """Makes the call-th call of a function of the loop raise."""
-    original, calls = getattr(loop, name), []
-
-    def die(*args, **kwargs):
-        calls.append(name)
-        if len(calls) == call:
-            raise error("on purpose")
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(loop, name, die)
+    assert numbers(metrics(tmp_path / "cut")) == numbers(metrics(expected))
 
 
 @pytest.mark.parametrize(
@@ -142,21 +74,26 @@ def die_at(monkeypatch, name, call, error=SuddenDeath):
         ("save", 4),  # with the first validation's line written, before last.pt and best.pt
     ],
 )
-def test_a_sudden_death_leaves_no_trace_in_the_record(tiny, tmp_path, monkeypatch, name, call):
+def test_a_sudden_death_leaves_no_trace_in_the_record(
+    tiny, undisturbed, tmp_path, monkeypatch, name, call
+):
     """Wherever it comes: after the resume, the same lines and TensorBoard events, the same bits."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     recipe = tiny("save_every=3", "evaluate.every=3", "schedule.steps=8")
-    run(recipe, tmp_path / "whole")
+    expected = undisturbed(recipe)
     with monkeypatch.context() as patch:
         die_at(patch, name, call)
         with pytest.raises(SuddenDeath):
             run(recipe, tmp_path / "cut")
     run(recipe, tmp_path / "cut", resume=True)
-    assert numbers(metrics(tmp_path / "cut")) == numbers(metrics(tmp_path / "whole"))
+    assert numbers(metrics(tmp_path / "cut")) == numbers(metrics(expected))
     for part in ("state_dict", "state_dict_ema", "best_top1"):
-        assert same(last(tmp_path / "cut")[part], last(tmp_path / "whole")[part]), part
-    best = [load_checkpoint(tmp_path / n / "checkpoints" / "best.pt") for n in ("cut", "whole")]
+        assert same(last(tmp_path / "cut")[part], last(expected)[part]), part
+    best = [
+        load_checkpoint(folder / "checkpoints" / "best.pt")
+        for folder in (tmp_path / "cut", expected)
+    ]
     assert best[0]["step"] == best[1]["step"] and same(*(b["state_dict"] for b in best))
     events = EventAccumulator(str(tmp_path / "cut" / "tb"))
     events.Reload()
@@ -201,8 +138,7 @@ def test_a_first_step_that_the_scaler_skips_leaves_no_garbage(tiny):
         assert fused.state[p]["momentum_buffer"].abs().max() < 10
 
 
-def test_a_state_of_another_device_keeps_this_ones_kernel(tiny, tmp_path):
-    run(tiny(), tmp_path / "run")
+def test_a_state_of_another_device_keeps_this_ones_kernel(tiny, finished_run, tmp_path):
     place = RunOptions(tmp_path / "run", resume=True, device="cpu")
     work = setup.prepare(tiny(), place, Console(quiet=True))
     state = setup.start(work)
@@ -236,13 +172,13 @@ def test_attacked_groups_are_attacked_and_no_others(tiny, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("mistake", ["foreign", "no-last", "other-recipe"])
-def test_resume_in_a_folder_that_is_not_this_run(tiny, tmp_path, mistake):
+def test_resume_in_a_folder_that_is_not_this_run(tiny, undisturbed, tmp_path, mistake):
     folder = tmp_path / "run"
     if mistake == "foreign":
         folder.mkdir()
         (folder / "thesis.tex").write_text("precious")
     else:
-        run(tiny("evaluate.every=2"), folder)
+        shutil.copytree(undisturbed(tiny("evaluate.every=2")), folder)
         (folder / "checkpoints" / "last.pt").unlink()
         if mistake == "other-recipe":
             (folder / "checkpoints" / "best.pt").unlink()
@@ -253,29 +189,11 @@ def test_resume_in_a_folder_that_is_not_this_run(tiny, tmp_path, mistake):
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
 
-def test_sigterm_to_the_whole_process_group_saves_too(tiny, tmp_path):
-    """As batch systems send it: the workers get it as well, and must not care."""
-    recipe = tiny("schedule.steps=400", "save_every=1000")
-    arguments = [recipes.recipe_to_yaml(recipe), str(tmp_path / "cut"), "2", "-1"]
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, *arguments], stderr=subprocess.PIPE, start_new_session=True
-    )
-    record = tmp_path / "cut" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (record.exists() and record.read_text().count("\n") >= 2):
-        assert time.monotonic() < deadline and child.poll() is None
-        time.sleep(0.01)
-    os.killpg(child.pid, signal.SIGTERM)
-    _, errors = child.communicate(timeout=60)
-    assert b"SIGTERM: saved at step" in errors and b"DataLoader" not in errors
-    assert last(tmp_path / "cut")["step"] >= 2
-    with pytest.raises(ProcessLookupError):
-        os.killpg(child.pid, 0)  # nobody is left
-
-
-def test_a_signal_in_validation_breaks_it_off_and_the_resumed_run_validates(tiny, tmp_path):
+def test_a_signal_in_validation_breaks_it_off_and_the_resumed_run_validates(
+    tiny, undisturbed, tmp_path
+):
     recipe = tiny("evaluate.every=3", "schedule.steps=4")
-    run(recipe, tmp_path / "whole")
+    expected = undisturbed(recipe)
     original = loop.evaluate_network
 
     def interrupted(*args, **kwargs):
@@ -287,7 +205,7 @@ def test_a_signal_in_validation_breaks_it_off_and_the_resumed_run_validates(tiny
         with pytest.raises(StoppedError, match="saved at step 3 of 4"):
             run(recipe, tmp_path / "cut")
     run(recipe, tmp_path / "cut", resume=True)
-    assert numbers(metrics(tmp_path / "cut")) == numbers(metrics(tmp_path / "whole"))
+    assert numbers(metrics(tmp_path / "cut")) == numbers(metrics(expected))
 
 
 def relative(a, b, chosen):
@@ -384,41 +302,20 @@ def test_a_step_equals_a_plain_reference(tiny, tmp_path):
         torch.testing.assert_close(trained[name], tensor, rtol=2e-4, atol=2e-5)
 
 
-def test_a_signal_saves_first_and_exits_75(tiny, tmp_path):
-    """SIGTERM in mid-run: the finished step is saved, and the resumed run ends as the whole one."""
-    recipe = tiny("schedule.steps=40", "save_every=1000", "log_every=1")
-    arguments = [recipes.recipe_to_yaml(recipe), str(tmp_path / "cut"), "0", "-1"]
-    child = subprocess.Popen([sys.executable, "-c", CHILD, *arguments], stderr=subprocess.PIPE)
-    record = tmp_path / "cut" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (record.exists() and record.read_text().count("\n") >= 3):
-        assert time.monotonic() < deadline and child.poll() is None
-        time.sleep(0.01)
-    child.send_signal(signal.SIGTERM)
-    _, errors = child.communicate(timeout=60)
-    assert b"SIGTERM: saved at step" in errors
-    stopped_at = last(tmp_path / "cut")["step"]
-    assert 3 <= stopped_at < 40
-    run(recipe, tmp_path / "cut", resume=True)
-    run(recipe, tmp_path / "whole")
-    assert same(last(tmp_path / "cut")["state_dict"], last(tmp_path / "whole")["state_dict"])
-    steps = [line["step"] for line in metrics(tmp_path / "cut") if line["split"] == "train"]
-    assert steps == list(range(1, 41))
-
-
-def test_stop_raises_the_right_exit_code(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
+def test_stop_raises_the_right_exit_code(tiny, tmp_path, monkeypatch, number):
     recipe = tiny()
     original = loop.learning_rate
 
     def interrupt(update, recipe):
         if update == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.Signals[number])
         return original(update, recipe)
 
     monkeypatch.setattr(loop, "learning_rate", interrupt)
     # Whoever runs the suite in the background has it ignore SIGINT, and so would the loop.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    with pytest.raises(StoppedError, match="saved at step 2 of 7") as stopped:
+    with pytest.raises(StoppedError, match=f"{number}: saved at step 2 of 7") as stopped:
         run(recipe, tmp_path / "run")
     assert stopped.value.exit_code == 75
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -444,21 +341,18 @@ def test_validation_and_best(tiny, tmp_path):
     assert net.training
 
 
-def test_a_finished_run_is_not_trained_again(tiny, tmp_path):
-    run(tiny(), tmp_path / "run")
+def test_a_finished_run_is_not_trained_again(tiny, finished_run, tmp_path):
     before = (tmp_path / "run" / "checkpoints" / "last.pt").read_bytes()
     assert run(tiny(), tmp_path / "run", resume=True) is None
     assert (tmp_path / "run" / "checkpoints" / "last.pt").read_bytes() == before
 
 
-def test_a_run_folder_is_never_overwritten(tiny, tmp_path):
-    run(tiny(), tmp_path / "run")
+def test_a_run_folder_is_never_overwritten(tiny, finished_run, tmp_path):
     with pytest.raises(RecipeError, match=r"not empty.*--resume"):
         run(tiny(), tmp_path / "run")
 
 
-def test_other_settings_are_refused_and_a_longer_horizon_is_not(tiny, tmp_path):
-    run(tiny(), tmp_path / "run")
+def test_other_settings_are_refused_and_a_longer_horizon_is_not(tiny, finished_run, tmp_path):
     with pytest.raises(CheckpointError) as caught:
         run(tiny("seed=1", "loss.label_smoothing=0.2"), tmp_path / "run", resume=True)
     assert "seed was 0, is now 1" in str(caught.value)
@@ -507,9 +401,8 @@ def test_an_unreadable_file_may_have_any_name(tiny, folder, tmp_path):
     assert "caf\\udce9.jpg" in console.export_text()
 
 
-def test_two_processes_do_not_train_in_one_folder(tiny, tmp_path):
-    folder = tmp_path / "run"
-    run(tiny(), folder)
+def test_two_processes_do_not_train_in_one_folder(tiny, finished_run):
+    folder = finished_run
     hold = "import pathlib, sys; from cspnet.run.lock import RunLock; c = RunLock(); "
     hold += "c.take(pathlib.Path(sys.argv[1])); print('taken', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", hold, str(folder)]
@@ -523,8 +416,7 @@ def test_two_processes_do_not_train_in_one_folder(tiny, tmp_path):
     assert run(tiny(), folder, resume=True) is None, "complete, and free again"
 
 
-def test_the_run_folder_holds_what_the_design_says(tiny, tmp_path):
-    run(tiny(), tmp_path / "run")
+def test_the_run_folder_holds_what_the_design_says(tiny, finished_run, tmp_path):
     names = {str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*")}
     for name in ("recipe.yaml", "env.json", "metrics.jsonl", "checkpoints/last.pt", "tb"):
         assert name in names
@@ -534,10 +426,9 @@ def test_the_run_folder_holds_what_the_design_says(tiny, tmp_path):
     assert {"step", "epoch", "split", "loss", "lr", "images_per_second", "data_wait"} <= set(line)
 
 
-def test_tensorboard_holds_the_record(tiny, tmp_path):
+def test_tensorboard_holds_the_record(tiny, finished_run, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run(tiny(), tmp_path / "run")
     events = EventAccumulator(str(tmp_path / "run" / "tb"))
     events.Reload()
     tags = events.Tags()

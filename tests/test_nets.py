@@ -19,6 +19,7 @@ from cspnet.nets import mish as mish_module
 from cspnet.nets.csp import ACTIVATIONS, ARCHITECTURE_NAMES
 from cspnet.nets.layers import ConvNormAct, GroupBatchNorm2d, GroupedNorm, NormMish, fold
 from cspnet.nets.mish import AlgebraicMish, Mish, mish
+from tests.helpers import live
 
 TINY = {"width": 0.125, "classes": 10}
 
@@ -26,18 +27,6 @@ TINY = {"width": 0.125, "classes": 10}
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def live(net: nn.Module) -> nn.Module:
-    """Give every norm an affine of its own and the statistics of a batch, so that signals live."""
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.bias, -0.5, 0.5)
-    nn.init.uniform_(net.head.fc.bias, -0.1, 0.1)
-    with torch.no_grad():
-        net.train()(torch.randn(8, 3, 64, 64))
-    return net.eval()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

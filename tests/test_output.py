@@ -10,8 +10,7 @@ import pytest
 
 from cspnet.console import RunOutput, TolerantStream
 from tests.conftest import HIDDEN, TINY
-from tests.test_loop import last, metrics, numbers, same
-from tests.test_signals import begin
+from tests.helpers import begin, last, metrics, numbers, same
 
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", **HIDDEN}
 
@@ -140,7 +139,7 @@ def test_names_are_the_same_in_every_locale(tmp_path, folder):
 
 
 def test_an_evaluation_for_a_file_needs_no_reader(tmp_path, command, tiny):
-    from tests.test_loop import run
+    from tests.helpers import run
 
     run(tiny(), tmp_path / "run")
     words = (

@@ -12,7 +12,7 @@ from cspnet.run.checkpoint import CheckpointFiles, load_checkpoint
 from cspnet.run.lock import RunLock
 from cspnet.train import loop
 from tests.conftest import TINY
-from tests.test_loop import die_at, history, in_process, last, metrics, numbers, run, same
+from tests.helpers import die_at, history, in_process, last, metrics, numbers, run, same
 
 
 @pytest.mark.parametrize(
@@ -24,10 +24,10 @@ from tests.test_loop import die_at, history, in_process, last, metrics, numbers,
     ],
 )
 def test_an_unexpected_exception_saves_what_is_consistent(
-    tiny, tmp_path, monkeypatch, name, call, saved
+    tiny, undisturbed, tmp_path, monkeypatch, name, call, saved
 ):
     recipe = tiny("save_every=1000", "evaluate.every=6", "schedule.steps=8")
-    run(recipe, tmp_path / "whole")
+    expected = undisturbed(recipe)
     with monkeypatch.context() as patch:
         # The sample page of the first step calls it once more.
         die_at(patch, name, call + (name == "to_device"), MemoryError)
@@ -41,8 +41,8 @@ def test_an_unexpected_exception_saves_what_is_consistent(
     assert "Traceback (most recent call last)" in traceback and "in die\n" in traceback
     assert "unexpected MemoryError" in (tmp_path / "cut/train.log").read_text()
     run(recipe, tmp_path / "cut", resume=True)
-    assert numbers(metrics(tmp_path / "cut")) == numbers(metrics(tmp_path / "whole"))
-    assert same(last(tmp_path / "cut")["state_dict"], last(tmp_path / "whole")["state_dict"])
+    assert numbers(metrics(tmp_path / "cut")) == numbers(metrics(expected))
+    assert same(last(tmp_path / "cut")["state_dict"], last(expected)["state_dict"])
 
 
 def test_too_many_unreadable_images_lose_no_step(tiny, folder, tmp_path):
@@ -129,10 +129,12 @@ def test_a_run_folder_is_enough_from_any_directory(folder, tmp_path, command):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_stop_in_a_validation_saves_what_a_full_disk_has_refused(tiny, tmp_path, monkeypatch):
+def test_a_stop_in_a_validation_saves_what_a_full_disk_has_refused(
+    tiny, undisturbed, tmp_path, monkeypatch
+):
     """The save before the validation failed, and the run continued."""
     recipe = tiny("save_every=1000", "evaluate.every=4", "schedule.steps=8")
-    run(recipe, tmp_path / "whole")
+    expected = undisturbed(recipe)
     original, calls = CheckpointFiles.save, []
 
     def save(checkpoints, content, best=False):
@@ -154,14 +156,16 @@ def test_a_stop_in_a_validation_saves_what_a_full_disk_has_refused(tiny, tmp_pat
         run(recipe, tmp_path / "cut")
     assert calls == [4, 4] and last(tmp_path / "cut")["step"] == 4
     run(recipe, tmp_path / "cut", resume=True)
-    assert numbers(metrics(tmp_path / "cut")) == numbers(metrics(tmp_path / "whole"))
+    assert numbers(metrics(tmp_path / "cut")) == numbers(metrics(expected))
 
 
 @pytest.mark.parametrize("place", ["report", "write"])
-def test_a_crash_after_a_validation_validates_again(tiny, tmp_path, monkeypatch, place):
+def test_a_crash_after_a_validation_validates_again(
+    tiny, undisturbed, tmp_path, monkeypatch, place
+):
     """Neither the line of the validation nor best.pt may be lost."""
     recipe = tiny("save_every=1000", "evaluate.every=4", "schedule.steps=8")
-    run(recipe, tmp_path / "whole")
+    expected = undisturbed(recipe)
     original = checkpoint.write_checkpoint
 
     def write(content, path):
@@ -181,8 +185,10 @@ def test_a_crash_after_a_validation_validates_again(tiny, tmp_path, monkeypatch,
     saved = last(tmp_path / "cut")
     assert saved["validated"] == 0 and saved["best_top1"] == -1
     run(recipe, tmp_path / "cut", resume=True)
-    assert numbers(metrics(tmp_path / "cut")) == numbers(metrics(tmp_path / "whole"))
-    ours, theirs = (load_checkpoint(tmp_path / n / "checkpoints/best.pt") for n in ("cut", "whole"))
+    assert numbers(metrics(tmp_path / "cut")) == numbers(metrics(expected))
+    ours, theirs = (
+        load_checkpoint(folder / "checkpoints/best.pt") for folder in (tmp_path / "cut", expected)
+    )
     assert ours["step"] == theirs["step"] and same(ours["state_dict"], theirs["state_dict"])
 
 

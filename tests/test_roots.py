@@ -8,7 +8,7 @@ import pytest
 from cspnet.datasets.check import check_dataset
 from cspnet.errors import DataError
 from cspnet.sources import data_root, roots
-from tests.test_layout import flat, kaggle, tiny_imagenet
+from tests.helpers import make_flat, make_kaggle, make_tiny_imagenet
 
 
 def rename_class(root, name):
@@ -69,7 +69,7 @@ def test_two_classes_of_which_one_is_named_valid(folder):
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_a_flat_part_beside_other_splits_is_no_class(folder, part):
     """Kaggle's cats and dogs: train/cat.0.jpg, test/1.jpg."""
-    flat(folder)
+    make_flat(folder)
     (folder / "val").rename(folder / "moving")
     shutil.rmtree(folder / "train")
     (folder / "moving").rename(folder / part)
@@ -103,7 +103,7 @@ def test_images_are_found_at_any_depth_by_check_and_messages(folder):
 
 
 def test_kaggle_is_recognised_at_every_level_and_its_list_found(folder):
-    kaggle(folder)
+    make_kaggle(folder)
     inner = folder / "ILSVRC" / "Data" / "CLS-LOC"
     for opens in (
         data_root.open_training,
@@ -136,7 +136,7 @@ def test_kaggle_is_recognised_at_every_level_and_its_list_found(folder):
 
 
 def test_tiny_imagenet_is_recognised_in_check_and_training(folder):
-    tiny_imagenet(folder)
+    make_tiny_imagenet(folder)
     for name in ("apple", "bear", "cat"):
         (folder / "train" / name).rename(folder / "moving")
         (folder / "train" / name).mkdir()
@@ -159,7 +159,7 @@ def test_the_commands_of_data_readme_sort_what_is_recognised(folder, tmp_path):
 
     text = (ROOT / "data" / "README.md").read_text()
     blocks = {head: body for head, body in _blocks(text)}
-    tiny_imagenet(folder)
+    make_tiny_imagenet(folder)
     (folder / "val" / "val_annotations.txt").write_text(
         "".join(
             f"{p.name}\t{p.name.partition('_')[0]}\t0\t0\t9\t9\n"
@@ -205,7 +205,7 @@ def test_a_root_in_a_folder_of_roots_is_named(folder):
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_split_of_another_name_is_named_even_if_it_is_flat(folder, inside):
-    flat(folder)
+    make_flat(folder)
     (folder / "val").rename(folder / "Val")
     if inside:
         (folder / "Val").rename(folder / "images")

@@ -22,8 +22,7 @@ from cspnet.runtime.device import RunOptions
 from cspnet.sources import data_root, tar_index, tar_members, tar_set
 from cspnet.train import loop
 from tests.conftest import ROOT
-
-CLASSES = ["apple", "bear", "cat"]
+from tests.helpers import CLASSES
 
 
 def put(tar, name, data=b"", **attributes):

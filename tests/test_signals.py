@@ -12,27 +12,7 @@ import pytest
 from cspnet.errors import StoppedError
 from cspnet.run.checkpoint import CheckpointFiles
 from tests.conftest import HIDDEN, ROOT, TINY
-from tests.test_loop import last, metrics, numbers, run, same
-
-# A shell starts what runs in its background with SIGINT ignored, which processes inherit.
-TRAIN = (
-    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    "from cspnet.cli import main_train; sys.argv[0] = 'cspnet-train'; main_train()"
-)
-
-
-def begin(output, *overrides, workers=0, **options):
-    """A training process of the command line, in a session of its own."""
-    arguments = ["--recipe", "digits", "--output", str(output), "--resume", "-j", str(workers)]
-    return subprocess.Popen(
-        [sys.executable, "-c", TRAIN, *arguments, *TINY, *overrides],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        **options,
-    )
+from tests.helpers import TRAIN_COMMAND, begin, last, metrics, numbers, run, same
 
 
 def wait_for_lines(child, output, count):
@@ -43,15 +23,25 @@ def wait_for_lines(child, output, count):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
+# In this process each of them stops a run in test_loop.py.
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGUSR1, signal.SIGINT)),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_in_training_saves_and_exits_75(tmp_path, number):
-    child = begin(tmp_path / "run", "schedule.steps=400", "save_every=1000", workers=1)
+    child = begin(tmp_path / "run", "schedule.steps=400", "save_every=1000", workers=2)
     wait_for_lines(child, tmp_path / "run", 2)
     os.killpg(child.pid, number)  # as a terminal and Slurm send it: to the workers too
     output, errors = child.communicate(timeout=60)
     assert child.returncode == 75 and f"{number.name}: saved at step" in errors
     assert "Traceback" not in output + errors and "DataLoader" not in errors
     assert last(tmp_path / "run")["step"] >= 2
+    with pytest.raises(ProcessLookupError):
+        os.killpg(child.pid, 0)  # no worker is left
 
 
 def test_a_closed_terminal_loses_nothing(tmp_path):
@@ -67,7 +57,7 @@ def test_a_closed_terminal_loses_nothing(tmp_path):
         "    if update == 3:\n"
         "        time.sleep(0.5)\n"
         "    return original(update, recipe)\n"
-        "loop.learning_rate = rate\n" + TRAIN
+        "loop.learning_rate = rate\n" + TRAIN_COMMAND
     )
     arguments = ["--recipe", "digits", "--output", str(tmp_path / "run"), "-j", "1", *TINY]
     child = subprocess.Popen(
@@ -90,7 +80,7 @@ def test_a_closed_terminal_loses_nothing(tmp_path):
     assert "SIGHUP: saved at step" in (tmp_path / "run" / "train.log").read_text()
 
 
-def test_sigterm_in_a_save_finishes_it(tiny, tmp_path, monkeypatch):
+def test_sigterm_in_a_save_finishes_it(tiny, undisturbed, tmp_path, monkeypatch):
     original = CheckpointFiles.save
 
     def save(checkpoints, content, best=False):
@@ -106,16 +96,16 @@ def test_sigterm_in_a_save_finishes_it(tiny, tmp_path, monkeypatch):
         run(tiny(), tmp_path / "cut")
     assert last(tmp_path / "cut")["step"] == 4  # the wish is read after the next step
     run(tiny(), tmp_path / "cut", resume=True)
-    run(tiny(), tmp_path / "whole")
-    assert same(last(tmp_path / "cut")["state_dict"], last(tmp_path / "whole")["state_dict"])
-    assert numbers(metrics(tmp_path / "cut")) == numbers(metrics(tmp_path / "whole"))
+    expected = undisturbed(tiny())
+    assert same(last(tmp_path / "cut")["state_dict"], last(expected)["state_dict"])
+    assert numbers(metrics(tmp_path / "cut")) == numbers(metrics(expected))
 
 
 def test_the_loop_of_the_documentation_ends_a_run_by_time_limits(tmp_path):
     """Each round makes a step at least, exits with 75, and the next one goes on."""
     text = (ROOT / "docs" / "resuming.md").read_text()
     (script,) = re.findall(r"```sh\n(until cspnet-train .*?)```", text, re.DOTALL)
-    command = f'{sys.executable} -c "{TRAIN}" {" ".join(TINY)} schedule.steps=2 -j 0'
+    command = f'{sys.executable} -c "{TRAIN_COMMAND}" {" ".join(TINY)} schedule.steps=2 -j 0'
     script = script.replace(
         "cspnet-train --recipe cspdarknet53-omega --data data/imagenet", command
     )
@@ -149,7 +139,7 @@ def test_nothing_is_written_outside_the_run_folder(tmp_path):
     } | HIDDEN
     arguments = ["--recipe", "digits", "--output", str(tmp_path / "run"), *TINY]
     done = subprocess.run(
-        [sys.executable, "-c", TRAIN, *arguments, "schedule.steps=2", "-j", "1"],
+        [sys.executable, "-c", TRAIN_COMMAND, *arguments, "schedule.steps=2", "-j", "1"],
         cwd=places["here"],
         env=environment,
         capture_output=True,

@@ -19,8 +19,7 @@ from cspnet.errors import StoppedError, WorkersFailedError
 from cspnet.recipe.schema import Evaluate
 from cspnet.sources.data_root import open_training
 from cspnet.train import loop
-from tests.test_loader import content, small
-from tests.test_loop import history, last, metrics, numbers, run, same
+from tests.helpers import content, history, last, metrics, numbers, run, same, small
 
 
 @pytest.fixture(autouse=True)
@@ -137,9 +136,11 @@ def test_without_semaphores_check_reads_the_files_itself(source, no_semaphores, 
     assert "cannot start worker processes (No space left" in capfd.readouterr().err
 
 
-def test_a_run_whose_workers_are_killed_is_the_undisturbed_one(tiny, tmp_path, monkeypatch):
+def test_a_run_whose_workers_are_killed_is_the_undisturbed_one(
+    tiny, undisturbed, tmp_path, monkeypatch
+):
     recipe = tiny("schedule.steps=9", "evaluate.every=4")
-    run(recipe, tmp_path / "whole")
+    expected = undisturbed(recipe)
     original = loop.update
 
     def killing(*arguments):
@@ -152,17 +153,17 @@ def test_a_run_whose_workers_are_killed_is_the_undisturbed_one(tiny, tmp_path, m
     calls = [0]
     monkeypatch.setattr(loop, "update", killing)
     run(recipe, tmp_path / "cut", workers=2)
-    assert same(last(tmp_path / "cut")["state_dict"], last(tmp_path / "whole")["state_dict"])
-    assert numbers(metrics(tmp_path / "cut")) == numbers(metrics(tmp_path / "whole"))
+    assert same(last(tmp_path / "cut")["state_dict"], last(expected)["state_dict"])
+    assert numbers(metrics(tmp_path / "cut")) == numbers(metrics(expected))
     log = (tmp_path / "cut" / "train.log").read_text()
     assert log.count("restarting the workers") == 2
     assert "dataloader workers died 2 times" in log
 
 
-def test_workers_that_keep_dying_end_the_run_after_a_save(tiny, tmp_path, monkeypatch):
+def test_workers_that_keep_dying_end_the_run_after_a_save(tiny, undisturbed, tmp_path, monkeypatch):
     """Within one log interval. Only the interrupted step is lost."""
     recipe = tiny("schedule.steps=9", "log_every=100", "save_every=1000")
-    run(recipe, tmp_path / "whole")
+    expected = undisturbed(recipe)
     original = loop.to_device
 
     def killing(*arguments):
@@ -178,7 +179,7 @@ def test_workers_that_keep_dying_end_the_run_after_a_save(tiny, tmp_path, monkey
     assert stopped.value.exit_code == 75
     assert last(tmp_path / "cut")["step"] >= 4 and history(tmp_path / "cut")[-1]["event"] == "stop"
     run(recipe, tmp_path / "cut", resume=True)
-    assert same(last(tmp_path / "cut")["state_dict"], last(tmp_path / "whole")["state_dict"])
+    assert same(last(tmp_path / "cut")["state_dict"], last(expected)["state_dict"])
 
 
 def test_workers_that_die_at_once_do_not_ask_for_another_start(tiny, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from cspnet.train.adversarial import attack
 from cspnet.train.optim import parameter_groups
 from cspnet.weights.export import ExportError, export_network
 from cspnet.weights.load import build_net, init_net, load_weights
-from tests.test_export import equal, run_lines, trained, views
+from tests.helpers import equal, run_lines, trained, views
 
 SMALL = ("data.image_size=64", "model.width=0.25")
 

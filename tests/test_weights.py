@@ -23,7 +23,7 @@ from cspnet.weights.labels import natural_key, read_labels
 from cspnet.weights.load import init_net, load_weights, resolve_class_names
 from cspnet.weights.trained import Trained, build_net
 from tests.conftest import picture
-from tests.test_export import equal, trained
+from tests.helpers import equal, trained
 
 SMALL = ("data.image_size=64", "model.width=0.125")
 TWELVE = [str(number) for number in range(1, 13)]

@@ -9,11 +9,15 @@ import sys
 
 import pytest
 import torch
+from rich.console import Console
 
+from cspnet.errors import RecipeError
 from cspnet.recipe import load as recipes
 from cspnet.run.checkpoint import load_checkpoint
+from cspnet.runtime.device import RunOptions
 from cspnet.runtime.distributed import Processes
 from cspnet.train.adversarial import attack_mask
+from cspnet.train.setup import prepare
 from cspnet.weights.load import build_net
 from tests.conftest import ROOT, TINY
 
@@ -194,6 +198,7 @@ def test_from_one_to_two_and_back(alone, tmp_path):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_a_save(tmp_path):
     codes, told = ended(started(2, tmp_path / "run", plan={"term": [1, 2]}))
     assert codes == [75, 75], told
@@ -202,6 +207,7 @@ def test_a_signal_to_one_process_stops_all_after_a_save(tmp_path):
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 3
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_ends_the_others_and_loses_nothing(tmp_path):
     """Stopped in mid-step, as a driver may hang. The patience is ten minutes, here seconds."""
     processes = started(2, tmp_path / "run", plan={"hang": [1, 2], "patience": 15})
@@ -220,6 +226,7 @@ def test_a_process_that_hangs_ends_the_others_and_loses_nothing(tmp_path):
     )  # whence a run goes on
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_the_first_process_pauses_the_saving_of_all(tmp_path):
     codes, told = ended(started(2, tmp_path / "run", plan={"full_at": 2}))
     assert codes == [0, 0], told
@@ -227,20 +234,29 @@ def test_a_disk_that_is_full_for_the_first_process_pauses_the_saving_of_all(tmp_
 
 
 @pytest.mark.parametrize(
-    "size, options, message",
+    "size, passes, message",
     [
-        (3, (), "3 processes cannot share the 4 groups of a step evenly"),
-        (2, ("--passes", "3"), "a step has 2 groups for each of 2 processes, so give 1 to 2"),
+        (3, None, "3 processes cannot share the 4 groups of a step evenly"),
+        (2, 3, "a step has 2 groups for each of 2 processes, so give 1 to 2"),
     ],
 )
-def test_worlds_that_do_not_fit_are_refused_once(tmp_path, size, options, message):
-    codes, told = ended(started(size, tmp_path / "run", options=options))
-    assert codes == [2] * size
-    assert message in told[0] and "Traceback" not in "".join(told)
-    assert told[1:] == [""] * (size - 1), "told by the first process alone"
+def test_worlds_that_do_not_fit_are_refused(tiny, tmp_path, size, passes, message):
+    place = RunOptions(tmp_path / "run", device="cpu", passes=passes)
+    with pytest.raises(RecipeError, match=message):
+        prepare(tiny("batch=32"), place, Console(quiet=True), Processes(0, size))
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+def test_a_refusal_is_printed_by_the_first_process_alone(tmp_path):
+    codes, told = ended(started(3, tmp_path / "run"))
+    assert codes == [2] * 3
+    assert "3 processes cannot share" in told[0] and "Traceback" not in "".join(told)
+    assert told[1:] == [""] * 2
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_processes_that_see_other_data_are_refused(tmp_path, folder):
     smaller = tmp_path / "smaller"
     for file in sorted((folder).rglob("*.jpg"))[:-1]:
@@ -252,16 +268,9 @@ def test_processes_that_see_other_data_are_refused(tmp_path, folder):
     assert codes == [2, 2] and "the processes do not see the same" in told[0], told
 
 
-def test_a_world_size_without_the_rest_names_torchrun(tmp_path, command):
-    script = (
-        "import os; os.environ['WORLD_SIZE'] = '4'; from cspnet.cli import main_train as m; m()"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, "--recipe", "digits", "--output", tmp_path / "run"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+def test_a_world_size_without_the_rest_names_torchrun(tmp_path, command, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    done = command("main_train", "--recipe", "digits", "--output", tmp_path / "run")
     assert done.returncode == 2 and "torchrun --nproc-per-node" in done.stderr
 
 
@@ -275,6 +284,7 @@ main_eval()
 """
 
 
+@pytest.mark.slow
 def test_an_evaluation_counts_each_image_once_in_any_world(alone):
     """359 images in 8 batches, by one process and by three."""
     output, _ = alone
@@ -290,6 +300,7 @@ def test_an_evaluation_counts_each_image_once_in_any_world(alone):
     assert scores[0]["images"] == 359
 
 
+@pytest.mark.slow
 def test_two_nodes_of_torchrun_survive_the_death_of_a_process(tmp_path):
     """One process of two dies amid the run; both are started again, to the same end bit by bit."""
     undisturbed = run(2, tmp_path / "undisturbed")

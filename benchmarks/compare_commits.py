@@ -1,0 +1,238 @@
+"""Train with two source trees and compare the results bit for bit: the check of a refactoring.
+
+    python benchmarks/compare_commits.py BEFORE AFTER [--only NAME ...] [--keep FOLDER]
+
+BEFORE and AFTER are checkouts, for example of `git worktree add`. Each run below is trained with
+both: every tensor and number in last.pt and best.pt must be equal, and so must the lines of
+metrics.jsonl, except for times and memory. Recipe keys and options that were renamed between the
+two are translated by the tables below; entries of checkpoints that were renamed are paired by their
+content. Exits with 1 if anything differs.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests import golden  # noqa: E402
+
+# Section and field, before and after. Spelt apart, so that a search for a key does not find them.
+KEYS = """
+average decay            ema decay
+mix share                mix images_per_draw
+adversarial strength     adversarial step_size
+adversarial target       adversarial objective
+augment resize           augment scale
+augment angle            augment rotation
+data size                data image_size
+data start_image_size          data start_image_size
+data reduced_decode       data reduced_decode
+evaluate crop            evaluate crop_pct
+evaluate resize          evaluate interpolation
+model weights            model init_from
+model freeze             model freeze_stages
+loss smoothing           loss label_smoothing
+"""
+# Values of renamed keys, before and after, by the field's new name.
+VALUES = {
+    "objective": {"nothing": "suppress", "label": "mislead"},
+    "interpolation": {"align_corners": "align_corners"},
+}
+TYPED = [tuple(line.split()) for line in KEYS.strip().splitlines()]
+BEFORE_TO_AFTER = {f"{a}.{b}": f"{c}.{d}" for a, b, c, d in TYPED}
+AFTER_TO_BEFORE = {after: before for before, after in BEFORE_TO_AFTER.items()}
+
+SCHEMA = """
+try:
+    from cspnet.recipe.schema import Recipe
+except ImportError:
+    from cspnet.recipe.schema import Recipe
+from dataclasses import fields, is_dataclass
+for field in fields(Recipe()):
+    value, name = getattr(Recipe(), field.name), field.name
+    print(*[f"{name}.{f.name}" for f in fields(value)] if is_dataclass(value) else [name])
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    overrides: tuple[str, ...] = ()
+    micro_batch: int = 0  # groups that go through the network at once; 0: do not say
+    options: tuple[str, ...] = ()
+    processes: int = 1
+    killed: bool = False
+
+
+# The golden recipe has the attack, mixing, an EMA, and a growing image size.
+OFTEN = ("adversarial.probability=0.9", "mix.probability=0.8")
+RUNS = {
+    "one": Run(),
+    "two-processes": Run(processes=2),
+    "killed": Run(killed=True),
+    "two-processes-killed": Run(processes=2, killed=True),
+    "mislead": Run(
+        ("adversarial.objective=mislead", "model.name=darknet53", "model.activation=leaky")
+    ),
+    "micro-batches": Run(OFTEN, micro_batch=2, options=("--workers", "2")),
+    "bf16": Run(("precision=bf16", "schedule.steps=4"), micro_batch=4),
+    "usual-epsilon": Run(("model.norm_eps=1e-5", "evaluate.interpolation=align_corners")),
+    "timm": Run(("model.name=timm/resnet18", "data.image_size=64", "data.start_image_size=32")),
+    "no-ema": Run(("ema.decay=0", "model.name=cspresnext50", "log_every=3", "save_every=2")),
+}
+TIMM_HAS_NOT = ("model.width=", "model.norm_momentum=", "model.norm_eps=")
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A checkout, and the names that it knows."""
+
+    path: Path
+    keys: frozenset[str]
+    options: str  # the help of its `train` command
+
+    @classmethod
+    def open(cls, path: Path) -> "Tree":
+        def ask(code: str) -> str:
+            environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(path), "COLUMNS": "200"}
+            command = [sys.executable, "-c", code, "--help"]
+            return subprocess.run(
+                command, env=environment, check=True, capture_output=True, text=True
+            ).stdout
+
+        text = ask("from cspnet.cli import main_train; main_train()")
+        return cls(path, frozenset(ask(SCHEMA).split()), text)
+
+    def override(self, text: str) -> str:
+        """An override with its key and value as this tree spells them."""
+        key, _, value = text.partition("=")
+        if key not in self.keys:
+            key = BEFORE_TO_AFTER.get(key) or AFTER_TO_BEFORE[key]
+        field = AFTER_TO_BEFORE.get(key) and key.partition(".")[2]
+        values = VALUES.get(field or "", {})
+        if key in BEFORE_TO_AFTER:
+            after = BEFORE_TO_AFTER[key].partition(".")[2]
+            values = {new: old for old, new in VALUES.get(after, {}).items()}
+        return f"{key}={values.get(value, value)}"
+
+    def micro_batch(self, groups: int, group: int) -> tuple[str, str]:
+        if "--micro-batch" in self.options:
+            return "--micro-batch", str(groups * group)
+        return "--passes", str(groups)
+
+    def train(self, run: Run, output: Path) -> None:
+        overrides = [*golden.RECIPE, *run.overrides]
+        if any(text.startswith("model.name=timm/") for text in overrides):
+            overrides = [text for text in overrides if not text.startswith(TIMM_HAS_NOT)]
+        overrides = [self.override(text) for text in overrides]
+        options = run.options
+        if run.micro_batch:
+            group = next(int(t.split("=")[1]) for t in golden.RECIPE if t.startswith("group="))
+            options += self.micro_batch(run.micro_batch, group)
+        if run.killed:
+            count = golden.KILL_AFTER
+            golden.train(self.path, output, overrides, options, run.processes, kill_after=count)
+            options += ("--resume",)
+        golden.train(self.path, output, overrides, options, run.processes)
+
+
+def is_equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return (
+            isinstance(other, torch.Tensor)
+            and one.dtype == other.dtype
+            and one.shape == other.shape
+            # As bytes: NaN equals NaN, and 0 is not -0.
+            and one.contiguous()
+            .view(-1)
+            .view(torch.uint8)
+            .equal(other.contiguous().view(-1).view(torch.uint8))
+        )
+    return type(one) is type(other) and one == other
+
+
+def compare_checkpoints(before: Path, after: Path) -> list[str]:
+    """Differences between the tensors and numbers of two checkpoints."""
+    entries = []
+    for file in (before, after):
+        found = golden.leaves(torch.load(file, map_location="cpu", weights_only=True))
+        entries.append(
+            {k: v for k, v in found.items() if isinstance(v, torch.Tensor | int | float)}
+        )
+    one, other = entries
+    one.pop("format", None), other.pop("format", None)
+    lines = [
+        f"{before.name}: {key} differs: {describe(one[key], other[key])}"
+        for key in one
+        if key in other and not is_equal(one[key], other[key])
+    ]
+    unpaired = {key: value for key, value in other.items() if key not in one}
+    for key in [key for key in one if key not in other]:
+        match = next((k for k, v in unpaired.items() if is_equal(one[key], v)), None)
+        if match is None:
+            lines.append(f"{before.name}: {key} is missing after")
+        else:
+            del unpaired[match]
+    return lines + [f"{before.name}: {key} is new" for key in unpaired]
+
+
+def describe(one: Any, other: Any) -> str:
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return f"{one} and {other}"
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return f"{one.dtype} {tuple(one.shape)} and {other.dtype} {tuple(other.shape)}"
+    distance = (one.double() - other.double()).norm() / one.double().norm()
+    return f"by {float(distance):.3g} of its norm"
+
+
+def compare(before: Path, after: Path) -> list[str]:
+    """Differences between two run folders."""
+    lines = []
+    for name in ("last.pt", "best.pt"):
+        lines += compare_checkpoints(before / "checkpoints" / name, after / "checkpoints" / name)
+    one, other = golden.metrics(before), golden.metrics(after)
+    if len(one) != len(other):
+        lines.append(f"metrics.jsonl: {len(one)} and {len(other)} lines")
+    for ours, theirs in zip(one, other, strict=False):
+        keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+        place = f"metrics.jsonl: {ours['split']} at step {ours['step']}"
+        lines += [f"{place}: {key}: {ours.get(key)} and {theirs.get(key)}" for key in keys]
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("before", type=Path)
+    parser.add_argument("after", type=Path)
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="NAME")
+    parser.add_argument("--keep", type=Path, help="folder for the runs; the default is temporary")
+    arguments = parser.parse_args()
+    trees = [Tree.open(arguments.before.resolve()), Tree.open(arguments.after.resolve())]
+    failed = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in arguments.only:
+            folders = []
+            for side, tree in zip(("before", "after"), trees, strict=True):
+                folder = (arguments.keep or Path(temporary)).resolve() / side / name
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                tree.train(RUNS[name], folder)
+                folders.append(folder)
+            lines = compare(*folders)
+            failed += bool(lines)
+            count = len(golden.tensors(folders[0] / "checkpoints" / "last.pt"))
+            verdict = f"{len(lines)} differences" if lines else f"equal, {count} tensors in last.pt"
+            print(f"{name}: {verdict}", flush=True)
+            for line in lines[:20]:
+                print(f"  {line}")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
