@@ -23,7 +23,8 @@ from rich.console import Console
 
 from cspnet.data.loader import Batch, TrainGroups, prefetch_factor, training_groups
 from cspnet.recipe import load as recipes
-from cspnet.runtime.device import RunOptions, choose_workers, setup_device
+from cspnet.runtime.device import choose_workers, setup_device
+from cspnet.runtime.options import RunOptions
 from cspnet.train import loop
 
 
@@ -72,13 +73,15 @@ def main() -> None:
     )
     record = about(options)
     with tempfile.TemporaryDirectory() as folder:
-        place = RunOptions(Path(folder) / "run", device=options.device, workers=options.workers)
+        run_options = RunOptions(
+            Path(folder) / "run", device=options.device, workers=options.workers
+        )
         with (
             mock.patch.object(loop, "training_groups", alternating(window, real_ones)),
-            mock.patch.object(loop, "is_validation_due", lambda state: False),
+            mock.patch.object(loop, "is_validation_due", lambda recipe, step: False),
         ):
-            loop.train(recipe, place, Console(soft_wrap=True))
-        text = (place.output / "metrics.jsonl").read_text()
+            loop.train(recipe, run_options, Console(soft_wrap=True))
+        text = (run_options.output / "metrics.jsonl").read_text()
     lines = [line for line in map(json.loads, text.splitlines()) if line["split"] == "train"]
     kinds = {
         "loader": lines[2 * real_ones :: real_ones + 1],

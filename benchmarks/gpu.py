@@ -31,7 +31,7 @@ def parts(gpu: bool, roomy: bool, data: str | None) -> list[tuple[str, list[str]
     rounding = ["--rates", "1.6e-8", "--paths", "compiled", "--precision"]
     if gpu:
         batch = [] if roomy else ["--batch", "32"]
-        capped = ["--precision", "fp16", "--memory", "fit", "--cap-gb", "7.4"]
+        capped = ["--precision", "fp16", "--recompute", "light", "--cap-gb", "7.4"]
         end_to_end += ["--window", "10"]
         validate += ["--images", "4000", "--rounds", "2"]
         parity += [*([] if roomy else ["batch=64", "group=16"]), *rounding, "fp16"]

@@ -24,7 +24,7 @@ from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 
 from cspnet.nets import create
 from cspnet.plan.activations import eager_activation_bytes, fake_tensors, network_and_input
-from cspnet.runtime.device import ACTIVATION_BUDGETS
+from cspnet.runtime.options import ACTIVATION_BUDGETS
 
 
 def compiled(

@@ -30,7 +30,8 @@ from rich.console import Console
 from cspnet.nets import csp, layers, mish
 from cspnet.recipe import load as recipes
 from cspnet.run.checkpoint import load_checkpoint
-from cspnet.runtime.device import DTYPES, Precision, RunOptions, setup_device
+from cspnet.runtime.device import DTYPES, Precision, setup_device
+from cspnet.runtime.options import RunOptions
 from cspnet.train import loop, setup
 
 STEPS = 20
@@ -51,7 +52,9 @@ def run(options, precision: str, path: str, rates: list[str]) -> tuple[list[floa
     recipe = recipes.load_recipe(recipes.find_recipe(options.recipe), given, options.data)
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as patched:
-        patched.enter_context(mock.patch.object(loop, "is_validation_due", lambda state: False))
+        patched.enter_context(
+            mock.patch.object(loop, "is_validation_due", lambda recipe, step: False)
+        )
         on_cpu = setup_device(options.device).type == "cpu"
         if on_cpu and not tensor_cores.native(DTYPES[precision]):
             patched.enter_context(tensor_cores.emulated())
@@ -68,7 +71,7 @@ def run(options, precision: str, path: str, rates: list[str]) -> tuple[list[floa
             Path(folder) / "run",
             device=options.device,
             workers=0,
-            passes=1,
+            micro_batch=recipe.group,
             compile=path == "compiled",
         )
         console = Console(record=True, file=open(os.devnull, "w"), width=500)  # noqa: SIM115
@@ -77,7 +80,7 @@ def run(options, precision: str, path: str, rates: list[str]) -> tuple[list[floa
         finally:
             torch.set_num_threads(threads)
         told = console.export_text()
-        if path == "compiled" and "compiled, tested" not in told:
+        if path == "compiled" and "compiled; self-test passed" not in told:
             raise RuntimeError(f"this was no compiled run: {told}")
         text = (place.output / "metrics.jsonl").read_text()
         saved = load_checkpoint(place.output / "checkpoints" / "last.pt")

@@ -25,9 +25,11 @@ from timm.utils import NativeScaler
 
 from cspnet.data.augment import IMAGENET_MEAN, IMAGENET_STD, normalize
 from cspnet.recipe import load as recipes
-from cspnet.runtime.device import ACTIVATION_BUDGETS, Precision, choose_precision, setup_device
+from cspnet.recipe.schedule import learning_rate
+from cspnet.runtime.device import Precision, choose_precision, setup_device
+from cspnet.runtime.options import ACTIVATION_BUDGETS
 from cspnet.train.optim import apply_update as update
-from cspnet.train.optim import build_optimizer, learning_rate
+from cspnet.train.optim import build_optimizer
 from cspnet.weights.load import build_net
 
 VARIANTS = ("ours", "timm", "ours-compiled", "timm-compiled")
@@ -48,7 +50,7 @@ def ours(options, images, targets, precision: Precision, compiled: bool) -> Call
 
     def step() -> None:
         nonlocal updates
-        torch._functorch.config.activation_memory_budget = ACTIVATION_BUDGETS[options.memory]
+        torch._functorch.config.activation_memory_budget = ACTIVATION_BUDGETS[options.recompute]
         torch.backends.cudnn.benchmark = options.autotune
         rate = learning_rate(updates + 1, recipe)
         for parameters in optimizer.param_groups:
@@ -163,7 +165,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--group", type=int, default=32)
     parser.add_argument("--passes", type=int, help="groups at once; all of them if not given")
-    parser.add_argument("--memory", default="fast", choices=tuple(ACTIVATION_BUDGETS))
+    parser.add_argument("--recompute", default="none", choices=tuple(ACTIVATION_BUDGETS))
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS[:2]), choices=VARIANTS)
     parser.add_argument("--windows", type=int, default=3)
     parser.add_argument("--steps", type=int, help="a window")

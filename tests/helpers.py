@@ -17,7 +17,7 @@ from cspnet import cli
 from cspnet.recipe import load as recipes
 from cspnet.recipe.load import load_recipe
 from cspnet.run.checkpoint import load_checkpoint
-from cspnet.runtime.device import RunOptions
+from cspnet.runtime.options import RunOptions
 from cspnet.train import loop
 from cspnet.weights.load import Trained, build_net
 
@@ -70,18 +70,19 @@ TRAIN_AND_DIE = """
 import os, pathlib, signal, sys, torch
 torch.set_num_threads(1)
 from rich.console import Console
-from cspnet import recipe
-from cspnet.train import checkpoint, job, loop
-from cspnet.runtime.device import Place
+from cspnet.recipe.load import recipe_from_yaml
+from cspnet.run import checkpoint
+from cspnet.runtime.options import RunOptions
+from cspnet.train import loop
 text, output, workers, die_after = sys.argv[1:]
-original = checkpoint.Checkpoints.save
+original = checkpoint.CheckpointFiles.save
 def save(self, content, best=False):
     original(self, content, best)
     if content["step"] == int(die_after):
         os.kill(os.getpid(), signal.SIGKILL)
-checkpoint.Checkpoints.save = save
-place = Place(pathlib.Path(output), resume=True, device="cpu", workers=int(workers))
-loop.train(recipe.from_text(text), place, Console(quiet=True))
+checkpoint.CheckpointFiles.save = save
+options = RunOptions(pathlib.Path(output), resume=True, device="cpu", workers=int(workers))
+loop.train(recipe_from_yaml(text), options, Console(quiet=True))
 """
 
 

@@ -3,9 +3,10 @@ import torch
 from rich.console import Console
 
 from cspnet.nets import create
-from cspnet.runtime.device import RunOptions
-from cspnet.train import adversarial, setup, step
+from cspnet.runtime.options import RunOptions
+from cspnet.train import adversarial, setup
 from cspnet.train.adversarial import attack
+from cspnet.train.step import TrainStep
 
 
 @pytest.fixture
@@ -106,27 +107,24 @@ def test_it_does_not_depend_on_the_loss_scale(net):
     torch.testing.assert_close(a, b)
 
 
-def test_the_surest_images_are_attacked_at_the_scale_that_fp16_steps_run_at(
-    tiny, tmp_path, monkeypatch
-):
+def test_the_surest_images_are_attacked_at_the_scale_that_fp16_steps_run_at(tiny, tmp_path):
     """Logits are halves then: a gradient for each image that is not a part of a batch's overflows
     at the scale where a batch's does not."""
     recipe = tiny("batch=128", "adversarial.step_size=10", "schedule.warmup_steps=1")
     work = setup.prepare(recipe, RunOptions(tmp_path / "run", device="cpu"), Console(quiet=True))
     state = setup.start(work)
-    state.step = 6
+    size = adversarial.attack_step_size(6, recipe)
     images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     images = images.contiguous(memory_format=torch.channels_last)
     weight = torch.randn(3 * 32 * 32, 10, generator=torch.Generator().manual_seed(3))
 
-    def sure(work, net, images):
+    def sure(images):
         return (images.flatten(1) @ weight).half()
 
-    monkeypatch.setattr(step, "forward", sure)
-    assert (sure(work, None, images).float().softmax(1).amax(1) > 0.9).sum() > 4
-    exact = step.attack_group(work, state, state.net, images, None)
-    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18)
-    moved = step.attack_group(work, state, state.net, images, None)
+    step = TrainStep(work, state.net, network=sure)
+    assert (sure(images).float().softmax(1).amax(1) > 0.9).sum() > 4
+    exact = step.attack(images, None, size, 1 / 128)
+    moved = step.attack(images, None, size, torch.tensor(2.0**18 / 128))
     assert moved.is_contiguous(memory_format=torch.channels_last)
     assert (moved != images).flatten(1).any(1).all()
     torch.testing.assert_close(moved, exact, rtol=0, atol=1e-2)

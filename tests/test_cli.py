@@ -98,8 +98,8 @@ def test_train_py_hands_over(tmp_path):
         (["-r", "digits", "--device", "gpu"], "must be auto, cpu, cuda or cuda:N"),
         (["-r", "digits", "--device", "cuda:99"], "CUDA devices to torch"),
         (["-r", "digits", "--workers", "-1"], "--workers -1"),
-        (["-r", "digits", "--passes", "5"], "a step has 2 groups"),
-        (["-r", "digits", "--passes", "0"], "a step has 2 groups"),
+        (["-r", "digits", "--micro-batch", "5"], "a multiple of"),
+        (["-r", "digits", "--micro-batch", "0"], "a multiple of"),
         (["-r", "digits", "--output", "file/run"], "cannot be written: Not a directory"),
         (["-r", "digits", "--data", ""], "has no folder train/"),
         (["-r", "digits", "precision=fp16", "--device", "cpu"], "precision is fp16"),
@@ -185,14 +185,14 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path):
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from cspnet.cli import main_train
-from cspnet.train import loop
-original = loop.learning_rate
+from cspnet.train import state
+original = state.learning_rate
 def twice(update, recipe):
     for _ in range(2 if update == 3 else 0):
         os.kill(os.getpid(), signal.SIGINT)
         os.getpid()  # lets Python run the handler
     return original(update, recipe)
-loop.learning_rate = twice
+state.learning_rate = twice
 main_train()
 """
     arguments = ["--recipe", "digits", "--output", "run", "--device", "cpu", "-j", "1", *TINY]

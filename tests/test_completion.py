@@ -52,8 +52,8 @@ def test_recipes_are_completed_by_name_and_as_files(tmp_path):
 @pytest.mark.parametrize(
     "words, told",
     [
-        ("cspnet-train --memory ", ["fast", "fit", "tiny"]),
-        ("cspnet-train --memory t", ["tiny"]),
+        ("cspnet-train --recompute ", ["none", "light", "full"]),
+        ("cspnet-train --recompute f", ["full"]),
         ("cspnet prepare imagenet", ["imagenet", "imagenette"]),
     ],
 )

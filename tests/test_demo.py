@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from cspnet.recipe import load as recipes
-from cspnet.runtime.device import RunOptions
+from cspnet.runtime.options import RunOptions
 from cspnet.train import loop
 
 

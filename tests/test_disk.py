@@ -66,13 +66,13 @@ def train(tmp_path, monkeypatch, capsys):
         text.write_text(recipes.recipe_to_yaml(recipe))
         ask = loop.is_save_due
 
-        def is_save_due(state):
-            change = (changes or {}).get(state.step, ())
+        def is_save_due(_, step):
+            change = (changes or {}).get(step, ())
             if callable(change):
                 change()
             elif change != ():
                 set_free(disk, change)
-            return ask(state)
+            return ask(recipe, step)
 
         command = ["cspnet-train", "--recipe", text, "--output", disk / "run", *options]
         capsys.readouterr()
@@ -186,7 +186,7 @@ def test_a_disk_without_a_byte_for_the_record(tiny, disk, train, undisturbed):
     recipe = tiny("schedule.steps=24", "save_every=5")
     code, told, errors = train(recipe, changes={2: 0, 20: None, 21: 0})
     assert code == 1 and re.fullmatch(r"error: .*could not be written.*\n", errors)
-    assert told.count("TensorBoard's events cannot be written") == 1
+    assert told.count("TensorBoard events cannot be written") == 1
     assert re.findall(r"NOT SAVED at step (\d+)", told) == ["5", "10", "15"]
     assert last(disk / "run")["step"] == 20
     set_free(disk, None)

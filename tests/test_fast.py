@@ -1,4 +1,4 @@
-"""Compiled kernels are tested before they are trusted; passes are tried before the first step."""
+"""The self-test of the compiler, and the memory probe, before the first step."""
 
 import functools
 from dataclasses import replace
@@ -11,8 +11,9 @@ from rich.console import Console
 
 from cspnet.errors import CspnetError, OutOfMemoryError, RecipeError
 from cspnet.nets import csp
-from cspnet.runtime.device import RunOptions
+from cspnet.runtime.options import RunOptions
 from cspnet.train import compile, loop, setup
+from cspnet.train.step import TrainStep
 from tests.helpers import last, metrics, run, same
 
 
@@ -39,9 +40,9 @@ def aot(monkeypatch):
     torch._dynamo.reset()
 
 
-def trained(recipe, folder, console, **place):
-    place = RunOptions(folder, device="cpu", workers=0, **place)
-    return loop.train(recipe, place, console)
+def trained(recipe, folder, console, **options):
+    options = RunOptions(folder, device="cpu", workers=0, **options)
+    return loop.train(recipe, options, console)
 
 
 def test_a_compiled_run_has_the_losses_of_the_eager_one(tiny, tmp_path, console, aot, monkeypatch):
@@ -53,8 +54,9 @@ def test_a_compiled_run_has_the_losses_of_the_eager_one(tiny, tmp_path, console,
     attacked = ["adversarial.step_size=5", "schedule.warmup_steps=1", "optim.learning_rate=0.001"]
     recipe = tiny("schedule.steps=4", "data.image_size=64", "model.width=0.25", *attacked)
     run(recipe, tmp_path / "eager")
-    trained(recipe, tmp_path / "fast", console, compile=True, memory="fit")
-    assert "compiled, tested: gradient off by" in console.export_text()
+    trained(recipe, tmp_path / "fast", console, compile=True, recompute="light")
+    text = console.export_text()
+    assert "compiled; self-test passed: gradient off by" in text, text
     assert torch._functorch.config.activation_memory_budget == 0.6
     losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("eager", "fast")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
@@ -63,9 +65,9 @@ def test_a_compiled_run_has_the_losses_of_the_eager_one(tiny, tmp_path, console,
 @pytest.mark.parametrize(
     "fault, told",
     [
-        ("wrong", "is not the eager one"),
-        ("wrong for several groups", "is not the eager one"),
-        ("wrong for one group", "is not the eager one"),
+        ("wrong", "differs from eager mode"),
+        ("wrong for several groups", "differs from eager mode"),
+        ("wrong for one group", "differs from eager mode"),
         ("wrong statistics", "statistics off by"),
         ("no statistics", "statistics off by inf"),
         ("raises", "no C compiler found"),
@@ -97,12 +99,12 @@ def test_a_faulty_compiler_is_told_and_not_used(
         return faulty
 
     monkeypatch.setattr(torch, "compile", compile)
-    recipe = tiny("schedule.steps=3", "batch=24")  # passes of two groups and of one
-    trained(recipe, tmp_path / "fast", console, compile=True, passes=2)
+    recipe = tiny("schedule.steps=3", "batch=24")  # micro-batches of two groups and of one
+    trained(recipe, tmp_path / "fast", console, compile=True, micro_batch=16)
     text = console.export_text()
     assert "NOT COMPILED" in text and told in text
     monkeypatch.undo()
-    eager = undisturbed(recipe, passes=2)
+    eager = undisturbed(recipe, micro_batch=16)
     assert same(last(tmp_path / "fast")["state_dict"], last(eager)["state_dict"])
 
 
@@ -130,55 +132,61 @@ def test_a_compiler_that_fails_amid_the_run_is_told_with_the_way_on(
     assert [recipe.size_at(step) for step in range(5)] == [32, 32, 64, 96, 96]
     with pytest.raises(CspnetError, match=r"failed in step 3 \(no kernel\): .*--no-compile"):
         trained(recipe, tmp_path / "run", console, compile=True)
-    assert "compiled, tested" in console.export_text()
+    assert "self-test passed" in console.export_text()
     run(recipe, tmp_path / "run", resume=True)
     assert last(tmp_path / "run")["step"] == 5
 
 
-def prepared(recipe, folder, console, **place):
-    work = setup.prepare(recipe, RunOptions(folder, device="cpu", workers=0, **place), console)
+def prepared(recipe, folder, console, **options):
+    work = setup.prepare(recipe, RunOptions(folder, device="cpu", workers=0, **options), console)
     return work, setup.start(work)
 
 
-def test_gradients_too_large_for_fp16_are_compared_at_a_lower_scale(
-    tiny, tmp_path, console, monkeypatch
-):
-    """The first loss scale is too large for many a net: the run leaves such steps out. The compiled
-    net has the gradients of all groups at once, the eager one group by group."""
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """A compiler that returns the function, wrapped: the network is another object."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *given: function(*given))
+
+
+def test_gradients_too_large_for_fp16_are_compared_at_a_lower_scale(
+    tiny, tmp_path, console, no_compiler
+):
+    """The first loss scale is too large for many a network: the run skips such steps. The compiled
+    network has the gradients of all groups at once, the eager one group by group."""
     work, state = prepared(tiny(), tmp_path / "run", console, compile=True)
     state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     scales = []
 
-    def one_pass(work, net, scale):
-        scales.append(scale)
-        loss = loop.one_pass(work, state, net, scale=scale)
-        if scale > (2**12 if net is state.net else 2**8):
-            next(state.net.parameters()).grad.fill_(float("inf"))
-        return loss
+    class Overflowing(TrainStep):
+        def trial(self, part, scale=1.0, with_attack=False):
+            scales.append(scale)
+            loss = super().trial(part, scale, with_attack)
+            if scale > (2**12 if self.network is self.net else 2**8):
+                next(self.net.parameters()).grad.fill_(float("inf"))
+            return loss
 
-    work, _ = compile.accelerate(work, state, one_pass, None)
-    assert work.compile and "compiled, tested" in console.export_text()
+    step = compile.prepare_step(work, state, Overflowing)
+    assert step.notes.gradient_error and "self-test passed" in console.export_text()
     assert scales == [2**16, 2**16, 2**12, 2**12, 2**8, 2**8]
     assert state.scaler.get_scale() == 2**16
 
 
 def test_a_comparison_that_does_not_fit_beside_the_net_is_made_with_the_hosts_memory(
-    tiny, tmp_path, console, monkeypatch
+    tiny, tmp_path, console, no_compiler
 ):
-    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *given: function(*given))
-    work, state = prepared(tiny(), tmp_path / "run", console, compile=True, passes=2)
+    work, state = prepared(tiny(), tmp_path / "run", console, compile=True, micro_batch=16)
     tried = []
 
-    def one_pass(work, net, scale):
-        tried.append(len(work.passes[0]))
-        loss = loop.one_pass(work, state, net, scale=scale)
-        if len(tried) == 2:  # with the first group's gradients there
-            raise torch.OutOfMemoryError("too much")
-        return loss
+    class Large(TrainStep):
+        def trial(self, part, scale=1.0, with_attack=False):
+            tried.append(len(part))
+            loss = super().trial(part, scale, with_attack)
+            if len(tried) == 2:  # the gradients of the first group are there
+                raise torch.OutOfMemoryError("too much")
+            return loss
 
-    work, _ = compile.accelerate(work, state, one_pass, None)
-    assert work.compile and "compiled, tested" in console.export_text()
+    step = compile.prepare_step(work, state, Large)
+    assert step.notes.gradient_error and "self-test passed" in console.export_text()
     assert tried == [1, 1, 1, 1, 2]
 
 
@@ -189,43 +197,45 @@ def test_numbers_that_are_none_agree_with_nothing(broken):
     none = compile.Outcome(1.0, [torch.ones(3), torch.full((2,), float("inf"))], sound.statistics)
     compiled, rounded = (none if name in broken else sound for name in ("compiled", "rounded"))
     exact = compile.Outcome(1.0, [torch.ones(3), torch.ones(2)], sound.statistics)
-    assert "gradients off by" in compile._disagreement(compiled, rounded, exact)[0]
-    assert compile._disagreement(sound, sound, exact)[0] is None
+    assert "gradients off by" in compile.compare(compiled, rounded, exact).failure
+    assert compile.compare(sound, sound, exact).failure is None
 
 
-def test_passes_asked_for_that_do_not_fit_name_fewer(tiny, tmp_path, console, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *given: function(*given))
-    work, state = prepared(tiny(), tmp_path / "run", console, compile=True, passes=2)
-
-    def one_pass(work, net, scale):
-        if len(work.passes[0]) == 2:
-            raise torch.OutOfMemoryError("too much")
-        return loop.one_pass(work, state, net, scale=scale)
-
-    with pytest.raises(OutOfMemoryError, match=r"too much\n--passes 1 \(now 2 groups"):
-        compile.accelerate(work, state, one_pass, None)
-
-
-@pytest.mark.parametrize("room, passes", [(9, [4]), (3, [2, 2]), (1, [1, 1, 1, 1])])
-def test_the_fewest_passes_that_fit_are_found_and_leave_no_trace(
-    tiny, tmp_path, console, room, passes
+def test_a_requested_micro_batch_that_does_not_fit_names_a_smaller_one(
+    tiny, tmp_path, console, no_compiler
 ):
-    work, state = prepared(tiny("batch=32"), tmp_path / "run", console, passes="auto")
-    assert work.fit
+    work, state = prepared(tiny(), tmp_path / "run", console, compile=True, micro_batch=16)
+
+    class Large(TrainStep):
+        def trial(self, part, scale=1.0, with_attack=False):
+            if len(part) == 2:
+                raise torch.OutOfMemoryError("too much")
+            return super().trial(part, scale, with_attack)
+
+    with pytest.raises(OutOfMemoryError, match=r"too much\n--micro-batch 8 \(now 16 images"):
+        compile.prepare_step(work, state, Large)
+
+
+@pytest.mark.parametrize("room, lengths", [(9, [4]), (3, [2, 2]), (1, [1, 1, 1, 1])])
+def test_the_largest_micro_batch_that_fits_is_found_and_leaves_no_trace(
+    tiny, tmp_path, console, room, lengths
+):
+    work, state = prepared(tiny("batch=32"), tmp_path / "run", console, micro_batch="auto")
     before = {name: tensor.clone() for name, tensor in state.net.state_dict().items()}
     tried = []
 
-    def trial(work, net):
-        tried.append(len(work.passes[0]))
-        loss = loop.at_most(work, state, net)  # moves the running statistics, leaves gradients
-        if tried[-1] > room:
-            raise torch.OutOfMemoryError("too much")
-        return loss
+    class Limited(TrainStep):
+        def peak_trial(self, state):
+            tried.append(self.groups_at_once)
+            super().peak_trial(state)  # moves the running statistics, leaves gradients
+            if tried[-1] > room:
+                raise torch.OutOfMemoryError("too much")
 
-    found = compile.fit_passes(work, state.net, state, trial)
-    assert [len(part) for part in found.passes] == passes
-    assert [group for part in found.passes for group in part] == [0, 1, 2, 3]
-    assert tried[-2:] == [passes[0]] * 2, "the one that fits was tried twice"
+    step = compile.prepare_step(work, state, Limited)
+    assert [len(part) for part in step.micro_batches] == lengths
+    assert [group for part in step.micro_batches for group in part] == [0, 1, 2, 3]
+    assert step.notes.micro_batch == 8 * lengths[0]
+    assert tried[-2:] == [lengths[0]] * 2, "the one that fits was tried twice"
     assert same(dict(state.net.state_dict()), before) and state.net.training
     assert all(weight.grad is None for weight in state.net.parameters())
 
@@ -241,30 +251,30 @@ def test_the_fewest_passes_that_fit_are_found_and_leave_no_trace(
 def test_a_group_that_does_not_fit_says_what_to_change(tiny, tmp_path, console, error):
     work, state = prepared(tiny("batch=32", "data.image_size=64"), tmp_path / "run", console)
 
-    def trial(work, net):
-        raise error
+    class Full(TrainStep):
+        def peak_trial(self, state):
+            raise error
 
-    told = (
-        r"single group of 8 images of 64×64.*data\.image_size=32, for one \(.*(too much|GET|CUBLAS)"
-    )
+    told = r"single group of 8 images of 64×64.*for example data\.image_size=32 \(.*(too much|GET|CUBLAS)"
     with pytest.raises(OutOfMemoryError, match=told):
-        compile.fit_passes(work, state.net, state, trial)
+        compile.probe_micro_batch(work, state, Full(work, state.net))
 
 
-def test_a_run_that_finds_its_passes_equals_one_that_is_told(tiny, tmp_path, console):
+def test_a_run_that_finds_its_micro_batch_equals_one_that_is_told(tiny, tmp_path, console):
     recipe = tiny("batch=32", "adversarial.step_size=5", "schedule.warmup_steps=1")
-    run(recipe, tmp_path / "told", passes=4)
-    trained(recipe, tmp_path / "found", console, passes="auto")
-    assert "4 groups of 8 images at once, 1 passes per step" in console.export_text()
+    run(recipe, tmp_path / "told", micro_batch=32)
+    trained(recipe, tmp_path / "found", console, micro_batch="auto")
+    assert "micro-batch 32 images (4 × group of 8), 1 per step" in console.export_text()
     for part in ("state_dict", "state_dict_ema", "optimizer"):
         assert same(last(tmp_path / "found")[part], last(tmp_path / "told")[part])
 
 
 def test_presets_without_effect_or_unknown_are_refused(tiny, tmp_path, console):
-    for place, told in (
-        ({"memory": "fit"}, "has no effect: the net is not compiled"),
-        ({"memory": "huge", "compile": True}, "must be fast, fit, tiny"),
-        ({"passes": 9}, "so give 1 to 2"),
+    for options, told in (
+        ({"recompute": "light"}, "has no effect, because the network is not compiled"),
+        ({"recompute": "huge", "compile": True}, "must be none, light, full"),
+        ({"micro_batch": 72}, "must be a multiple of 8 from 8 to 16"),
+        ({"micro_batch": 12}, "must be a multiple of 8 from 8 to 16"),
     ):
         with pytest.raises(RecipeError, match=told):
-            prepared(tiny(), tmp_path / "run", console, **place)
+            prepared(tiny(), tmp_path / "run", console, **options)

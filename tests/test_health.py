@@ -11,30 +11,33 @@ from cspnet import console
 from cspnet.data import augment, stream
 from cspnet.errors import NonFiniteError, OutOfMemoryError
 from cspnet.nets import create
+from cspnet.recipe.schedule import learning_rate
 from cspnet.run.checkpoint import load_checkpoint
 from cspnet.runtime import device
+from cspnet.runtime.options import RunOptions
 from cspnet.train import loop, setup, step
 from cspnet.train import reporter as metrics_module
+from cspnet.train import state as states
 from cspnet.train.diagnose import first_non_finite_layer
-from cspnet.train.optim import EMA, learning_rate
+from cspnet.train.optim import EMA
+from cspnet.train.state import TrainState, checkpoint_content
+from cspnet.train.step import TrainStep
 from tests.helpers import SuddenDeath, last, metrics, numbers, run, same
 
 
 def spoil(monkeypatch, *steps, by=float("inf")):
     """Makes the loss of some steps, counted from 0, infinite; resumed runs count on."""
-    original, now = loop.cross_entropy, []
-    to_device = loop.to_device
+    original, load, current = TrainStep.loss, TrainStep.load, []
 
-    def watch(job, groups, step, part):
-        now[:] = [step]
-        return to_device(job, groups, step, part)
+    def watch(self, groups, state, part):
+        current[:] = [state.step]
+        return load(self, groups, state, part)
 
-    monkeypatch.setattr(loop, "to_device", watch)
-    monkeypatch.setattr(
-        loop,
-        "cross_entropy",
-        lambda logits, targets: original(logits, targets) * (by if now[0] in steps else 1.0),
-    )
+    def loss(self, logits, targets):
+        return original(self, logits, targets) * (by if current[0] in steps else 1.0)
+
+    monkeypatch.setattr(TrainStep, "load", watch)
+    monkeypatch.setattr(TrainStep, "loss", loss)
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "fused"])
@@ -57,17 +60,18 @@ def scaled(monkeypatch, request):
 def test_a_skipped_step_advances_neither_schedule_nor_average(tiny, tmp_path, monkeypatch, scaled):
     recipe = tiny("schedule.steps=6", "schedule.warmup_steps=2")
     spoil(monkeypatch, 3)
-    states = []
+    saved = []
     save = loop.save
 
-    def watch(job, state, *rest, **options):
-        states.append({**state.to_dict(), "state_dict_ema": {**clones(state.average.tensors)}})
-        states[-1]["state_dict"] = clones(state.net.state_dict())
-        save(job, state, *rest, **options)
+    def watch(work, state, *rest, **options):
+        content = checkpoint_content(work.identity, state)
+        content["state_dict_ema"] = clones(state.ema.tensors)
+        saved.append({**content, "state_dict": clones(state.net.state_dict())})
+        save(work, state, *rest, **options)
 
     monkeypatch.setattr(loop, "save", watch)
     run(recipe, tmp_path / "run")
-    by_step = {state["step"]: state for state in states}
+    by_step = {content["step"]: content for content in saved}
     weights = [name for name in by_step[3]["state_dict"] if "running" not in name]
     for name in weights:
         assert torch.equal(by_step[3]["state_dict"][name], by_step[4]["state_dict"][name]), name
@@ -148,16 +152,14 @@ def test_what_is_told_of_a_loss_that_is_not_finite(tiny, folder, tmp_path, monke
 
 def test_a_checkpoint_that_had_diverged_is_not_recommended(tiny, tmp_path, monkeypatch):
     """Its weights are finite, but so large that its own output is not."""
-    original, updates = loop.update, []
+    original = TrainState.apply_update
 
-    def diverge(optimizer, scaler):
-        applied = original(optimizer, scaler)
-        updates.append(1)
-        if len(updates) == 2:
-            optimizer.param_groups[0]["params"][0].data.mul_(1e38)
-        return applied
+    def diverge(state):
+        original(state)
+        if state.step == 2:
+            state.optimizer.param_groups[0]["params"][0].data.mul_(1e38)
 
-    monkeypatch.setattr(loop, "update", diverge)
+    monkeypatch.setattr(TrainState, "apply_update", diverge)
     with pytest.raises(NonFiniteError) as caught:
         run(tiny("save_every=2", "log_every=5"), tmp_path / "run")
     message = str(caught.value)
@@ -181,7 +183,7 @@ def test_the_expected_end_is_printed_in_red_beyond_14_days(tiny, tmp_path, monke
             raise KeyboardInterrupt
         return learning_rate(update, recipe)
 
-    monkeypatch.setattr(loop, "learning_rate", stop_at_3)
+    monkeypatch.setattr(states, "learning_rate", stop_at_3)
     with pytest.raises(KeyboardInterrupt):
         run(tiny(f"schedule.steps={steps}", "save_every=1000000"), tmp_path / "run")
     (line,) = (text for text in styles if text.startswith("expected end: "))
@@ -193,16 +195,14 @@ def test_the_expected_end_is_printed_in_red_beyond_14_days(tiny, tmp_path, monke
 
 def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path, monkeypatch):
     """The loss of the last step was fine, its update was not; a validation would follow."""
-    original, updates = loop.update, []
+    original = TrainState.apply_update
 
-    def overflow(optimizer, scaler):
-        applied = original(optimizer, scaler)
-        updates.append(1)
-        if len(updates) == 4:
-            optimizer.param_groups[0]["params"][5].data[0] = float("inf")
-        return applied
+    def overflow(state):
+        original(state)
+        if state.step == 4:
+            state.optimizer.param_groups[0]["params"][5].data[0] = float("inf")
 
-    monkeypatch.setattr(loop, "update", overflow)
+    monkeypatch.setattr(TrainState, "apply_update", overflow)
     with pytest.raises(NonFiniteError, match="weights are not finite after the update at step 4"):
         run(tiny("evaluate.every=2", "save_every=2"), tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints"
@@ -229,15 +229,15 @@ def test_the_first_layer_that_is_not_finite_is_named():
 
 
 @pytest.mark.parametrize(
-    "passes, told", [(2, "--passes 1 (now 2 groups of 8"), (1, "data.image_size=32")]
+    "micro_batch, told", [(16, "--micro-batch 8 (now 16 images)"), (8, "data.image_size=32")]
 )
-def test_out_of_memory_says_what_to_change(tiny, tmp_path, monkeypatch, passes, told):
+def test_out_of_memory_says_what_to_change(tiny, tmp_path, monkeypatch, micro_batch, told):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
-    monkeypatch.setattr(loop, "forward", full)
+    monkeypatch.setattr(TrainStep, "forward", full)
     with pytest.raises(OutOfMemoryError) as caught:
-        run(tiny("data.image_size=64"), tmp_path / "run", passes=passes)
+        run(tiny("data.image_size=64"), tmp_path / "run", micro_batch=micro_batch)
     assert told in str(caught.value) and "Tried to allocate 2.00 GiB" in str(caught.value)
     assert caught.value.exit_code == 1
 
@@ -246,11 +246,11 @@ def test_force_resumes_with_other_settings_and_is_remembered(tiny, tmp_path):
     run(tiny("schedule.steps=3"), tmp_path / "run")
     console = Console(record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
     other = tiny("schedule.steps=4", "loss.label_smoothing=0.2")
-    place = device.RunOptions(tmp_path / "run", resume=True, device="cpu", workers=0, force=True)
-    loop.train(other, place, console)
-    assert "by force: loss.label_smoothing was 0.1, is now 0.2" in console.export_text()
+    options = RunOptions(tmp_path / "run", resume=True, device="cpu", workers=0, force=True)
+    loop.train(other, options, console)
+    assert "forced: loss.label_smoothing was 0.1, is now 0.2" in console.export_text()
     lines = [json.loads(x) for x in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
     assert [line["event"] for line in lines] == ["start", "done", "resume", "done"]
-    assert "by force: loss.label_smoothing was 0.1, is now 0.2" in lines[2]["remarks"]
+    assert "forced: loss.label_smoothing was 0.1, is now 0.2" in lines[2]["remarks"]
     assert [line["step"] for line in lines] == [0, 3, 3, 4]
     assert last(tmp_path / "run")["step"] == 4

@@ -1,4 +1,4 @@
-"""The loop and its promises: resumption to the last bit, passes that change nothing."""
+"""The training loop: bit-exact resumes, and micro-batches that do not change results."""
 
 import os
 import shutil
@@ -14,12 +14,15 @@ from cspnet.errors import CheckpointError, DataError, NonFiniteError, RecipeErro
 from cspnet.inference.evaluate import Scores, evaluate_network
 from cspnet.recipe import load as recipes
 from cspnet.run.checkpoint import load_checkpoint
-from cspnet.runtime.device import Precision, RunOptions, inference_precision
+from cspnet.runtime.device import Precision, inference_precision
+from cspnet.runtime.options import RunOptions
 from cspnet.sources.data_root import open_validation
 from cspnet.train import loop, setup
 from cspnet.train import step as train_step
 from cspnet.train.adversarial import attack_mask
 from cspnet.train.optim import build_optimizer
+from cspnet.train.start import start
+from cspnet.train.step import TrainStep
 from cspnet.weights.load import build_net
 from tests.helpers import (
     SuddenDeath,
@@ -59,7 +62,7 @@ def test_the_log_window_survives_a_resume(tiny, undisturbed, tmp_path, monkeypat
     recipe = tiny("log_every=3", "schedule.steps=6")
     expected = undisturbed(recipe)
     with monkeypatch.context() as patch:
-        die_at(patch, "learning_rate", 3)
+        die_at(patch, TrainStep, "forward_backward", 3)
         with pytest.raises(SuddenDeath):
             run(recipe, tmp_path / "cut")
     run(recipe, tmp_path / "cut", resume=True)
@@ -67,15 +70,16 @@ def test_the_log_window_survives_a_resume(tiny, undisturbed, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    "name, call",
+    "owner, name, call",
     [
-        ("learning_rate", 6),  # in step 6: lines up to 5 are written, the last save is at 3
-        ("validate", 2),  # at step 6, after its save
-        ("save", 4),  # with the first validation's line written, before last.pt and best.pt
+        # In step 6: lines up to 5 are written, the last save is at 3.
+        (TrainStep, "forward_backward", 6),
+        (loop, "validate", 2),  # at step 6, after its save
+        (loop, "save", 4),  # with the first validation's line written, before last.pt and best.pt
     ],
 )
 def test_a_sudden_death_leaves_no_trace_in_the_record(
-    tiny, undisturbed, tmp_path, monkeypatch, name, call
+    tiny, undisturbed, tmp_path, monkeypatch, owner, name, call
 ):
     """Wherever it comes: after the resume, the same lines and TensorBoard events, the same bits."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -83,7 +87,7 @@ def test_a_sudden_death_leaves_no_trace_in_the_record(
     recipe = tiny("save_every=3", "evaluate.every=3", "schedule.steps=8")
     expected = undisturbed(recipe)
     with monkeypatch.context() as patch:
-        die_at(patch, name, call)
+        die_at(patch, owner, name, call)
         with pytest.raises(SuddenDeath):
             run(recipe, tmp_path / "cut")
     run(recipe, tmp_path / "cut", resume=True)
@@ -103,17 +107,17 @@ def test_a_sudden_death_leaves_no_trace_in_the_record(
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tiny, tmp_path, monkeypatch):
     recipe = tiny("save_every=1", "log_every=5")
-    original = loop.cross_entropy
+    original = TrainStep.loss
 
-    def explode(logits, targets):
+    def explode(self, logits, targets):
         step = (
             load_checkpoint(tmp_path / "run/checkpoints/last.pt")["step"]
             if (tmp_path / "run/checkpoints/last.pt").exists()
             else 0
         )
-        return original(logits, targets) * (float("nan") if step == 2 else 1)
+        return original(self, logits, targets) * (float("nan") if step == 2 else 1)
 
-    monkeypatch.setattr(loop, "cross_entropy", explode)
+    monkeypatch.setattr(TrainStep, "loss", explode)
     with pytest.raises(
         NonFiniteError, match=r"not finite at step 3.*The last checkpoint is .*last\.pt of step 2"
     ):
@@ -139,12 +143,12 @@ def test_a_first_step_that_the_scaler_skips_leaves_no_garbage(tiny):
 
 
 def test_a_state_of_another_device_keeps_this_ones_kernel(tiny, finished_run, tmp_path):
-    place = RunOptions(tmp_path / "run", resume=True, device="cpu")
-    work = setup.prepare(tiny(), place, Console(quiet=True))
-    state = setup.start(work)
+    options = RunOptions(tmp_path / "run", resume=True, device="cpu")
+    prepared = setup.prepare(tiny(), options, Console(quiet=True))
+    state = start(prepared)
     for group in state.optimizer.param_groups:
         group["fused"] = True
-    state.restore(last(tmp_path / "run"))
+    state.restore(last(tmp_path / "run"), prepared.identity)
     assert all(group["fused"] for group in state.optimizer.param_groups)
 
 
@@ -152,19 +156,21 @@ def test_attacked_groups_are_attacked_and_no_others(tiny, tmp_path, monkeypatch)
     """Through the loop: which images change, and what reaches the net with the true targets."""
     recipe = tiny("adversarial.step_size=1000", "schedule.warmup_steps=0", "batch=32")
     seen = []
-    original = loop.attack_some
+    original = TrainStep.load
 
-    def watch(job, state, net, images, targets, part):
-        images, changed = images.clone(), original(job, state, net, images, targets, part)
-        for place, group in enumerate(part):
-            block = slice(8 * place, 8 * place + 8)
-            moved = not torch.equal(changed[block], images[block])
+    def watch(self, groups, state, part):
+        clean = self.load_clean(groups, state.step, part)
+        loaded = original(self, groups, state, part)
+        assert torch.equal(loaded.targets, clean.targets)
+        for position, group in enumerate(part):
+            rows = slice(8 * position, 8 * position + 8)
+            moved = not torch.equal(loaded.images[rows], clean.images[rows])
             seen.append((moved, bool(attack_mask(recipe, state.step, range(group, group + 1))[0])))
-        return changed
+        return loaded
 
-    monkeypatch.setattr(loop, "attack_some", watch)
-    for passes in (1, 4):
-        run(recipe, tmp_path / str(passes), passes=passes)
+    monkeypatch.setattr(TrainStep, "load", watch)
+    for micro_batch in (8, 32):
+        run(recipe, tmp_path / str(micro_batch), micro_batch=micro_batch)
     assert {True, False} == {moved for moved, _ in seen}
     assert all(not moved or due for moved, due in seen)
     late = seen[8 : len(seen) // 2]  # the first steps' nets hardly know where to push
@@ -220,22 +226,23 @@ def relative(a, b, chosen):
     return float(together.sqrt()), float(max(d / n for d, n in squares).sqrt())
 
 
-def passes_compared(recipe, folder):
+def micro_batches_compared(recipe, folder):
+    """Runs with micro-batches of 3 and 4 groups of 8 against one with single groups."""
     runs = {}
-    for passes in (1, 3, 4):
-        run(recipe, folder / str(passes), passes=passes)
-        runs[passes] = last(folder / str(passes))
+    for groups in (1, 3, 4):
+        run(recipe, folder / str(groups), micro_batch=8 * groups)
+        runs[groups] = last(folder / str(groups))
     start = build_net(recipe, 10).state_dict()
     moved = relative(start, runs[1]["state_dict"], lambda name: name.endswith("conv.weight"))[1]
-    for passes in (3, 4):  # 3: one pass of three groups, one of the fourth
+    for groups in (3, 4):  # 3: a micro-batch of three groups, and one of the fourth
         weights, statistics = (
-            relative(runs[1]["state_dict"], runs[passes]["state_dict"], chosen)
+            relative(runs[1]["state_dict"], runs[groups]["state_dict"], chosen)
             for chosen in (lambda name: "running" not in name, lambda name: "running" in name)
         )
         yield weights, statistics, moved
 
 
-def test_one_pass_of_four_groups_equals_four_passes_of_one(tiny, tmp_path, monkeypatch):
+def test_one_micro_batch_of_four_groups_equals_four_of_one(tiny, tmp_path, monkeypatch):
     """Shares of the loss, gradients, order of statistics, attacks; in float64, at a rate that moves
     weights.
 
@@ -248,16 +255,20 @@ def test_one_pass_of_four_groups_equals_four_passes_of_one(tiny, tmp_path, monke
     monkeypatch.setattr(
         train_step, "normalize", lambda images, kind: normalize(images, kind).double()
     )
-    monkeypatch.setattr(loop, "cross_entropy", lambda x, t: -(t.double() * x.log_softmax(1)).sum())
+
+    def loss(self, logits, targets):
+        return -(targets.double() * logits.log_softmax(1)).sum() / recipe.batch
+
+    monkeypatch.setattr(TrainStep, "loss", loss)
     monkeypatch.setattr(loop, "validate", lambda *_: Scores(0, 0, 0, 0, 0, 1))
     attack = ("adversarial.step_size=5", "adversarial.probability=0.5", "schedule.warmup_steps=1")
     recipe = tiny("batch=32", "data.image_size=64", "schedule.steps=5", *attack)
-    for weights, statistics, moved in passes_compared(recipe, tmp_path):
+    for weights, statistics, moved in micro_batches_compared(recipe, tmp_path):
         assert moved > 0.05
         assert weights[1] < 1e-5 and statistics[1] < 1e-6
 
 
-def test_passes_in_float32_differ_by_rounding(tiny, tmp_path):
+def test_micro_batches_in_float32_differ_by_rounding(tiny, tmp_path):
     """With the published warm-up: its first five rates leave the weights where they are, so that
     rounding is not magnified, and each BatchNorm sees the same groups."""
     recipe = tiny(
@@ -267,7 +278,7 @@ def test_passes_in_float32_differ_by_rounding(tiny, tmp_path):
         "schedule.power=4",
         "schedule.warmup_steps=1000",
     )
-    for weights, statistics, _ in passes_compared(recipe, tmp_path):
+    for weights, statistics, _ in micro_batches_compared(recipe, tmp_path):
         assert weights[0] < 1e-5 and statistics[0] < 1e-6
 
 
@@ -275,8 +286,8 @@ def test_a_step_equals_a_plain_reference(tiny, tmp_path):
     """Steps of the loop against forward, backward and SGD written out, group by group."""
     from cspnet.data import augment
     from cspnet.data.loader import TrainGroups
+    from cspnet.recipe.schedule import learning_rate
     from cspnet.sources.data_root import Digits
-    from cspnet.train.optim import learning_rate
 
     recipe = tiny("schedule.steps=3", "schedule.warmup_steps=0", "ema.decay=0")
     run(recipe, tmp_path / "run")
@@ -455,7 +466,7 @@ def test_bf16_on_a_cpu_without_it_is_told_to_be_slow(tiny, tmp_path, monkeypatch
     console = Console(record=True, width=500)
     setup.start(setup.prepare(tiny("precision=bf16"), RunOptions(tmp_path / "run"), console))
     told = console.export_text()
-    assert "bf16 (asked for" in told and ("fp32 is ten times as fast" in told) == slow
+    assert "bf16 (requested" in told and ("fp32 is ten times as fast" in told) == slow
 
 
 def test_a_net_trained_in_fp16_can_be_looked_at_on_a_cpu():

@@ -185,8 +185,8 @@ def test_a_save_that_failed_is_told_with_one_full_stop(ending, tmp_path):
 
     told = []
     report = SimpleNamespace(
-        state=SimpleNamespace(step=3),
-        console=SimpleNamespace(print=lambda text, style: told.append(text)),
+        _state=SimpleNamespace(step=3),
+        _output=SimpleNamespace(print=lambda text, style: told.append(text)),
     )
-    Reporter.unsaved(report, f"the disk is full{ending}")
+    Reporter.save_failed(report, f"the disk is full{ending}")
     assert "the disk is full. The run continues" in told[0]

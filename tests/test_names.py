@@ -20,7 +20,7 @@ from cspnet.report.evaluation import evaluate_run
 from cspnet.report.publish import publish
 from cspnet.run.checkpoint import load_checkpoint
 from cspnet.run.reader import read_run
-from cspnet.runtime.device import RunOptions
+from cspnet.runtime.options import RunOptions
 from cspnet.sources import data_root, tar_set
 from cspnet.text import end_sentence, escape_line, printable, unescape_line
 from cspnet.train.loop import train

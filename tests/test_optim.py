@@ -3,8 +3,9 @@ import torch
 
 from cspnet.nets import create
 from cspnet.recipe.load import load_recipe
+from cspnet.recipe.schedule import learning_rate
 from cspnet.recipe.schema import Optim
-from cspnet.train.optim import EMA, build_optimizer, learning_rate, parameter_groups
+from cspnet.train.optim import EMA, build_optimizer, parameter_groups
 
 
 @pytest.mark.parametrize("steps", [800_000, 1_200_000, 8_000_000])

@@ -16,7 +16,7 @@ from cspnet.plan.activations import conv_costs
 from cspnet.plan.measure import count_validations_and_saves, measure_plan
 from cspnet.recipe import load as recipes
 from cspnet.recipe.eta import find_bottleneck, format_duration
-from cspnet.runtime.device import RunOptions
+from cspnet.runtime.options import RunOptions
 from cspnet.sources.data_root import Digits
 from cspnet.train.adversarial import attack_mask
 from cspnet.train.loop import is_save_due, is_validation_due
@@ -45,15 +45,11 @@ def test_what_a_schedule_holds_is_counted_right(tiny, overrides):
     coins = [attack_mask(recipe, step, range(recipe.groups)).mean() for step in steps]
     assert forecast.attacked_share(recipe) == pytest.approx(sum(coins) / len(coins))
 
-    class State:
-        pass
-
-    state, saves, validations = State(), 0, 0
-    state.recipe = recipe
-    for state.step in range(1, recipe.schedule.steps + 1):
-        saves += is_save_due(state) or is_validation_due(state)
-        validations += is_validation_due(state)
-        saves += is_validation_due(state)
+    saves, validations = 0, 0
+    for step in range(1, recipe.schedule.steps + 1):
+        saves += is_save_due(recipe, step) or is_validation_due(recipe, step)
+        validations += is_validation_due(recipe, step)
+        saves += is_validation_due(recipe, step)
     assert count_validations_and_saves(recipe) == (validations, saves)
 
 
@@ -158,7 +154,7 @@ def test_a_slow_loader_is_named_and_a_fast_one_is_not(tiny, tmp_path, monkeypatc
     read = Digits.read
     monkeypatch.setattr(Digits, "read", lambda *given: (time.sleep(0.05), read(*given))[1])
     found = measure_plan(recipe, RunOptions(tmp_path / "run"), 0.2)
-    assert found.bottleneck.startswith("the loader: the net waits for it")
+    assert found.bottleneck.startswith("the loader: the network waits for it")
     assert found.data_wait > 0.5 and found.loader_rate < 20
     assert "cspnet pack" in found.advice
 
@@ -168,10 +164,13 @@ def test_a_plan_tells_of_a_net_that_could_not_be_compiled(tiny, tmp_path, monkey
         raise RuntimeError("no C compiler found")
 
     monkeypatch.setattr(torch, "compile", compile)
-    place = RunOptions(tmp_path / "run", device="cpu", workers=0, compile=True, passes="auto")
-    found = measure_plan(tiny("schedule.steps=10"), place, 0.2)
-    passes, failure = sorted(found.kernels)
-    assert passes.startswith("2 groups of 8 images at once, 1 passes")
+    options = RunOptions(
+        tmp_path / "run", device="cpu", workers=0, compile=True, micro_batch="auto"
+    )
+    measured = measure_plan(tiny("schedule.steps=10"), options, 0.2)
+    assert measured.micro_batch == 16
+    micro_batch, failure = measured.kernels
+    assert micro_batch.startswith("micro-batch 16 images (2 × group of 8), 1 per step")
     assert failure.startswith("NOT COMPILED: torch.compile failed (no C compiler found)")
 
 
@@ -179,7 +178,7 @@ def test_a_signal_breaks_a_plan_off_and_leaves_nothing_behind(tiny, tmp_path):
     recipe = tiny("schedule.steps=100000")
     timer = threading.Timer(3, os.kill, (os.getpid(), signal.SIGTERM))
     timer.start()
-    with pytest.raises(PartialResultError, match="broken off"):
+    with pytest.raises(PartialResultError, match="interrupted"):
         measure_plan(recipe, RunOptions(tmp_path / "run"), 60)
     assert list(tmp_path.iterdir()) == []
 

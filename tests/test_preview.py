@@ -6,9 +6,10 @@ from rich.console import Console
 from cspnet.data.augment import augment, sample_params
 from cspnet.data.loader import TrainGroups
 from cspnet.report import preview
-from cspnet.runtime.device import RunOptions
+from cspnet.runtime.options import RunOptions
 from cspnet.sources.data_root import display_names, open_training
-from cspnet.train import loop, setup
+from cspnet.train import setup
+from cspnet.train.step import TrainStep
 from cspnet.weights.load import build_net
 from tests.conftest import TINY
 
@@ -55,11 +56,11 @@ def test_synsets_get_their_words_and_other_names_stay():
 
 def test_rows_before_and_after_the_attack(tiny, tmp_path):
     recipe = tiny("adversarial.step_size=50")
-    place = RunOptions(tmp_path, device="cpu")
-    work = setup.prepare(recipe, place, Console(quiet=True))
+    work = setup.prepare(recipe, RunOptions(tmp_path, device="cpu"), Console(quiet=True))
     net = build_net(recipe, 10)
     net(torch.rand(8, 3, 32, 32))  # running statistics with which logits are not all alike
-    images, targets, changed = loop.look(work, net, 0)
+    step = TrainStep(work, net)
+    images, targets, changed = step.augmented_batch(0)
     assert changed is not None and not torch.equal(images, changed)
     names = [str(n) for n in range(10)]
     plain = preview.render_sheet(images, targets, None, names, 0.1, "")
@@ -70,7 +71,7 @@ def test_rows_before_and_after_the_attack(tiny, tmp_path):
     expected = (changed[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
     block = after[: 4 * 32 : 4, preview.GAP : preview.GAP + 4 * 32 : 4]
     assert np.array_equal(block, expected)
-    assert loop.look(work, net, 0)[1].shape == (8, 10)
+    assert step.augmented_batch(0)[1].shape == (8, 10)
 
 
 def test_preview_of_nonsense(command, tmp_path):

@@ -11,26 +11,26 @@ from cspnet.run import checkpoint
 from cspnet.run.checkpoint import CheckpointFiles, load_checkpoint
 from cspnet.run.lock import RunLock
 from cspnet.train import loop
+from cspnet.train.step import TrainStep
 from tests.conftest import TINY
 from tests.helpers import die_at, history, in_process, last, metrics, numbers, run, same
 
 
 @pytest.mark.parametrize(
-    "name, call, saved",
+    "owner, name, call, saved",
     [
-        ("to_device", 5, 2),  # of the third step, before a forward pass
-        ("cross_entropy", 5, 0),  # within it: the running statistics have moved
-        ("validate", 1, 6),
+        (TrainStep, "load", 5, 2),  # of the third step, before a forward pass
+        (TrainStep, "loss", 5, 0),  # within it: the running statistics have moved
+        (loop, "validate", 1, 6),
     ],
 )
 def test_an_unexpected_exception_saves_what_is_consistent(
-    tiny, undisturbed, tmp_path, monkeypatch, name, call, saved
+    tiny, undisturbed, tmp_path, monkeypatch, owner, name, call, saved
 ):
     recipe = tiny("save_every=1000", "evaluate.every=6", "schedule.steps=8")
     expected = undisturbed(recipe)
     with monkeypatch.context() as patch:
-        # The sample page of the first step calls it once more.
-        die_at(patch, name, call + (name == "to_device"), MemoryError)
+        die_at(patch, owner, name, call, MemoryError)
         with pytest.raises(CrashError, match=r"unexpected MemoryError: on purpose") as crash:
             run(recipe, tmp_path / "cut")
     assert (f"saved at step {saved}" in str(crash.value)) == (saved > 0)
@@ -201,7 +201,7 @@ def test_a_traceback_that_cannot_be_written_goes_to_stderr(tiny, tmp_path, monke
         return original(path, *arguments, **options)
 
     monkeypatch.setattr(Path, "write_text", full)
-    die_at(monkeypatch, "to_device", 4, MemoryError)
+    die_at(monkeypatch, TrainStep, "load", 3, MemoryError)
     with pytest.raises(CrashError, match="The traceback is on stderr"):
         run(tiny(), tmp_path / "run")
     assert "Traceback (most recent call last)" in capsys.readouterr().err
@@ -242,7 +242,7 @@ def test_before_the_first_save_the_schedule_may_change_and_other_fields_may_not(
 
 
 def test_a_second_interrupt_is_noted(tiny, tmp_path, monkeypatch):
-    die_at(monkeypatch, "to_device", 4, KeyboardInterrupt)
+    die_at(monkeypatch, TrainStep, "load", 3, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         run(tiny(), tmp_path / "run")
     event = history(tmp_path / "run")[-1]

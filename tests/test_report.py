@@ -32,7 +32,7 @@ from cspnet.report.publish import PICTURES, publish, require_output_folder
 from cspnet.report.style import DARK, LIGHT
 from cspnet.report.timeline import draw_timeline
 from cspnet.run.reader import read_run, running_periods
-from cspnet.runtime.device import RunOptions
+from cspnet.runtime.options import RunOptions
 from cspnet.sources.data_root import open_validation
 from cspnet.train.loop import train
 from cspnet.weights.load import load_weights

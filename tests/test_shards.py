@@ -18,7 +18,7 @@ from cspnet.datasets.check import check_dataset
 from cspnet.errors import DataError
 from cspnet.recipe.load import load_recipe
 from cspnet.recipe.schema import Evaluate
-from cspnet.runtime.device import RunOptions
+from cspnet.runtime.options import RunOptions
 from cspnet.sources import data_root, tar_index, tar_members, tar_set
 from cspnet.train import loop
 from tests.conftest import ROOT

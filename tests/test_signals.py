@@ -52,12 +52,12 @@ def test_a_closed_terminal_loses_nothing(tmp_path):
     ours, theirs = os.openpty()
     script = (
         "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-        "import cspnet.train.loop as loop, time; original = loop.learning_rate\n"
+        "import cspnet.train.state as state, time; original = state.learning_rate\n"
         "def rate(update, recipe):\n"
         "    if update == 3:\n"
         "        time.sleep(0.5)\n"
         "    return original(update, recipe)\n"
-        "loop.learning_rate = rate\n" + TRAIN_COMMAND
+        "state.learning_rate = rate\n" + TRAIN_COMMAND
     )
     arguments = ["--recipe", "digits", "--output", str(tmp_path / "run"), "-j", "1", *TINY]
     child = subprocess.Popen(

@@ -19,6 +19,8 @@ from cspnet.errors import StoppedError, WorkersFailedError
 from cspnet.recipe.schema import Evaluate
 from cspnet.sources.data_root import open_training
 from cspnet.train import loop
+from cspnet.train.state import TrainState
+from cspnet.train.step import TrainStep
 from tests.helpers import content, history, last, metrics, numbers, run, same, small
 
 
@@ -141,17 +143,14 @@ def test_a_run_whose_workers_are_killed_is_the_undisturbed_one(
 ):
     recipe = tiny("schedule.steps=9", "evaluate.every=4")
     expected = undisturbed(recipe)
-    original = loop.update
+    original = TrainState.apply_update
 
-    def killing(*arguments):
-        applied = original(*arguments)
-        if calls[0] in (2, 5):
+    def killing(state):
+        original(state)
+        if state.step in (3, 6):
             kill(multiprocessing.active_children()[0])
-        calls[0] += 1
-        return applied
 
-    calls = [0]
-    monkeypatch.setattr(loop, "update", killing)
+    monkeypatch.setattr(TrainState, "apply_update", killing)
     run(recipe, tmp_path / "cut", workers=2)
     assert same(last(tmp_path / "cut")["state_dict"], last(expected)["state_dict"])
     assert numbers(metrics(tmp_path / "cut")) == numbers(metrics(expected))
@@ -164,16 +163,16 @@ def test_workers_that_keep_dying_end_the_run_after_a_save(tiny, undisturbed, tmp
     """Within one log interval. Only the interrupted step is lost."""
     recipe = tiny("schedule.steps=9", "log_every=100", "save_every=1000")
     expected = undisturbed(recipe)
-    original = loop.to_device
+    original = TrainStep.load
 
-    def killing(*arguments):
-        if arguments[2] >= 3:
+    def killing(self, groups, state, part):
+        if state.step >= 3:
             for worker in multiprocessing.active_children():
                 kill(worker)
-        return original(*arguments)
+        return original(self, groups, state, part)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "to_device", killing)
+        patch.setattr(TrainStep, "load", killing)
         with pytest.raises(StoppedError, match=r"died 3 times .* saved at step") as stopped:
             run(recipe, tmp_path / "cut", workers=2)
     assert stopped.value.exit_code == 75

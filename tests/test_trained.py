@@ -144,11 +144,11 @@ def test_one_of_timms_nets_trains_evaluates_and_goes_back(tmp_path, command, fol
         *("model.name=timm/resnet18", "data.image_size=64", "batch=8", "group=4"),
         *("schedule.steps=2", "schedule.warmup_steps=1", "ema.decay=0.9"),
     ]
-    done = command("main_train", *arguments, "--passes", "2", cwd=tmp_path)
-    assert done.returncode == 2 and "--passes 1" in done.stderr
-    done = command("main_train", *arguments, "--passes", "auto", cwd=tmp_path)
+    done = command("main_train", *arguments, "--micro-batch", "16", cwd=tmp_path)
+    assert done.returncode == 2 and "it must be one group" in done.stderr
+    done = command("main_train", *arguments, "--micro-batch", "auto", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "images at once" not in done.stdout, "its BatchNorm would take in several groups"
+    assert "micro-batch 4 images (1 ×" in done.stdout, "its BatchNorm would mix several groups"
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     best = tmp_path / "run" / "checkpoints" / "best.pt"
     done = command(

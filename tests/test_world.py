@@ -14,8 +14,8 @@ from rich.console import Console
 from cspnet.errors import RecipeError
 from cspnet.recipe import load as recipes
 from cspnet.run.checkpoint import load_checkpoint
-from cspnet.runtime.device import RunOptions
 from cspnet.runtime.distributed import Processes
+from cspnet.runtime.options import RunOptions
 from cspnet.train.adversarial import attack_mask
 from cspnet.train.setup import prepare
 from cspnet.weights.load import build_net
@@ -43,27 +43,28 @@ def save(self, content, best=False):
 checkpoint.CheckpointFiles.save = save
 
 due = loop.is_save_due
-def is_save_due(state):
-    if plan.get("hang") == [rank, state.step]:
+def is_save_due(recipe, step):
+    if plan.get("hang") == [rank, step]:
         os.kill(os.getpid(), signal.SIGSTOP)
-    if plan.get("term") == [rank, state.step]:
+    if plan.get("term") == [rank, step]:
         os.kill(os.getpid(), signal.SIGTERM)
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT") != "0"
-    if plan.get("kill") == [rank, state.step] and not restarted:
+    if plan.get("kill") == [rank, step] and not restarted:
         os.kill(os.getpid(), signal.SIGKILL)
-    return due(state)
+    return due(recipe, step)
 loop.is_save_due = is_save_due
 if "double" in plan:
     from cspnet.inference.evaluate import Scores
     from cspnet.train import setup as job
     from cspnet.weights.load import build_net
-    to_device = loop.to_device
-    loop.to_device = lambda *those: tuple(part.double() for part in to_device(*those))
+    from cspnet.train.step import MicroBatch, TrainStep
+    load_clean = TrainStep.load_clean
+    TrainStep.load_clean = lambda *those: MicroBatch(*(x.double() for x in load_clean(*those)))
     loop.show_samples = lambda *_: None
     job.build_net = lambda recipe, classes: build_net(recipe, classes).double()
     job.init_net = lambda recipe, classes: (build_net(recipe, len(classes)).double(), [])
     torch.Tensor.float = lambda tensor: tensor  # of the logits in the attack
-    loop.cross_entropy = lambda x, t: -(t * x.log_softmax(1)).sum()
+    TrainStep.loss = lambda self, x, t: -(t * x.log_softmax(1)).sum() / self.recipe.batch
     loop.validate = lambda *_: Scores(0, 0, 0, 0, 0, 1)
 if "patience" in plan:
     from datetime import timedelta
@@ -219,7 +220,7 @@ def test_a_process_that_hangs_ends_the_others_and_loses_nothing(tmp_path):
         hanging.kill()
         hanging.communicate()
     assert first.returncode == 1, told
-    assert "cannot reach the others: one has ended, or has done nothing" in told
+    assert "cannot reach the others: one has ended, or has not responded" in told
     assert "Traceback" not in told
     assert (
         load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 2
@@ -236,8 +237,8 @@ def test_a_disk_that_is_full_for_the_first_process_pauses_the_saving_of_all(tmp_
 @pytest.mark.parametrize(
     "size, passes, message",
     [
-        (3, None, "3 processes cannot share the 4 groups of a step evenly"),
-        (2, 3, "a step has 2 groups for each of 2 processes, so give 1 to 2"),
+        (3, (), "3 processes cannot share the 4 groups of a step evenly"),
+        (2, ("--micro-batch", "24"), "each process computes 2 groups per step"),
     ],
 )
 def test_worlds_that_do_not_fit_are_refused(tiny, tmp_path, size, passes, message):
@@ -265,7 +266,7 @@ def test_processes_that_see_other_data_are_refused(tmp_path, folder):
         copy.write_bytes(file.read_bytes())
     overrides = (f"data.root={folder}", "model.classes=3", "data.normalize=imagenet")
     codes, told = ended(started(2, tmp_path / "run", *overrides, plan={"root": str(smaller)}))
-    assert codes == [2, 2] and "the processes do not see the same" in told[0], told
+    assert codes == [2, 2] and "the processes see different data" in told[0], told
 
 
 def test_a_world_size_without_the_rest_names_torchrun(tmp_path, command, monkeypatch):

@@ -27,9 +27,11 @@ def complete_recipe(incomplete: str) -> list[str]:
     return [name for name in names if name.startswith(incomplete)]
 
 
-def complete_memory(incomplete: str) -> list[str]:
-    """What `--memory` takes."""
-    return [name for name in ("fast", "fit", "tiny") if name.startswith(incomplete)]
+def complete_recompute(incomplete: str) -> list[str]:
+    """The values of `--recompute`."""
+    from cspnet.runtime.options import ACTIVATION_BUDGETS
+
+    return [name for name in ACTIVATION_BUDGETS if name.startswith(incomplete)]
 
 
 def complete_data(incomplete: str) -> list[str]:

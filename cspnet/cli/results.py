@@ -69,7 +69,7 @@ def eval_command(
     source = open_validation(data, known, trained.net.classes)
     trained = resolve_class_names(trained, source.classes, checkpoint, class_order)
     precision = inference_precision(recipe.precision, torch_device)
-    console = Console(soft_wrap=True, markup=False, highlight=False, quiet=not processes.first)
+    console = Console(soft_wrap=True, markup=False, highlight=False, quiet=not processes.is_main)
     for line in describe_network(trained, precision):
         console.print(f"{printable(checkpoint)}: {line}")
     with (
@@ -88,7 +88,7 @@ def eval_command(
             world=processes,
         )
     _print_scores(scores, console)
-    if json_file and processes.first:
+    if json_file and processes.is_main:
         content = {"checkpoint": str(checkpoint), "data": data, **scores.to_dict()}
         write_text(json_file, json.dumps(content, indent=2) + "\n")
 

@@ -13,7 +13,7 @@ from cspnet.cli.options import (
     Overrides,
     RecipeName,
     Workers,
-    complete_memory,
+    complete_recompute,
     is_rank_zero,
     max_restarts,
     warning_console,
@@ -27,22 +27,27 @@ if TYPE_CHECKING:
     from cspnet.recipe.schema import Recipe
 
 Output = Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/RECIPE")]
-Passes = Annotated[
+MicroBatch = Annotated[
     str | None,
     typer.Option(
-        help="Groups through the net at once, or auto: as many as fit.",
-        show_default="auto on a GPU, else 1",
+        metavar="N|auto",
+        help="Images per forward pass, a multiple of `group`; auto: as many as fit into memory.",
+        show_default="auto on a GPU, else one group",
     ),
 ]
 Compile = Annotated[
     bool | None,
-    typer.Option("--compile/--no-compile", help="torch.compile the net.", show_default="on a GPU"),
+    typer.Option(
+        "--compile/--no-compile",
+        help="Compile the network with torch.compile.",
+        show_default="on a GPU",
+    ),
 ]
-Memory = Annotated[
+Recompute = Annotated[
     str,
     typer.Option(
-        help="What a compiled net keeps for its gradient: fast, fit (half), tiny.",
-        autocompletion=complete_memory,
+        help="Activations to recompute in the backward pass, to save memory: none, light, full.",
+        autocompletion=complete_recompute,
     ),
 ]
 
@@ -57,9 +62,9 @@ def train_command(
     ] = False,
     device: Device = "auto",
     workers: Workers = None,
-    passes: Passes = None,
+    micro_batch: MicroBatch = None,
     compile: Compile = None,
-    memory: Memory = "fast",
+    recompute: Recompute = "none",
     max_hours: Annotated[
         float | None,
         typer.Option(min=0, help="Save and exit with 75 after so long.", show_default="none"),
@@ -112,16 +117,17 @@ def train_command(
     from rich.console import Console
 
     from cspnet.console import RunOutput
-    from cspnet.runtime.device import RunOptions
+    from cspnet.runtime.options import RunOptions
     from cspnet.train.loop import train as run
+    from cspnet.train.micro_batch import parse_micro_batch
 
-    place = RunOptions(
+    options = RunOptions(
         output=output or Path("runs") / path.stem,
         resume=resume,
         device=device,
         workers=workers,
-        passes=passes_of(passes),
-        memory=memory,
+        micro_batch=parse_micro_batch(micro_batch),
+        recompute=recompute,
         compile=compile,
         max_hours=max_hours,
         force=force,
@@ -132,9 +138,9 @@ def train_command(
     run_output = RunOutput(warning_console() if quiet else console)
     run_output.hold()  # an error that is found while the run is set up is printed alone
     run_output.print(text)
-    scores = run(resolved, place, run_output)
+    scores = run(resolved, options, run_output)
     if is_rank_zero():
-        for line in _done(resolved, place.output, scores):
+        for line in _done(resolved, options.output, scores):
             print(line)
 
 
@@ -149,15 +155,6 @@ def _done(recipe: "Recipe", output: Path, scores: "Scores | None") -> list[str]:
         f"evaluate: {evaluate}",
         f"a page about it: {command_line('cspnet', 'report', output)}",
     ]
-
-
-def passes_of(text: str | None) -> int | str | None:
-    """The number in --passes, or its word. Raises RecipeError."""
-    if text is None or text == "auto":
-        return text
-    if not text.isdecimal():
-        raise RecipeError(f"--passes {text}: must be auto or a number of groups")
-    return int(text)
 
 
 def preview_command(
@@ -183,10 +180,10 @@ def preview_command(
     from cspnet.recipe import load as recipes
     from cspnet.report.files import require_png
     from cspnet.report.preview import render_sheet, save_schedule, write_png
-    from cspnet.runtime.device import RunOptions
+    from cspnet.runtime.options import RunOptions
     from cspnet.sources.data_root import display_names, require_classes
-    from cspnet.train.loop import look
     from cspnet.train.setup import prepare
+    from cspnet.train.step import TrainStep
     from cspnet.weights.load import init_net, load_weights, resolve_class_names
 
     path = recipes.find_recipe(recipe)
@@ -194,17 +191,18 @@ def preview_command(
     require_png(out)
     if step >= resolved.schedule.steps:
         raise RecipeError(f"--step {step:,}: the last one is {resolved.schedule.steps - 1:,}")
-    job = prepare(resolved, RunOptions(out.parent, device=device, workers=0), Console(quiet=True))
-    classes = job.training.classes
+    options = RunOptions(out.parent, device=device, workers=0)
+    run = prepare(resolved, options, Console(quiet=True), list_data=False)
+    classes = run.train_set.classes
     if checkpoint:
         trained = load_weights(checkpoint, labels=labels)
         trained = resolve_class_names(trained, classes, checkpoint, class_order)
-        require_classes(job.training, trained.classes, resolved.data.root)
+        require_classes(run.train_set, trained.classes or [], resolved.data.root)
         net = trained.net
     else:
         net, told = init_net(resolved, classes)
     page = render_sheet(
-        *look(job, net.to(job.device), step),
+        *TrainStep(run, net.to(run.hardware.device)).augmented_batch(step),
         display_names(classes),
         resolved.loss.label_smoothing,
         f"{path.stem}, step {step:,}, group 0: what the net gets"

@@ -53,13 +53,19 @@ class BatchDataset(Dataset):
 
     def __getitem__(self, address: Any) -> Batch | BatchHandle:
         address, slot = address if isinstance(address, SlotRequest) else (address, None)
-        size = self.size_at(address)
-        shape = (self.batch, size, size, 3)
         if self.buffers is None or slot is None:
-            batch = self.load(address, torch.empty(shape, dtype=torch.uint8))
+            batch = self.read(address)
             return BatchHandle(batch) if self.in_worker else batch
-        batch = self.load(address, self.buffers.view(slot, shape))
+        batch = self.load(address, self.buffers.view(slot, self._shape(address)))
         return BatchHandle(batch, self.buffers, slot)
+
+    def read(self, address: Any) -> Batch:
+        """The batch at an address, in memory of its own."""
+        return self.load(address, torch.empty(self._shape(address), dtype=torch.uint8))
+
+    def _shape(self, address: Any) -> tuple[int, int, int, int]:
+        size = self.size_at(address)
+        return self.batch, size, size, 3
 
     def size_at(self, address: Any) -> int:
         """Side length of the images at an address, at most `size`."""

@@ -87,7 +87,7 @@ def evaluate_network(
             if seen:
                 seen(first, logits[:count], labels[:count])
             progress(min(number * batch * world.size, len(source)))
-    top1, top5, loss, images, unreadable_images = world.sum_(totals).tolist()
+    top1, top5, loss, images, unreadable_images = world.all_reduce(totals).tolist()
     confusion = _confusion(np.concatenate(world.gather(torch.cat(cells).cpu().numpy())), classes)
     net.train(was_training)
     assert images == len(source), "the mask must include every image exactly once"

@@ -1,6 +1,6 @@
-"""What a net keeps of each image for the backward pass: counted, with tensors that hold nothing.
+"""Activations that a network keeps for the backward pass, counted with fake tensors.
 
-Exact and the same on every machine: no kernel runs, and no GPU is needed.
+The count is exact and the same on every machine: no kernel runs, and no GPU is needed.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 @contextlib.contextmanager
 def fake_tensors(device: str) -> Iterator[None]:
-    """Tensors without content on a device that need not exist, under 16-bit autocast."""
+    """Create fake tensors on a device that need not exist, with 16-bit autocast."""
     dtype = torch.bfloat16 if device == "cpu" else torch.float16
     available = mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     with FakeTensorMode(), torch.device(device), available, torch.autocast(device, dtype):
@@ -24,10 +24,10 @@ def fake_tensors(device: str) -> Iterator[None]:
 
 def network_and_input(
     build: Callable[[], nn.Module], images: int, size: int
-) -> tuple[nn.Module, ...]:
-    """The net in training mode and its input, [images, 3, size, size], both channels-last."""
+) -> tuple[nn.Module, torch.Tensor]:
+    """The network in training mode and its input [images, 3, size, size], both channels-last."""
     net = build().train()
-    for module in net.modules():  # Module.to() cannot do it to fake parameters
+    for module in net.modules():  # Module.to() does not work for fake parameters
         if isinstance(module, nn.Conv2d):
             weight = module.weight.detach().contiguous(memory_format=torch.channels_last)
             module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
@@ -35,14 +35,14 @@ def network_and_input(
 
 
 def eager_activation_bytes(build: Callable[[], nn.Module], images: int, size: int) -> float:
-    """Bytes an image: what a pass of twice as many images saves more, by image."""
+    """Bytes per image that eager mode saves: the difference of two batch sizes, per image."""
 
     def saved(images: int) -> int:
         storages = {}
 
         def note(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
-            storages[storage._cdata] = storage  # held, or its address would be used again
+            storages[storage._cdata] = storage  # kept alive, so that its address is not reused
             return tensor
 
         with fake_tensors("cuda"), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
@@ -54,22 +54,22 @@ def eager_activation_bytes(build: Callable[[], nn.Module], images: int, size: in
 
 
 class ConvCost(NamedTuple):
-    """Of one image."""
+    """Cost of a convolution for one image."""
 
-    macs: int  # multiply-adds of a forward pass
+    macs: int  # multiply-adds in the forward pass
     inputs: int  # elements
     outputs: int
     trained: bool
 
 
 def conv_costs(build: Callable[[], nn.Module], images: int, size: int) -> list[ConvCost]:
-    """Those of a net, in their order."""
-    found = []
+    """The costs of the convolutions of a network, in order of execution."""
+    costs: list[ConvCost] = []
 
-    def note(module: nn.Conv2d, given: tuple[torch.Tensor], out: torch.Tensor) -> None:
+    def note(module: nn.Conv2d, inputs: tuple[torch.Tensor], out: torch.Tensor) -> None:
         macs = module.weight[0].numel() * out[0].numel()
         trained = module.weight.requires_grad
-        found.append(ConvCost(macs, given[0][0].numel(), out[0].numel(), trained))
+        costs.append(ConvCost(macs, inputs[0][0].numel(), out[0].numel(), trained))
 
     with fake_tensors("cuda"), torch.no_grad():
         net, x = network_and_input(build, images, size)
@@ -77,4 +77,4 @@ def conv_costs(build: Callable[[], nn.Module], images: int, size: int) -> list[C
             if isinstance(module, nn.Conv2d):
                 module.register_forward_hook(note)
         net(x)
-    return found
+    return costs

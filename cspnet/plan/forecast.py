@@ -1,9 +1,9 @@
-"""What a recipe would need on a card that is not here: counted and computed, a prediction.
+"""Prediction of memory and throughput on a GPU that is not available, without running anything.
 
-Memory: what an eager pass keeps of each image is counted (cspnet/plan/activations.py), what a compiled
-one keeps is a share of the convolutions' outputs; the rest is known sizes. Speed: a roofline. Each
-convolution takes the longer of its arithmetic and its traffic; what lies between them moves bytes
-only. tests/test_plan.py holds the floors to those that were worked out by hand.
+Memory: the activations that eager mode saves are counted; those of compiled mode are a fraction of
+the convolutions' outputs; everything else has a known size. Throughput: a roofline model. Each
+convolution takes the longer of its arithmetic and its memory traffic; the operations between them
+are limited by memory traffic. tests/test_plan.py checks the bounds against manual calculations.
 """
 
 from dataclasses import dataclass
@@ -16,19 +16,19 @@ from cspnet.errors import RecipeError
 from cspnet.plan.activations import ConvCost, conv_costs, eager_activation_bytes
 from cspnet.recipe.schema import TIMM_PREFIX, Recipe
 from cspnet.train.adversarial import attack_mask
-from cspnet.train.setup import sizes_of_passes
+from cspnet.train.micro_batch import candidate_sizes
 from cspnet.weights.load import create_from_recipe
 
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU as its maker describes it."""
+    """A GPU according to its data sheet."""
 
     name: str
     memory_gb: float
     processors: int  # SMs
-    clock_ghz: float  # boost, of the reference card
-    flops: int  # of a processor's tensor cores in a cycle: fp16 summed up in fp32, dense
+    clock_ghz: float  # boost clock of the reference card
+    flops: int  # per SM and cycle on tensor cores: dense fp16 with fp32 accumulation
     gb_per_s: float
     precision: str
     source: str
@@ -38,7 +38,7 @@ class Card:
         return self.processors * self.clock_ghz * self.flops / 1000
 
 
-# GeForce sums up in fp32 at half of its tensor cores' rate, from Turing on.
+# From Turing on, GeForce cards accumulate in fp32 at half the rate of their tensor cores.
 _TURING = "NVIDIA Turing GPU Architecture whitepaper (WP-09183-001), tables of its appendices"
 _AMPERE = "NVIDIA Ampere GA102 GPU Architecture whitepaper, appendix A"
 CARDS = {
@@ -54,35 +54,35 @@ CARDS = {
     "a100": Card("A100 80 GB SXM", 80, 108, 1.410, 2048, 2039, "bf16", "A100 data sheet, 2021"),
     "h100": Card("H100 80 GB SXM", 80, 132, 1.830, 4096, 3350, "bf16", "H100 data sheet, 2023"),
 }
-# Passes over a convolution's output in memory that a training step makes beside the convolutions:
-# BatchNorm, Mish, residuals, concatenation, and their gradients, in kernels fused by Inductor.
+# Reads or writes of a convolution's output in a training step outside of the convolutions:
+# BatchNorm, Mish, residuals, concatenation and their gradients, in kernels fused by Inductor.
 BETWEEN = 8.5
-# What a compiled net keeps for the backward pass, as a share of its convolutions' outputs, by
-# preset of --memory: counted for cspdarknet53 with Mish by benchmarks/memory.py.
-KEPT = {"fast": 1.916, "fit": 1.012, "tiny": 0.563}
-# Shares of a card's peaks that good kernels reach, and of the rate so computed that whole steps
-# have reached: on an RTX 3090 timm's net 0.95, ResNet-50 on Turing cards 0.72.
+# What a compiled network keeps for the backward pass relative to its convolutions' outputs, by
+# value of --recompute: counted for cspdarknet53 with Mish by benchmarks/memory.py.
+KEPT = {"none": 1.916, "light": 1.012, "full": 0.563}
+# Fractions of a card's peaks that good kernels reach; fractions of the resulting rate that whole
+# steps have reached: 0.95 by timm's network on an RTX 3090, 0.72 by ResNet-50 on Turing cards.
 ARITHMETIC, TRAFFIC, REACHED = 0.75, 0.88, (0.72, 0.95)
-USABLE = 0.925  # of a card's memory: its context and cuDNN's handles take the rest
-WORKSPACE_GB = 0.35  # of cuDNN, and the gradients of activations on their way
+USABLE = 0.925  # fraction of a card's memory; CUDA context and cuDNN handles take the rest
+WORKSPACE_GB = 0.35  # of cuDNN, and gradients of activations
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Per image at the full size, unless it says otherwise; MB and GB are powers of ten."""
+    """Per image at the full image size, unless noted; MB and GB are powers of ten."""
 
     card: Card
-    saved_mb: dict[str, float]  # for the backward pass: compiled and eager
-    fixed_gb: float  # weights, gradients, momentum, averages, 16-bit copies, workspace
-    fits: dict[str, int]  # groups at once, the same; 0 where not even one does
-    at_most: float  # images/s, by the card's peaks
+    saved_mb: dict[str, float]  # activations kept for the backward pass: "compiled" and "eager"
+    fixed_gb: float  # weights, gradients, momentum, EMA, 16-bit copies, workspace
+    fits: dict[str, int]  # groups per micro-batch, by the same keys; 0 if not even one fits
+    at_most: float  # images/s, by the peaks of the card
     expected: tuple[float, float]  # images/s
     checkpoint_gb: float
     seconds: tuple[float, float]  # of the whole run, without validations
 
 
 def find_card(name: str) -> Card:
-    """A card by what people call it: rtx2070, "RTX 2070", 2070. Raises RecipeError."""
+    """A card by its usual names: rtx2070, "RTX 2070", 2070. Raises RecipeError."""
     wanted = "".join(sign for sign in name.lower() if sign.isalnum())
     for short in ("nvidia", "geforce", "rtx"):
         wanted = wanted.removeprefix(short)
@@ -92,14 +92,20 @@ def find_card(name: str) -> Card:
     raise RecipeError(f"--gpu {name}: there are figures for {', '.join(CARDS)}")
 
 
-def forecast(recipe: Recipe, card: Card, classes: int, memory: str = "fast") -> Forecast:
-    """Raises RecipeError for nets of timm's, of which nothing is known before they run, and for a
-    precision other than the card's."""
+def forecast(recipe: Recipe, card: Card, classes: int, recompute: str = "none") -> Forecast:
+    """Predict a run on a card.
+
+    Raises RecipeError for timm's networks, about which nothing is known before they run, and for
+    a precision other than that of the card.
+    """
     if recipe.model.name.startswith(TIMM_PREFIX):
-        raise RecipeError(f"model.name={recipe.model.name}: --gpu knows the nets of cspnet only")
+        raise RecipeError(
+            f"model.name={recipe.model.name}: --gpu knows the networks of cspnet only"
+        )
     if recipe.precision not in ("auto", card.precision):
         raise RecipeError(
-            f"precision is {recipe.precision}: of {card.name} the figures are for {card.precision}"
+            f"precision is {recipe.precision}, but the figures for {card.name} are for "
+            f"{card.precision}"
         )
     size, group = recipe.data.image_size, recipe.group
 
@@ -112,35 +118,35 @@ def forecast(recipe: Recipe, card: Card, classes: int, memory: str = "fast") -> 
     layers = conv_costs(build, group, size)
     outputs = 2 * sum(layer.outputs for layer in layers if layer.trained)  # bytes, in 16 bits
     saved = {
-        "compiled": KEPT[memory] * outputs / 1e6,
+        "compiled": KEPT[recompute] * outputs / 1e6,
         "eager": eager_activation_bytes(build, group, size) / 1e6,
     }
     with torch.device("meta"):
         parameters = list(build().parameters())
     weights = sum(p.numel() for p in parameters)
-    momentum = sum(p.numel() for p in parameters if p.requires_grad)  # and the gradients
+    momentum = sum(p.numel() for p in parameters if p.requires_grad)  # as many gradients
     stored = 4 * ((1 + bool(recipe.ema.decay)) * weights + momentum)
     fixed = (stored + 4 * momentum + 2 * weights) / 1e9 + WORKSPACE_GB
     room = USABLE * card.memory_gb - fixed
     fits = {
-        name: next((k for k in sizes_of_passes(recipe.groups) if k * group * mb / 1000 <= room), 0)
+        name: next((k for k in candidate_sizes(recipe.groups) if k * group * mb / 1000 <= room), 0)
         for name, mb in saved.items()
     }
     at_most = _rate(layers, card, 1, 1)
     practical = _rate(layers, card, ARITHMETIC, TRAFFIC)
-    expected = tuple(share * practical for share in REACHED)
+    low, high = (fraction * practical for fraction in REACHED)
     work = relative_work(recipe)
-    seconds = tuple(recipe.batch * work / rate for rate in reversed(expected))
-    return Forecast(card, saved, fixed, fits, at_most, expected, stored / 1e9, seconds)
+    seconds = recipe.batch * work / high, recipe.batch * work / low
+    return Forecast(card, saved, fixed, fits, at_most, (low, high), stored / 1e9, seconds)
 
 
 def _rate(layers: list[ConvCost], card: Card, arithmetic: float, traffic: float) -> float:
-    """Images/s of a compiled training step, at shares of the card's peaks."""
+    """Images/s of a compiled training step at these fractions of the card's peaks."""
     flops, bytes_ = card.tflops * 1e12 * arithmetic, card.gb_per_s * 1e9 * traffic
     seconds = 0.0
     for macs, inputs, outputs, trained in layers:
-        # Forward, gradient of the input, gradient of the weights; a multiply-add is two operations,
-        # an element two bytes.
+        # Forward, gradient of the input, gradient of the weights. A multiply-add is two operations,
+        # an element is two bytes.
         passes = 3 if trained else 1
         seconds += passes * max(2 * macs / flops, 2 * (inputs + outputs) / bytes_)
         seconds += passes / 3 * BETWEEN * 2 * outputs / bytes_
@@ -148,7 +154,7 @@ def _rate(layers: list[ConvCost], card: Card, arithmetic: float, traffic: float)
 
 
 def attacked_share(recipe: Recipe, samples: int = 4000) -> float:
-    """Of the run's groups, those that are attacked: counted in steps evenly spread over it."""
+    """Fraction of a run's groups that are attacked, by `samples` steps spread over the run."""
     if not recipe.adversarial.step_size:
         return 0.0
     last = recipe.schedule.steps - 1
@@ -157,8 +163,8 @@ def attacked_share(recipe: Recipe, samples: int = 4000) -> float:
 
 
 def relative_work(recipe: Recipe) -> float:
-    """Of all steps, in steps at the full size without an attack; by pixels.
+    """Work of the whole run, in steps at the full image size without an attack; by pixels.
 
-    An attack is a pass forward and one back to the images, two thirds of a training pass.
+    An attack is a forward pass and a backward pass to the images, two thirds of a training step.
     """
     return recipe.work() * (1 + 2 / 3 * attacked_share(recipe))

@@ -1,20 +1,18 @@
-"""How long, how much memory, what holds it up: from a few real steps on this machine.
+"""Measuring what a run needs: time, memory and disk, from a few real steps on this machine.
 
-The steps are those of `loop.run`, on the recipe's own data, in a folder that is removed afterwards:
-what is measured is what a run does, its record, pictures and saves included. Only the numbers of a
-schedule are changed, none of which costs time.
+The steps are those of the training loop on the recipe's own data, with metrics, images and saves,
+in a temporary folder. Only numbers of the schedule differ, which do not affect the time of a step.
 """
 
 import contextlib
-import io
 import json
 import os
-import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -27,36 +25,40 @@ from cspnet.plan.forecast import attacked_share
 from cspnet.recipe.eta import find_bottleneck
 from cspnet.recipe.schema import Recipe
 from cspnet.run.checkpoint import CheckpointFiles
+from cspnet.run.folder import RunFolder
 from cspnet.runtime.cpu import available_cores
-from cspnet.runtime.device import RunOptions, StopRequest
+from cspnet.runtime.memory import peak_memory_gb
+from cspnet.runtime.options import RunOptions
+from cspnet.runtime.signals import StopRequest
 from cspnet.sources.data_root import Source
+from cspnet.train.compile import prepare_step
 from cspnet.train.loop import train_loop
-from cspnet.train.reporter import memory_gb
-from cspnet.train.setup import Run, prepare, start
+from cspnet.train.setup import Run, prepare
+from cspnet.train.start import start
+from cspnet.train.step import StepNotes
 
-PILOT = 5  # steps that tell how many there is time for
+PILOT = 5  # steps of the first trial, which tells how many there is time for
 MOST = 400  # steps of a trial
-ACCELERATED = re.compile(r"NOT COMPILED|compiled, tested|\d+ groups of .* at once")  # `accelerate`
 
 
 @dataclass(frozen=True)
 class TrialTimes:
-    """What some steps of one kind took; GB are 10^9 bytes, the peak of the process so far."""
+    """Measurements of some steps of one kind; GB are 10^9 bytes, the peak of the process so far."""
 
-    steps: int  # that were measured
-    seconds: float  # a step, with its wait
-    data_wait: float  # share of that
+    steps: int  # measured
+    seconds: float  # per step, including the wait for data
+    data_wait: float  # fraction of that
     memory_gb: float
-    validation_gb: float  # with the saves around it
+    validation_gb: float  # including the saves before and after it
     validation_rate: float  # images/s
     save_seconds: float
-    setup_seconds: float  # before the first step: kernels, the first pictures
+    setup_seconds: float  # before the first step: compilation, sample images
     checkpoint_gb: float
-    kernels: list[str]
+    notes: StepNotes
 
     @property
-    def alone(self) -> float:
-        """Seconds of a step without the wait for images."""
+    def compute_seconds(self) -> float:
+        """Seconds per step without the wait for data."""
         return self.seconds * (1 - self.data_wait)
 
 
@@ -67,23 +69,24 @@ class Plan:
     device: str
     precision: str
     workers: int
-    kernels: list[str]  # what a run says of compiling, and of the passes that it found
+    micro_batch: int  # images
+    kernels: list[str]  # what a run prints about its micro-batch and the compiler
     memory_gb: dict[str, float]  # peak up to: training, attack, validation
     available_gb: float  # of the device, or of the machine
-    net_rate: float  # images/s of the net alone, at the full size
+    net_rate: float  # images/s of the network alone, at the full image size
     loader_rate: float
     both_rate: float
     data_wait: float
     bottleneck: str
     advice: str
-    step_seconds: dict[int, float]  # by side of the images
-    attack_seconds: float  # that a step takes longer when all of its groups are attacked
+    step_seconds: dict[int, float]  # by image size
+    attack_seconds: float  # additional time of a step with all groups attacked
     validation_seconds: float
     save_seconds: float
     setup_seconds: float
     seconds: float  # of the whole run
     checkpoint_gb: float
-    checkpoints: int  # at once on the disk
+    checkpoints: int  # on the disk at once
     free_gb: float
 
     def to_dict(self) -> dict:
@@ -101,8 +104,11 @@ class First:
     def __len__(self) -> int:
         return self._count
 
+    def listing(self) -> Iterator[tuple[str, int]]:
+        return islice(self._source.listing(), self._count)
 
-class _Timed(CheckpointFiles):
+
+class _TimedCheckpoints(CheckpointFiles):
     """Notes how long each save takes."""
 
     def __init__(self, folder: Path):
@@ -117,54 +123,61 @@ class _Timed(CheckpointFiles):
 
 def measure_plan(
     recipe: Recipe,
-    place: RunOptions,
+    options: RunOptions,
     seconds: float = 20.0,
-    tell: Callable[[str], None] = lambda text: None,
+    on_progress: Callable[[str], None] = lambda text: None,
 ) -> Plan:
-    """Measures for about `seconds` in each size of images, and in the attack.
+    """Measure for about `seconds` in each image size, and with the attack.
 
-    `tell` gets what is being measured. Raises what a run raises before its first step; OutOfMemory;
-    Incomplete where a signal breaks it off.
+    `on_progress` is called with what is measured next. Raises what a run raises before its first
+    step, OutOfMemory, and Incomplete after a signal.
     """
-    begun = _since_start()
-    job = prepare(recipe, place, Console(quiet=True))
+    startup_seconds = _seconds_since_process_start()
+    run = prepare(recipe, options, Console(quiet=True), list_data=False)
     attack_seconds, trials = 0.0, {}
     with StopRequest() as stop:
         try:
             for size, _ in reversed(list(recipe.stages())):
-                tell(f"steps of {recipe.batch} images, {size}×{size}")
-                trials[size] = _trial(recipe, place, size, seconds, False, stop)
+                on_progress(f"steps of {recipe.batch} images, {size}×{size}")
+                trials[size] = _measure_steps(recipe, options, size, seconds, False, stop)
             full = trials[recipe.data.image_size]
             memory = {"training": full.memory_gb, "validation": full.validation_gb}
             if recipe.adversarial.step_size:
-                tell("steps with the attack")
-                attack = _trial(recipe, place, recipe.data.image_size, seconds, True, stop)
-                attack_seconds = attack.alone - full.alone
+                on_progress("steps with the attack")
+                attack = _measure_steps(
+                    recipe, options, recipe.data.image_size, seconds, True, stop
+                )
+                attack_seconds = attack.compute_seconds - full.compute_seconds
                 memory["attack"] = attack.memory_gb
-            tell("the loader alone")
-            loader_rate = _loader_rate(job, min(seconds, 5.0), stop)
+            on_progress("the loader alone")
+            loader_rate = _loader_rate(run, min(seconds, 5.0), stop)
         except StoppedError:
             raise PartialResultError(
-                "broken off: nothing is planned, and nothing left behind"
+                "interrupted: there is no plan, and no files were left"
             ) from None
-    return _put_together(recipe, job, place, trials, attack_seconds, memory, loader_rate, begun)
+    return _put_together(run, trials, attack_seconds, memory, loader_rate, startup_seconds)
 
 
-def _trial(
-    recipe: Recipe, place: RunOptions, size: int, seconds: float, attack: bool, stop: StopRequest
+def _measure_steps(
+    recipe: Recipe,
+    options: RunOptions,
+    size: int,
+    seconds: float,
+    attack: bool,
+    stop: StopRequest,
 ) -> TrialTimes:
-    """Steps for about so many seconds; a pilot says how many these are."""
-    pilot = _run(_short(recipe, size, PILOT, attack), place, stop, 2 * recipe.batch)
+    """Run steps for about `seconds`, after a short trial that tells how many these are."""
+    pilot = _train(_shortened(recipe, size, PILOT, attack), options, stop, 2 * recipe.batch)
     steps = min(MOST, int(seconds / pilot.seconds))
     if steps <= PILOT:
         return pilot
     images = max(2 * recipe.batch, int(pilot.validation_rate * seconds / 2))
-    full = _run(_short(recipe, size, steps, attack), place, stop, images)
-    return replace(full, setup_seconds=pilot.setup_seconds)  # the first one, with all it loads
+    trial = _train(_shortened(recipe, size, steps, attack), options, stop, images)
+    return replace(trial, setup_seconds=pilot.setup_seconds)  # of a process that starts
 
 
-def _short(recipe: Recipe, size: int, steps: int, attack: bool) -> Recipe:
-    """The recipe for some steps, all alike; none or all of their groups are attacked."""
+def _shortened(recipe: Recipe, size: int, steps: int, attack: bool) -> Recipe:
+    """The recipe for some steps of the same kind; all or none of their groups are attacked."""
     never = 10 * steps
     return replace(
         recipe,
@@ -178,70 +191,69 @@ def _short(recipe: Recipe, size: int, steps: int, attack: bool) -> Recipe:
     )
 
 
-def _run(recipe: Recipe, place: RunOptions, stop: StopRequest, images: int) -> TrialTimes:
-    """A run of its own in a folder beside the real one, as far as that can be written.
-
-    It validates on the first `images` images.
-    """
-    above = nearest_existing_directory(place.output.absolute().parent)
+@contextlib.contextmanager
+def _temporary_folder(output: Path) -> Iterator[Path]:
+    """A folder on the disk of the run folder if that is writable, removed at the end."""
+    above = nearest_existing_directory(output.absolute().parent)
     if not os.access(above, os.W_OK):
         above = Path(tempfile.gettempdir())
     with tempfile.TemporaryDirectory(prefix=".plan-", dir=above) as folder:
-        begun = time.perf_counter()
-        output = Path(folder) / "run"
-        told = io.StringIO()
-        place = replace(place, output=output, resume=False)
-        job = prepare(recipe, place, _plain(told))
-        saves = _Timed(job.folder.checkpoint_folder)
-        job = replace(job, checkpoints=saves, validation=First(job.validation, images))
-        scores = train_loop(job, start(job, listed=False), stop)
-        kernels = [line for line in told.getvalue().splitlines() if ACCELERATED.match(line)]
-        whole = time.perf_counter() - begun
-        peak_gb = memory_gb()  # with the last save
-        record = job.folder.metrics_file.read_text().splitlines()
+        yield Path(folder)
+
+
+def _train(recipe: Recipe, options: RunOptions, stop: StopRequest, val_images: int) -> TrialTimes:
+    """Train by the recipe in a temporary folder; validate on the first `val_images` images."""
+    with _temporary_folder(options.output) as folder:
+        started = time.perf_counter()
+        options = replace(options, output=folder / "run", resume=False)
+        saves = _TimedCheckpoints(RunFolder(options.output).checkpoint_folder)
+        run = prepare(
+            recipe,
+            options,
+            Console(quiet=True),
+            list_data=False,
+            checkpoints=saves,
+            select_val=lambda source: First(source, val_images),
+        )
+        state = start(run)
+        step = prepare_step(run, state)
+        scores = train_loop(run, state, stop, step)
+        assert scores is not None
+        total = time.perf_counter() - started
+        peak_gb = peak_memory_gb()  # including the last save
+        record = run.folder.metrics_file.read_text().splitlines()
         lines = [json.loads(line) for line in record[:-1]]  # the last one is the validation's
         checkpoint_gb = saves.last.stat().st_size / 1e9
-    spent = [recipe.batch / line["images_per_second"] for line in lines]
-    # What was loaded ahead of the first steps comes for nothing, and they find caches empty.
+    durations = [recipe.batch / line["images_per_second"] for line in lines]
+    # The first steps find their images loaded in advance, and caches empty.
     settled = slice(min(3, len(lines) - 2), None)
-    waits = [line["data_wait"] * t for line, t in zip(lines, spent, strict=True)][settled]
+    waits = [line["data_wait"] * t for line, t in zip(lines, durations, strict=True)][settled]
     return TrialTimes(
         steps=len(waits),
-        seconds=statistics.mean(spent[settled]),
-        data_wait=sum(waits) / sum(spent[settled]),
+        seconds=statistics.mean(durations[settled]),
+        data_wait=sum(waits) / sum(durations[settled]),
         memory_gb=lines[-1]["memory_gb"],
         validation_gb=peak_gb,
         validation_rate=scores.images_per_second,
         save_seconds=statistics.mean(saves.seconds),
-        setup_seconds=whole - sum(spent) - scores.seconds - sum(saves.seconds),
+        setup_seconds=total - sum(durations) - scores.seconds - sum(saves.seconds),
         checkpoint_gb=checkpoint_gb,
-        kernels=kernels,
+        notes=step.notes,
     )
 
 
-def _plain(file: io.StringIO) -> Console:
-    """A console whose lines come out as they are, whatever the environment says of terminals."""
-    return Console(
-        file=file,
-        width=10_000,
-        markup=False,
-        highlight=False,
-        color_system=None,
-        force_terminal=False,
-    )
-
-
-def _loader_rate(job: Run, seconds: float, stop: StopRequest) -> float:
-    """Images/s of the loader with nobody beside it."""
+def _loader_rate(run: Run, seconds: float, stop: StopRequest) -> float:
+    """Throughput of the dataloader alone, images/s."""
+    workers, on_gpu = run.hardware.workers, run.hardware.device.type == "cuda"
     recipe = replace(
-        job.recipe,
-        data=replace(job.recipe.data, start_image_size=None),
-        schedule=replace(job.recipe.schedule, steps=10**9),  # no end that it could come to
+        run.recipe,
+        data=replace(run.recipe.data, start_image_size=None),
+        schedule=replace(run.recipe.schedule, steps=10**9),  # no end within the measurement
     )
-    stream = training_groups(job.training, recipe, 0, job.workers, job.device.type == "cuda")
+    stream = training_groups(run.train_set, recipe, 0, workers, on_gpu)
     with contextlib.closing(stream) as groups:
-        for _ in range(1 + job.workers * prefetch_factor(recipe.groups, job.workers)):
-            next(groups)  # what is made ahead
+        for _ in range(1 + workers * prefetch_factor(recipe.groups, workers)):
+            next(groups)  # loaded in advance
         start, count = time.perf_counter(), 0
         while (passed := time.perf_counter() - start) < seconds or not count:
             next(groups)
@@ -252,32 +264,33 @@ def _loader_rate(job: Run, seconds: float, stop: StopRequest) -> float:
 
 
 def _put_together(
-    recipe: Recipe,
-    job: Run,
-    place: RunOptions,
+    run: Run,
     trials: dict[int, TrialTimes],
     attack_seconds: float,
     memory: dict[str, float],
     loader_rate: float,
-    begun: float,
+    startup_seconds: float,
 ) -> Plan:
+    """The plan of the whole run, by the numbers of steps, validations and saves of its recipe."""
+    recipe, hardware = run.recipe, run.hardware
     full = trials[recipe.data.image_size]
     bottleneck, advice = find_bottleneck(
-        full.data_wait, job.workers, available_cores(), job.device.type
+        full.data_wait, hardware.workers, available_cores(), hardware.device.type
     )
-    validation_seconds = len(job.validation) / full.validation_rate
-    setup = begun + full.setup_seconds
+    validation_seconds = len(run.val_set) / full.validation_rate
+    setup = startup_seconds + full.setup_seconds
     steps = sum(count * trials[size].seconds for size, count in recipe.stages())
-    steps += recipe.work() * attacked_share(recipe) * attack_seconds  # measured at the full size
+    steps += recipe.work() * attacked_share(recipe) * attack_seconds  # as measured at the full size
     validations, saves = count_validations_and_saves(recipe)
     return Plan(
-        device=str(job.device),
-        precision=f"{job.precision.name} ({job.precision.reason})",
-        workers=job.workers,
-        kernels=full.kernels,
+        device=str(hardware.device),
+        precision=f"{hardware.precision.name} ({hardware.precision.reason})",
+        workers=hardware.workers,
+        micro_batch=full.notes.micro_batch,
+        kernels=full.notes.lines(),
         memory_gb=memory,
-        available_gb=_available_gb(job),
-        net_rate=recipe.batch / full.alone,
+        available_gb=_available_gb(hardware.device),
+        net_rate=recipe.batch / full.compute_seconds,
         loader_rate=loader_rate,
         both_rate=recipe.batch / full.seconds,
         data_wait=full.data_wait,
@@ -290,33 +303,33 @@ def _put_together(
         setup_seconds=setup,
         seconds=setup + steps + validations * validation_seconds + saves * full.save_seconds,
         checkpoint_gb=full.checkpoint_gb,
-        checkpoints=job.checkpoints.max_files,
-        free_gb=job.checkpoints.free_bytes() / 1e9,
+        checkpoints=run.checkpoints.max_files,
+        free_gb=run.checkpoints.free_bytes() / 1e9,
     )
 
 
 def count_validations_and_saves(recipe: Recipe) -> tuple[int, int]:
-    """How often a run validates, and how often it saves."""
+    """Numbers of validations and of saves in a run."""
     last, every = recipe.schedule.steps, recipe.evaluate.every
     validations = {*range(every, last + 1, every), last}
-    saves = set(validations)  # once before each, and once after it
-    for often in (recipe.save_every, recipe.archive_every):
-        saves.update(range(often, last + 1, often) if often else ())
+    saves = set(validations)  # one before each validation and one after it
+    for interval in (recipe.save_every, recipe.archive_every):
+        saves.update(range(interval, last + 1, interval) if interval else ())
     return len(validations), len(saves) + len(validations)
 
 
-def _available_gb(job: Run) -> float:
-    """Memory of the device; of the machine, for a CPU."""
-    if job.device.type == "cuda":
-        return torch.cuda.get_device_properties(job.device).total_memory / 1e9
+def _available_gb(device: torch.device) -> float:
+    """Memory of the device, or of the machine for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 1e9
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
 
 
-def _since_start() -> float:
-    """Seconds since this process began, with its imports; 0 where the system does not tell."""
+def _seconds_since_process_start() -> float:
+    """Seconds since the start of this process, including imports; 0 if /proc is not available."""
     try:
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        up = float(Path("/proc/uptime").read_text().split()[0])
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
     except OSError:
         return 0.0
-    return up - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK")

@@ -1,43 +1,44 @@
-"""When a run will be done, and what holds it up."""
+"""Time left, the expected end and the bottleneck of a run."""
 
 from datetime import datetime, timedelta
 
 from cspnet.recipe.schema import Recipe
 
-LOADER_BOUND = 0.1  # share of the time that the net waits: from there on the loader is to blame
+# Fraction of a step that the network waits for data, from which the loader is the bottleneck.
+LOADER_BOUND = 0.1
 
 
 def find_bottleneck(data_wait: float, workers: int, cores: int, device: str) -> tuple[str, str]:
-    """What a run is held up by, and what to change.
+    """The bottleneck of a run, and advice.
 
-    `data_wait` is the share of a step's time that the net waits for images; `device` cpu or cuda.
+    `data_wait` is the fraction of a step that the network waits for data; `device` is cpu or cuda.
     """
     if data_wait < LOADER_BOUND:
-        remedy = "it runs as fast as this card lets it"
+        advice = "the hardware is used fully"
         if device == "cpu":
-            remedy = "a GPU is the remedy; here, smaller images (data.image_size) or a narrower net"
-        return f"the net: it waits for images {data_wait:.0%} of the time", remedy
-    what = f"the loader: the net waits for it {data_wait:.0%} of the time"
+            advice = "use a GPU, smaller images (data.image_size), or a narrower network"
+        return f"the network: it waits for data {data_wait:.0%} of the time", advice
+    bottleneck = f"the loader: the network waits for it {data_wait:.0%} of the time"
     smaller = (
-        "`cspnet pack` makes smaller files once, data.reduced_decode=true decodes large ones less"
+        "`cspnet pack` stores smaller images once, data.reduced_decode=true decodes at reduced size"
     )
     if device == "cpu" and not workers:
-        return what, f"images are decoded in between; {smaller}"
+        return bottleneck, f"images are decoded in the training process; {smaller}"
     if workers < cores:
-        return what, f"--workers {cores}; {smaller}"
-    return what, f"{smaller}; where the processors are idle, a faster disk"
+        return bottleneck, f"--workers {cores}; {smaller}"
+    return bottleneck, f"{smaller}; if the CPU is idle, use a faster disk"
 
 
 def seconds_left(recipe: Recipe, step: int, speed: float) -> float:
-    """Of the steps after `step`, at so many images/s now; where images grow, by their pixels."""
+    """Seconds for the steps after `step` at `speed` images/s now, scaled by the images' pixels."""
     now = (
         recipe.size_at(max(0, step - 1)) / recipe.data.image_size
-    ) ** 2  # of the work at full size
+    ) ** 2  # relative to the full size
     return recipe.work(step) / now * recipe.batch / speed
 
 
 def format_duration(seconds: float) -> str:
-    """A duration for people: 12.3 s, 1:02:03, 3d 04h."""
+    """A duration as text: 12.3 s, 1:02:03, 3d 04h."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, seconds = divmod(int(seconds), 60)
@@ -47,5 +48,5 @@ def format_duration(seconds: float) -> str:
 
 
 def format_eta(seconds: float) -> str:
-    """The local time in so many seconds, to the minute."""
+    """The local time in `seconds` from now, to the minute."""
     return f"{datetime.now() + timedelta(seconds=seconds):%Y-%m-%d %H:%M}"

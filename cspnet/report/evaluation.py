@@ -13,9 +13,9 @@ from cspnet.report.classes import class_labels
 from cspnet.report.mistakes import Mistake, TopMistakes, network_view
 from cspnet.run.reader import RunRecord
 from cspnet.runtime.device import choose_workers, inference_precision, setup_device
+from cspnet.runtime.memory import is_out_of_memory
 from cspnet.sources.data_root import Source, display_names, open_validation
 from cspnet.text import end_sentence
-from cspnet.train.diagnose import is_out_of_memory
 from cspnet.weights.labels import LABELS_ADVICE
 from cspnet.weights.load import Trained, load_weights, resolve_class_names
 

@@ -9,13 +9,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from cspnet.files import replace_file
+from cspnet.recipe.schedule import attack_step_size, learning_rate
 from cspnet.recipe.schema import Recipe
 from cspnet.report.charts import format_axes
 from cspnet.report.drawing import save_png, theme
 from cspnet.report.style import LIGHT
 from cspnet.text import printable
-from cspnet.train.adversarial import attack_step_size
-from cspnet.train.optim import learning_rate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,7 +22,7 @@ from cspnet.errors import CheckpointError, RecipeError, SaveError
 from cspnet.files import fsync_path, nearest_existing_directory, replace_file, temporary_path
 from cspnet.run.folder import BEST_NAME, LAST_NAME, PREVIOUS_NAME
 
-FORMAT = 3
+FORMAT = 4
 SEAL = b"cspnet blake2b "  # starts the archive's comment; 64 hexadecimal digits follow
 SEAL_SIZE = len(SEAL) + 64
 BLOCK = 1 << 20  # bytes hashed at a time

@@ -1,248 +1,267 @@
-"""What a device allows: compiled kernels that were tested first, and as few passes as fit.
+"""Preparing a step for the device: compile the network and test the result, size the micro-batch.
 
 Both happen before the first step, with real images, and leave the state as it was.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from cspnet.errors import CspnetError, OutOfMemoryError
-from cspnet.runtime.device import ACTIVATION_BUDGETS, Precision
-from cspnet.train.diagnose import explain_out_of_memory, is_out_of_memory
-from cspnet.train.setup import Run, passes_of, sizes_of_passes
+from cspnet.errors import OutOfMemoryError
+from cspnet.runtime.device import Precision
+from cspnet.runtime.memory import is_out_of_memory
+from cspnet.runtime.options import ACTIVATION_BUDGETS
+from cspnet.train.diagnose import explain_errors, first_line
+from cspnet.train.micro_batch import candidate_sizes, choose_groups_at_once, split_groups
+from cspnet.train.setup import Run
 from cspnet.train.state import TrainState
+from cspnet.train.step import StepNotes, TrainStep
 
-# How far the compiled gradient of a fresh net may be from the eager one in float32, as a share of
-# its norm: another number of threads alone makes 4e-3 (benchmarks/parity.py).
+# Maximum distance between the compiled and the eager gradient of a new network in float32, relative
+# to the norm. A different number of threads alone causes 4e-3 (benchmarks/parity.py).
 TOLERANCE = 0.02
-# In 16 bits both are roundings of float32's gradient: how many times further away from it than the
-# eager one the compiled one may be.
+# In 16 bits both are rounded versions of the float32 gradient. The compiled one may be this many
+# times as far from it as the eager one.
 WORSE = 2.0
 
-# Loss of the job's first pass, its backward pass done, with gradients scaled as in the run or by a
-# number: (job, net, scale) -> loss
-OnePass = Callable[[Run, nn.Module, float | None], torch.Tensor]
-# What takes the most memory: (job, net) -> loss
-Fullest = Callable[[Run, nn.Module], torch.Tensor]
 
+def prepare_step(run: Run, state: TrainState, step_class: type[TrainStep] = TrainStep) -> TrainStep:
+    """The step as this run computes it: compiled if requested, with micro-batches that fit.
 
-def accelerate(
-    job: Run, state: TrainState, one_pass: OnePass, fullest: Fullest
-) -> tuple[Run, nn.Module]:
-    """The job in passes that fit, and the net, with compiled kernels where they are asked for.
-
-    In eager mode, and loudly, where there is no compiler, or what it makes is wrong: a pass as the
-    run has it must agree with the eager net's. Raises OutOfMemory.
+    If there is no compiler, or its result differs from eager mode, warn and use eager mode. Prints
+    its decisions, which are in `notes`, too. Raises OutOfMemory.
     """
-    if job.compile:
-        torch._functorch.config.activation_memory_budget = ACTIVATION_BUDGETS[job.place.memory]
-        # A graph for each size, number of groups and mode: more than torch expects of one function.
-        torch._dynamo.config.recompile_limit = 64
-        kept = _copy(state.net)
-        try:
-            fast = replace(job, augment=torch.compile(job.augment, dynamic=False))
-            net = torch.compile(state.net, dynamic=False)
-            if job.fit:
-                fast = fit_passes(fast, net, state, fullest)
-            with explain_out_of_memory(len(fast.passes[0]), state):
-                reason = _fault(job, fast, net, state, one_pass)
-        except OutOfMemoryError:
-            raise
-        except Exception as error:  # a missing compiler, an unsupported card: each has its own
-            first = str(error).strip().partition("\n")[0] or type(error).__name__
-            reason = f"torch.compile failed ({first[:200]})"
-            _undo(state, kept)
-        _release(job)  # what the test took beyond the run's own is no peak of the run
-        reason = job.world.agree(reason)  # one process in eager mode would hold up all
-        if reason is None:
-            return fast, net
-        job.console.print(
-            f"NOT COMPILED: {reason}. Training goes on in eager mode, slower and with more memory; "
-            "--no-compile says so from the start",
-            style="bold red",
-        )
-        job = replace(job, compile=False)
-    return (fit_passes(job, state.net, state, fullest) if job.fit else job), state.net
+    # The first collective operation allocates device memory: before the memory probe.
+    run.processes.all_reduce(torch.zeros(1, device=run.hardware.device))
+    groups_at_once = choose_groups_at_once(
+        run.options, run.recipe, len(run.groups), run.hardware.device.type == "cuda"
+    )
+    step = step_class(run, state.net, groups_at_once or 1)
+    if state.step < run.recipe.schedule.steps:
+        with state.inconsistent():  # trials change weights and statistics for a moment
+            step = _try_out(run, state, step, probes=groups_at_once is None)
+    step.distribute()
+    return step
 
 
-@contextlib.contextmanager
-def compiling_told(state: TrainState) -> Iterator[None]:
-    """Turns a failure to compile amid the run, at another size for one, into one message."""
+def _try_out(run: Run, state: TrainState, eager: TrainStep, probes: bool) -> TrainStep:
+    """The step after its trials: compiled and tested, or eager; with the size that fits."""
+    notes = StepNotes(run.recipe, eager.groups_at_once, len(run.groups))
+    step = None
+    if run.compiles:
+        step, notes = _compile(run, state, eager, probes, notes)
+    if step is None:
+        step = eager
+        if probes:
+            step, peak = probe_micro_batch(run, state, eager)
+            notes = replace(notes, groups_at_once=step.groups_at_once, peak=peak)
+    for line in notes.lines():
+        run.output.print(line, style="bold red" if line == notes.warning() else None)
+    step.notes = notes
+    return step
+
+
+def _compile(
+    run: Run, state: TrainState, eager: TrainStep, probes: bool, notes: StepNotes
+) -> tuple[TrainStep | None, StepNotes]:
+    """The compiled step, or None if it cannot be used in all processes; the notes say why."""
+    torch._functorch.config.activation_memory_budget = ACTIVATION_BUDGETS[run.options.recompute]
+    # A graph for each image size, number of groups and mode: more than the default limit.
+    torch._dynamo.config.recompile_limit = 64
+    weights = _copy_to_host(state.net)
+    step, peak, comparison = eager, 0, None
     try:
-        yield
-    except RuntimeError as error:
-        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise
-        first = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise CspnetError(
-            f"torch.compile failed in step {state.step + 1:,} ({first[:200]}): the same command "
-            "with --resume --no-compile goes on in eager mode from the last checkpoint"
-        ) from None
+        step = type(eager)(
+            run,
+            state.net,
+            eager.groups_at_once,
+            network=torch.compile(state.net, dynamic=False),
+            augment=torch.compile(eager.augment, dynamic=False),
+        )
+        if probes:
+            step, peak = probe_micro_batch(run, state, step)
+        with explain_errors(run.recipe, state, step.groups_at_once, compiles=False):
+            comparison = self_test(run, state, step, eager)
+        failure = comparison.failure
+    except OutOfMemoryError:
+        raise
+    except Exception as error:  # each missing compiler and unsupported card raises its own type
+        failure = f"torch.compile failed ({first_line(error)[:200]})"
+        _undo_trial(state, weights)
+    _release_memory(run)  # the test's memory does not count for the peak of the run
+    failure = run.processes.agree(failure)  # one eager process would slow down all
+    if failure is not None:
+        return None, replace(notes, compile_failure=failure)
+    assert comparison is not None
+    notes = replace(
+        notes,
+        groups_at_once=step.groups_at_once,
+        peak=peak,
+        gradient_error=comparison.gradient_error,
+        recompute=run.options.recompute,
+    )
+    return step, notes
 
 
 class Outcome(NamedTuple):
-    """What a pass leaves, in the memory of the host."""
+    """Results of forward and backward passes, in host memory."""
 
     loss: float
     gradients: list[torch.Tensor]
-    statistics: list[torch.Tensor]  # by how much BatchNorm's running ones have moved
+    statistics: list[torch.Tensor]  # change of each running statistic of BatchNorm
 
 
-def _fault(job: Run, fast: Run, net: nn.Module, state: TrainState, one_pass: OnePass) -> str | None:
-    """Why the compiled net of `fast` is not to be trusted; None where it agrees with the eager one.
+@dataclass(frozen=True)
+class Comparison:
+    """Compiled against eager."""
 
-    The last step's passes, one of each length, go through it, and group by group through the eager
-    net: loss, gradients and running statistics must agree, in 16 bits as well as the eager ones
-    agree with float32's.
+    failure: str | None  # None if they agree
+    gradient_error: tuple[float, float]  # distance relative to the norm, and the tolerance
+
+
+def self_test(run: Run, state: TrainState, step: TrainStep, eager: TrainStep) -> Comparison:
+    """Compare a compiled step with the eager one on the groups of the last step.
+
+    One micro-batch of each length goes through the compiled network, and group by group through the
+    eager one. Loss, gradients and changes of the running statistics must agree; in 16 bits, they
+    must be as close to float32 as the eager ones.
     """
-    passes = list({len(part): part for part in fast.passes}.values())
-    kept = _copy(state.net)
+    parts = list({len(part): part for part in step.micro_batches}.values())
+    singles = [group for part in parts for group in split_groups(part, 1)]
+    weights = _copy_to_host(state.net)
 
-    def outcome(job: Run, net: nn.Module, passes: list[range], scale: float) -> Outcome:
-        loss = sum(float(one_pass(replace(job, passes=[part]), net, scale)) for part in passes)
-        gradients = [weight.grad.cpu() for weight in state.net.parameters() if weight.requires_grad]
-        moved = [
-            tensor.cpu() - kept[name]
+    def measure(step: TrainStep, parts: list[range], scale: float) -> Outcome:
+        loss = sum(float(step.trial(part, scale)) for part in parts)
+        gradients = [w.grad.cpu() for w in state.net.parameters() if w.grad is not None]
+        changes = [
+            tensor.cpu() - weights[name]
             for name, tensor in state.net.state_dict().items()
             if "running_" in name
         ]
-        _undo(state, kept)
-        return Outcome(loss, gradients, moved)
+        _undo_trial(state, weights)
+        return Outcome(loss, gradients, changes)
 
-    def eager(job: Run, scale: float) -> Outcome:
-        alone = [group for part in passes for group in passes_of(part, 1)]
+    def measure_eager(step: TrainStep, scale: float) -> Outcome:
         try:
-            return outcome(job, state.net, alone, scale)
+            return measure(step, singles, scale)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-        # It needs more memory than the run, in float32 above all: what is kept for the backward
-        # pass waits outside, a few seconds for a group.
-        _undo(state, kept)
-        _release(job)
-        to_host = torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: tensor.detach().cpu(), lambda tensor: tensor.to(job.device)
-        )
-        with to_host:
-            return outcome(job, state.net, alone, scale)
+        # Eager mode, especially in float32, needs more memory than the run: keep the activations
+        # in host memory, which takes a few seconds per group.
+        _undo_trial(state, weights)
+        _release_memory(run)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: tensor.detach().cpu(), lambda tensor: tensor.to(step.device)
+        ):
+            return measure(step, singles, scale)
 
-    scale = state.scaler.get_scale()  # 1 where the loss is not scaled
+    scale = state.scaler.get_scale()  # 1 without loss scaling
     while True:
-        rounded, compiled = eager(job, scale), outcome(fast, net, passes, scale)
+        rounded, compiled = measure_eager(eager, scale), measure(step, parts, scale)
         finite = all(bool(g.isfinite().all()) for g in rounded.gradients + compiled.gradients)
         if finite or scale <= 1:
             break
-        scale /= 16  # as the run itself will find out, in steps that are left out
+        scale /= 16  # the run itself gets there by skipping steps
     exact = rounded
-    if job.precision.name != "fp32":
-        exact = eager(replace(job, precision=Precision("fp32", "to compare")), scale)
-    reason, (apart, allowed) = _disagreement(compiled, rounded, exact)
-    if reason is None:
-        job.console.print(
-            f"compiled, tested: gradient off by {apart:.1e} of its norm, {allowed:.1e} is allowed; "
-            f"--memory {job.place.memory}"
-        )
-    return reason
+    if eager.precision.name != "fp32":
+        in_float32 = type(eager)(run, state.net, precision=Precision("fp32", "as a reference"))
+        exact = measure_eager(in_float32, scale)
+    return compare(compiled, rounded, exact)
 
 
-def _disagreement(
-    compiled: Outcome, rounded: Outcome, exact: Outcome
-) -> tuple[str | None, tuple[float, float]]:
-    """What sets the compiled outcome apart from the eager ones, rounded as the run's and exact.
+def compare(compiled: Outcome, rounded: Outcome, exact: Outcome) -> Comparison:
+    """Compare a compiled outcome with the eager one in the same precision and in float32.
 
-    None where nothing does; beside it how far off the gradient is, and may be.
+    The latter two are the same object in float32.
     """
-    told = {}
-    for what, distance in (("gradients", _distance), ("statistics", _largest_distance)):
-        ours, theirs, expected = (getattr(one, what) for one in (compiled, rounded, exact))
-        apart, allowed = distance(ours, expected), TOLERANCE
+    errors: dict[str, tuple[float, float]] = {}
+    for name, distance in (("gradients", _distance), ("statistics", _largest_distance)):
+        ours, eager, reference = (getattr(one, name) for one in (compiled, rounded, exact))
+        tolerance = TOLERANCE
         if exact is not rounded:
-            allowed = max(allowed, WORSE * distance(theirs, expected))
-        told[what] = apart, allowed
-    near = abs(compiled.loss - rounded.loss) <= TOLERANCE * abs(rounded.loss)
-    if near and all(apart <= allowed < math.inf for apart, allowed in told.values()):
-        return None, told["gradients"]
-    reason = (
-        f"the compiled net is not the eager one: loss {compiled.loss:.6g} for {rounded.loss:.6g}, "
-        + ", ".join(f"{what} off by {apart:.1e} ({of:.1e})" for what, (apart, of) in told.items())
-        + " of their norm (allowed)"
+            tolerance = max(tolerance, WORSE * distance(eager, reference))
+        errors[name] = distance(ours, reference), tolerance
+    same_loss = abs(compiled.loss - rounded.loss) <= TOLERANCE * abs(rounded.loss)
+    if same_loss and all(error <= allowed < math.inf for error, allowed in errors.values()):
+        return Comparison(None, errors["gradients"])
+    failure = (
+        "the compiled network differs from eager mode: "
+        f"loss {compiled.loss:.6g} instead of {rounded.loss:.6g}, "
+        + ", ".join(
+            f"{name} off by {error:.1e} of their norm (tolerance {allowed:.1e})"
+            for name, (error, allowed) in errors.items()
+        )
     )
-    return reason, told["gradients"]
+    return Comparison(failure, errors["gradients"])
 
 
-def _copy(net: nn.Module) -> dict[str, torch.Tensor]:
-    """Weights and statistics, in the memory of the host."""
+def _copy_to_host(net: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.cpu().clone() for name, tensor in net.state_dict().items()}
 
 
-def _undo(state: TrainState, kept: dict[str, torch.Tensor]) -> None:
-    """The state as it was before a trial."""
+def _undo_trial(state: TrainState, weights: dict[str, torch.Tensor]) -> None:
+    """Restore weights and statistics, and clear the gradients."""
     state.optimizer.zero_grad(set_to_none=True)
-    state.net.load_state_dict(kept)
+    state.net.load_state_dict(weights)
     state.net.train()
 
 
 def _distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
-    """Norm of the difference of two lists of tensors, as a share of the norm of the second."""
-    squares = [((x - y).double().square().sum(), y.double().square().sum()) for x, y in zip(a, b)]  # noqa: B905
-    difference, norm = (float(torch.stack(part).sum()) for part in zip(*squares, strict=True))
+    """Norm of the difference of two lists of tensors, relative to the norm of the second."""
+    pairs = list(zip(a, b, strict=True))
+    difference = float(torch.stack([(x - y).double().square().sum() for x, y in pairs]).sum())
+    norm = float(torch.stack([y.double().square().sum() for _, y in pairs]).sum())
     distance = (difference / norm) ** 0.5 if norm > 0 else math.inf
     return math.inf if math.isnan(distance) else distance
 
 
 def _largest_distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
-    """The largest distance of a pair; of two that are 0, such as a frozen layer's moves, none."""
+    """Largest distance of a pair of tensors. Pairs of zeros, as of frozen layers, do not count."""
     pairs = [(x, y) for x, y in zip(a, b, strict=True) if x.any() or y.any()]
     return max((_distance([x], [y]) for x, y in pairs), default=0.0)
 
 
-def fit_passes(job: Run, net: nn.Module, state: TrainState, trial: Fullest) -> Run:
-    """The job with the fewest passes that the device has memory for, said on the console.
+def probe_micro_batch(run: Run, state: TrainState, step: TrainStep) -> tuple[TrainStep, int]:
+    """The step with the largest micro-batch that fits into memory, and its peak memory in bytes.
 
-    The trial runs twice, since the first step allocates what the second finds in its way. Raises
-    OutOfMemory where a single group does not fit.
+    The peak is 0 on a CPU. Each size runs twice, since the first time allocates what is in the way
+    of the second. Raises OutOfMemory if not even a single group fits.
     """
-    recipe = job.recipe
-    for at_once in sizes_of_passes(len(job.groups)):
-        tried = replace(job, passes=passes_of(job.groups, at_once))
-        kept = _copy(state.net)
+    recipe = run.recipe
+    failure: str | None = None
+    for groups_at_once in candidate_sizes(len(run.groups)):
+        candidate = step.with_groups_at_once(groups_at_once)
+        weights = _copy_to_host(state.net)
+        failure = None
         try:
             for _ in range(2):
-                trial(tried, net)
-            failure = None
+                candidate.peak_trial(state)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            failure = str(error)  # not the error itself, which holds on to tensors
-        _undo(state, kept)
-        peak = _release(job)
+            failure = first_line(error)  # the error itself would keep tensors alive
+        _undo_trial(state, weights)
+        peak = _release_memory(run)
         if failure is None:
-            passes = len(tried.passes)
-            job.console.print(
-                f"{at_once} groups of {recipe.group} images at once, {passes} passes per step"
-                + f", {peak / 1e9:.1f} GB" * bool(peak)
-            )
-            return tried
+            return candidate, peak
+    size = recipe.data.image_size
     raise OutOfMemoryError(
-        f"a single group of {recipe.group} images of "
-        f"{recipe.data.image_size}×{recipe.data.image_size} does "
-        f"not fit into the memory of {job.device}: free it of other processes, try --memory tiny, "
-        f"or change the recipe: data.image_size={max(32, recipe.data.image_size - 32)}, for one "
-        f"({failure.strip().partition(chr(10))[0][:160]})"
+        f"a single group of {recipe.group} images of {size}×{size} does not fit into the memory of "
+        f"{run.hardware.device}: end other processes on it, try --recompute full, or change the "
+        f"recipe, for example data.image_size={max(32, size - 32)} ({str(failure)[:160]})"
     )
 
 
-def _release(job: Run) -> int:
-    """Gives unused memory back to the device; the most that was reserved until then, bytes."""
-    if job.device.type != "cuda":
+def _release_memory(run: Run) -> int:
+    """Return cached memory to the device; the peak of reserved memory until now, in bytes."""
+    device = run.hardware.device
+    if device.type != "cuda":
         return 0
-    peak = torch.cuda.max_memory_reserved(job.device)
+    peak = torch.cuda.max_memory_reserved(device)
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(job.device)
+    torch.cuda.reset_peak_memory_stats(device)
     return peak

@@ -1,4 +1,4 @@
-"""When numbers go bad, or memory ends: what it was, and where, in one message."""
+"""Diagnosis of non-finite values and of running out of memory, each in one message."""
 
 import contextlib
 import math
@@ -8,53 +8,69 @@ import torch
 from torch import nn
 
 from cspnet.data import stream
-from cspnet.errors import CheckpointError, NonFiniteError, OutOfMemoryError
+from cspnet.errors import CheckpointError, CspnetError, NonFiniteError, OutOfMemoryError
+from cspnet.recipe.schema import Recipe
 from cspnet.run.checkpoint import load_checkpoint
 from cspnet.run.folder import RunFolder
+from cspnet.runtime.memory import is_out_of_memory
 from cspnet.sources.data_root import Source
 from cspnet.train.state import TrainState
 
 
-def note_loss(state: TrainState, loss: torch.Tensor) -> None:
-    """Adds the loss of a step to the sum of the window, and notes the first that is not finite.
-
-    On the device: the host does not wait.
-    """
-    state.loss_sum += loss
-    first = ~torch.isfinite(loss) & (state.bad_step < 0)
-    state.bad_step.copy_(torch.where(first, state.step, state.bad_step))
-
-
 @torch.no_grad()
 def is_finite(state: TrainState) -> bool:
-    """Whether weights, running statistics, averages and momentum are all finite. The host waits."""
+    """Whether weights, running statistics, EMA and momentum are finite. The host waits."""
     tensors = [t for t in state.net.state_dict().values() if t.is_floating_point()]
-    if state.average:
-        tensors += [t for t in state.average.tensors.values() if t.is_floating_point()]
+    if state.ema:
+        tensors += [t for t in state.ema.tensors.values() if t.is_floating_point()]
     tensors += [entry["momentum_buffer"] for entry in state.optimizer.state.values()]
-    largest = torch.stack(torch._foreach_norm(tensors, math.inf))
+    largest = torch.stack(list(torch._foreach_norm(tensors, math.inf)))
     return bool(torch.isfinite(largest).all())
 
 
+class LossGuard:
+    """Decides how many consecutive log intervals may have a non-finite loss.
+
+    Loss scaling skips the update of a step with non-finite gradients and halves its factor, so it
+    may take a few steps. Without it a single non-finite loss has spoiled the weights.
+    """
+
+    def __init__(self, state: TrainState):
+        self._state = state
+        self._limit = 3 if state.scaler.is_enabled() else 1
+        self._count = 0  # consecutive intervals
+
+    def accepts(self, loss: float) -> bool:
+        """Whether the run may continue after an interval with this mean loss."""
+        if math.isfinite(loss):
+            self._count = 0
+            return True
+        self._count += 1
+        if self._count >= self._limit:
+            return False
+        self._state.bad_step.fill_(-1)
+        return True
+
+
 def first_non_finite_layer(net: nn.Module, forward: Callable[[], object]) -> str | None:
-    """The first layer in a forward pass whose weights, or whose output, are not finite; None."""
+    """First layer in a forward pass with non-finite weights or output; None if there is none."""
     found: list[str] = []
 
-    def look(name: str) -> Callable:
-        def hook(module: nn.Module, _, output: torch.Tensor) -> None:
+    def make_hook(name: str) -> Callable:
+        def hook(module: nn.Module, _: object, output: torch.Tensor) -> None:
             if found:
                 return
-            own = [(k, t) for k, t in module.named_parameters() if not torch.isfinite(t).all()]
-            own += [(k, t) for k, t in module.named_buffers() if not torch.isfinite(t).all()]
+            tensors = [*module.named_parameters(), *module.named_buffers()]
+            own = [key for key, tensor in tensors if not torch.isfinite(tensor).all()]
             if own:
-                found.append(f"{name}.{own[0][0]}")
+                found.append(f"{name}.{own[0]}")
             elif not torch.isfinite(output).all():
                 found.append(f"the output of {name}")
 
         return hook
 
     leaves = [(n, m) for n, m in net.named_modules() if not list(m.children())]
-    handles = [module.register_forward_hook(look(name)) for name, module in leaves]
+    handles = [module.register_forward_hook(make_hook(name)) for name, module in leaves]
     try:
         with torch.no_grad():
             forward()
@@ -64,9 +80,8 @@ def first_non_finite_layer(net: nn.Module, forward: Callable[[], object]) -> str
     return found[0] if found else None
 
 
-def step_images(state: TrainState, source: Source, step: int) -> list[dict]:
-    """Each image of a step: its position in the stream, its index and its name."""
-    recipe = state.recipe
+def step_images(recipe: Recipe, source: Source, step: int) -> list[dict]:
+    """Each image of a step: its group, its position in the stream, its index and its file."""
     images = []
     for group in range(recipe.groups):
         for position in stream.group_positions(step, group, recipe.batch, recipe.group):
@@ -79,94 +94,111 @@ def step_images(state: TrainState, source: Source, step: int) -> list[dict]:
 
 
 def non_finite_error(
-    state: TrainState, source: Source, folder: RunFolder, forward: Callable[[int], object]
+    state: TrainState,
+    recipe: Recipe,
+    source: Source,
+    folder: RunFolder,
+    replay: Callable[[int], object],
 ) -> NonFiniteError:
-    """The error to raise, with the batch at fault written to not-finite.json in the run folder.
+    """The error to raise; the images of the step go to not-finite.json in the run folder.
 
-    `forward(step)` sends the images of a step, from 0, through the net, whose weights are not kept.
-    Where no loss was at fault, the update of the last step was. Steps are told as the log counts
-    them, from 1.
+    `replay(step)` runs the network on the images of a step, counted from 0. The weights of the last
+    checkpoint replace those of the state. If no loss was non-finite, the last update was. Messages
+    count steps from 1, as the log does.
     """
     noted = int(state.bad_step)
     step = noted if noted >= 0 else state.step - 1
-    layer = first_non_finite_layer(state.net, lambda: forward(step)) or "nothing"
-    saved = folder.last_checkpoint
-    before, checkpoint = None, "There is no checkpoint."
+    layer = first_non_finite_layer(state.net, lambda: replay(step)) or "nothing"
+    path = folder.last_checkpoint
+    earlier, advice = None, "There is no checkpoint."
     with contextlib.suppress(CheckpointError):
-        # The update has spread it to all weights by now; those of the last save have not seen it.
-        content = load_checkpoint(saved)
-        state.net.load_state_dict(content["state_dict"])
-        before = first_non_finite_layer(state.net, lambda: forward(step)) or "nothing"
-        checkpoint = f"The last checkpoint is {saved} of step {content['step']:,}."
-        if before != "nothing":
+        # By now the update has spread the values to all weights, but not to the last checkpoint.
+        saved = load_checkpoint(path)
+        state.net.load_state_dict(saved["state_dict"])
+        earlier = first_non_finite_layer(state.net, lambda: replay(step)) or "nothing"
+        advice = f"The last checkpoint is {path} of step {saved['step']:,}."
+        if earlier != "nothing":
             # Finite weights, but training had diverged when they were saved.
-            checkpoint += (
-                " It had diverged already: on these images its own output is not finite. Use an "
+            advice += (
+                " It had diverged already: its output for these images is not finite. Use an "
                 "archive or best.pt instead."
             )
-    dump = folder.non_finite_file
     content = {
         "step": step + 1,
         "first_not_finite": layer,
-        "first_not_finite_by_last_checkpoint": before,
+        "first_not_finite_by_last_checkpoint": earlier,
         "loss_scale": state.scaler.get_scale(),
-        "images": step_images(state, source, step),
+        "images": step_images(recipe, source, step),
     }
     with contextlib.suppress(OSError):
         folder.write_non_finite(content)
     what = "the loss is not finite" if noted >= 0 else "the weights are not finite after the update"
     return NonFiniteError(
-        f"{what} at step {step + 1:,}; nothing was saved since. With its images, the first that is "
-        f"not finite: {layer}"
-        + (f"; with the weights of the last save: {before}" * bool(before))
-        + f". The images are listed in {dump}. {checkpoint} "
+        f"{what} at step {step + 1:,}; nothing was saved since. First non-finite value on its "
+        f"images: {layer}"
+        + (f"; with the weights of the last checkpoint: {earlier}" * bool(earlier))
+        + f". The images are listed in {folder.non_finite_file}. {advice} "
         "Try a lower optim.learning_rate, a longer warm-up, or precision=fp32, in a new folder."
     )
 
 
-# What cuDNN and cuBLAS say, in a plain RuntimeError, where the device has no room for their own.
-FULL = ("unable to find an engine to execute", "ALLOC_FAILED", "out of memory")
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether that error means that the device has too little memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in FULL)
-    )
+def is_compile_error(error: Exception) -> bool:
+    """Whether the error comes from torch.compile."""
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(at_once: int, state: TrainState) -> Iterator[None]:
-    """Turns the device's running out of memory into one message with numbers and a cure.
+def explain_errors(
+    recipe: Recipe, state: TrainState, groups_at_once: int, compiles: bool = True
+) -> Iterator[None]:
+    """Turn running out of memory, and a failure to compile, into messages with a remedy.
 
-    `at_once` groups go through the net at once.
+    Failures to compile only if `compiles`.
     """
     try:
         yield
     except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        recipe = state.recipe
-        numbers = ""
-        if torch.cuda.is_available():
-            free, total = torch.cuda.mem_get_info()
-            peak = torch.cuda.max_memory_reserved()
-            numbers = (
-                f" The device has {total / 1e9:.1f} GB, {free / 1e9:.1f} GB of them free now; this "
-                f"process held {peak / 1e9:.1f} GB at most."
-            )
-        cure = (
-            f"--passes {at_once - 1} (now {at_once} groups of {recipe.group} images at once) "
-            "changes no number but the memory"
-            if at_once > 1
-            else "one group goes through the net at a time already: free the device of other "
-            "processes, or change the recipe, which makes it another run: "
-            f"data.image_size={max(32, recipe.data.image_size - 32)} "
-            f"(now {recipe.data.image_size}), or "
-            f"group={max(2, recipe.group // 2)} (now {recipe.group})"
+        if is_out_of_memory(error):  # also if the compiler reports it
+            raise _out_of_memory(recipe, state.step, groups_at_once, error) from None
+        if compiles and is_compile_error(error):
+            raise CspnetError(
+                f"torch.compile failed in step {state.step + 1:,} ({first_line(error)[:200]}): "
+                "the same command with --resume --no-compile continues in eager mode from the "
+                "last checkpoint"
+            ) from None
+        raise
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or else its type."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _out_of_memory(
+    recipe: Recipe, step: int, groups_at_once: int, error: Exception
+) -> OutOfMemoryError:
+    """The error to raise, with what the device has, what the run used, and what to change."""
+    figures = ""
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        peak = torch.cuda.max_memory_reserved()
+        figures = (
+            f" The device has {total / 1e9:.1f} GB, of which {free / 1e9:.1f} GB are free now; "
+            f"this process used up to {peak / 1e9:.1f} GB."
         )
-        first = str(error).partition("\n")[0][:160]
-        raise OutOfMemoryError(
-            f"out of memory at step {state.step:,}: {first}{numbers}\n{cure}. The last checkpoint "
-            "is as it was: --resume."
-        ) from None
+    group, size = recipe.group, recipe.data.image_size
+    if groups_at_once > 1:
+        remedy = (
+            f"--micro-batch {(groups_at_once - 1) * group} (now {groups_at_once * group} images) "
+            "needs less memory and does not change results"
+        )
+    else:
+        remedy = (
+            "A micro-batch has one group already: end other processes on the device, or change the "
+            f"recipe, which starts a different run: data.image_size={max(32, size - 32)} (now {size}), "
+            f"or group={max(2, group // 2)} (now {group})"
+        )
+    return OutOfMemoryError(
+        f"out of memory at step {step:,}: {first_line(error)[:160]}{figures}\n{remedy}. The last "
+        "checkpoint is intact; continue with --resume."
+    )

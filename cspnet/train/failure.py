@@ -7,46 +7,46 @@ from contextlib import suppress
 from cspnet.errors import CrashError
 from cspnet.train.diagnose import is_finite
 from cspnet.train.setup import Run, environment, log_event
-from cspnet.train.state import TrainState
+from cspnet.train.state import TrainState, checkpoint_content
 
 
-def save_if_consistent(job: Run, state: TrainState) -> bool:
+def save_if_consistent(run: Run, state: TrainState) -> bool:
     """Saves the state of a failed run if it is that of a complete step, without NaN or Inf.
 
     Never raises, since the failure may affect the save, too. Returns whether the state was saved.
     """
-    if not (job.world.first and state.consistent):
+    if not (run.processes.is_main and state.consistent):
         return False
     with suppress(Exception):
         loss_was_bad = int(state.bad_step) >= 0 and not state.scaler.is_enabled()
         if is_finite(state) and not loss_was_bad:
-            job.checkpoints.save(state.to_dict())
+            run.checkpoints.save(checkpoint_content(run.identity, state))
             return True
     return False
 
 
-def crash_error(job: Run, state: TrainState, error: Exception) -> CrashError:
+def crash_error(run: Run, state: TrainState, error: Exception) -> CrashError:
     """The error to raise for an unexpected exception, whose traceback is written to a file.
 
     Saves the state if it is consistent.
     """
     saved = "the last checkpoint is unchanged"
-    if save_if_consistent(job, state):
+    if save_if_consistent(run, state):
         saved = f"saved at step {state.step:,}"
-    file = job.folder.crash_file(state.step, job.world.rank)
+    file = run.folder.crash_file(state.step, run.processes.rank)
     where = f"The traceback is in {file}"
     text = "".join(traceback.format_exception(error))
     description = None
     with suppress(Exception):  # a broken driver
-        description = environment(job)
+        description = environment(run)
     try:
-        job.folder.write_crash_report(state.step, job.world.rank, description, text)
+        run.folder.write_crash_report(state.step, run.processes.rank, description, text)
     except OSError:  # a full disk, which may have caused the exception
-        job.console.log(text)
+        run.output.log(text)
         print(text, file=sys.stderr)
         where = "The traceback is on stderr"
     summary = _summary(error)
-    log_event(job, state, "crash", [summary, str(file)])
+    log_event(run, state, "crash", [summary, str(file)])
     return CrashError(
         f"unexpected {summary} (step {state.step + 1:,}); {saved}. {where}. "
         "The same command with --resume continues the run; please report the traceback"

@@ -1,14 +1,13 @@
-"""The training loop, in the order of time."""
+"""The training loop, in order of time."""
 
-from contextlib import closing, suppress
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 
-import torch
 from rich.console import Console
-from torch import nn
 
 from cspnet.console import RunOutput
-from cspnet.data.loader import TrainGroups, training_groups
+from cspnet.data.loader import Batch, training_groups
 from cspnet.data.supervision import WorkerMonitor
 from cspnet.errors import (
     CspnetError,
@@ -23,337 +22,315 @@ from cspnet.recipe.schema import Recipe
 from cspnet.report.preview import render_sheet, write_png
 from cspnet.run.folder import RunFolder
 from cspnet.run.lock import RunLock
-from cspnet.runtime.device import RunOptions, StopRequest, setup_device
-from cspnet.runtime.distributed import (
-    RunningStats,
-    find_processes,
-    gradient_sync,
-    is_process_group_error,
-    process_group,
-)
+from cspnet.runtime.device import setup_device
+from cspnet.runtime.distributed import find_processes, is_process_group_error, process_group
+from cspnet.runtime.options import RunOptions
+from cspnet.runtime.signals import StopRequest
 from cspnet.sources.data_root import display_names
 from cspnet.text import end_sentence
-from cspnet.train.adversarial import attack, attack_step_size
-from cspnet.train.compile import accelerate, compiling_told
-from cspnet.train.diagnose import explain_out_of_memory, is_finite, non_finite_error, note_loss
+from cspnet.train.compile import prepare_step
+from cspnet.train.diagnose import LossGuard, explain_errors, first_line, is_finite, non_finite_error
 from cspnet.train.failure import crash_error, save_if_consistent
-from cspnet.train.optim import apply_update as update
-from cspnet.train.optim import learning_rate
 from cspnet.train.reporter import Reporter
-from cspnet.train.setup import Run, log_event, prepare, start
-from cspnet.train.state import TrainState
-from cspnet.train.step import at_most, attack_some, cross_entropy, forward, one_pass, to_device
+from cspnet.train.setup import Run, log_event, prepare
+from cspnet.train.start import start
+from cspnet.train.state import TrainState, checkpoint_content
+from cspnet.train.step import TrainStep
+from cspnet.train.unreadable import UnreadableImages
 
 
-def train(recipe: Recipe, place: RunOptions, console: Console | RunOutput) -> Scores | None:
-    """Trains to the end of the schedule; returns the last validation's scores.
+def train(recipe: Recipe, options: RunOptions, console: Console | RunOutput) -> Scores | None:
+    """Train to the end of the schedule; return the scores of the last validation.
 
-    None where the run was complete before. Raises Stopped after a signal or at the time limit, with
-    the state saved. An output that holds its lines is released when all that the user may have got
-    wrong was checked.
+    None if the run was complete before. Raises Stopped after a signal or at the time limit, with
+    the state saved. A held output is released once all user errors are excluded.
     """
-    stop = StopRequest(place.max_hours)
-    world = find_processes()
+    stop = StopRequest(options.max_hours)
+    processes = find_processes()
     output = console if isinstance(console, RunOutput) else RunOutput(console)
-    if not world.first:
+    if not processes.is_main:
         output = RunOutput(Console(quiet=True))
-    with process_group(world, setup_device(place.device, world)), RunLock() as lock:
-        folder = RunFolder(place.output)
-        world.by_first(lambda: reserve(folder, place, lock))
+    with process_group(processes, setup_device(options.device, processes)), RunLock() as lock:
+        folder = RunFolder(options.output)
+        processes.on_main(partial(claim_folder, folder, options.resume, lock))
         try:
-            job = prepare(recipe, place, output, world)
-            state = start(job, lock)
+            run = prepare(recipe, options, output, processes)
+            state = start(run, lock)
         except CspnetError:
-            output.release(only="red")  # a damaged checkpoint may be the reason
+            output.release(only="red")  # a damaged checkpoint may be the cause
             raise
-        if world.first:
+        if processes.is_main:
             output.open_log(folder.log_file)
         output.release()
         try:
-            scores = train_loop(job, state, stop)
-        except StoppedError as error:
-            log_event(job, state, "stop", [first_line(error)])
-            output.log(str(error))
-            raise
-        except CspnetError as error:
-            if isinstance(error, DataError):
-                save_if_consistent(job, state)
-            log_event(job, state, "fail", [first_line(error)])
-            output.log(f"error: {error}")
-            raise
-        except Exception as error:
-            if world.size > 1 and is_process_group_error(error):
-                lost = "another process of the run has ended, or hangs"
-                log_event(job, state, "fail", [lost])
-                output.log(f"error: {lost}")
-                raise  # `joined` says what happened
-            crash = crash_error(job, state, error)
-            output.log(f"error: {crash}")
-            raise crash from None
-        except KeyboardInterrupt:
-            left = "left at once, without a save, by a second Ctrl-C"
-            log_event(job, state, "fail", [left])
-            output.print(left, style="red")
-            raise
+            with recorded_end(run, state):
+                return train_loop(run, state, stop)
         finally:
             output.close_log()
-        log_event(job, state, "done")
-        return scores
 
 
-def reserve(folder: RunFolder, place: RunOptions, lock: RunLock) -> None:
-    """Checks the run folder and, if it holds a run, locks it, before anything slow is done."""
-    folder.require_usable(place.resume)
+def claim_folder(folder: RunFolder, resume: bool, lock: RunLock) -> None:
+    """Check the run folder; lock it if it holds a run, before anything else is loaded."""
+    folder.require_usable(resume)
     if folder.is_run():
         lock.take(folder.path)
 
 
-def first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+@contextmanager
+def recorded_end(run: Run, state: TrainState) -> Iterator[None]:
+    """Record how the block ends; save if an error leaves a consistent state."""
+    try:
+        yield
+    except StoppedError as error:
+        log_event(run, state, "stop", [first_line(error)])
+        run.output.log(str(error))
+        raise
+    except CspnetError as error:
+        if isinstance(error, DataError):
+            save_if_consistent(run, state)
+        log_event(run, state, "fail", [first_line(error)])
+        run.output.log(f"error: {error}")
+        raise
+    except Exception as error:
+        if run.processes.size > 1 and is_process_group_error(error):
+            lost = "another process of the run has ended or hangs"
+            log_event(run, state, "fail", [lost])
+            run.output.log(f"error: {lost}")
+            raise  # `joined` turns it into a message
+        crash = crash_error(run, state, error)
+        run.output.log(f"error: {crash}")
+        raise crash from None
+    except KeyboardInterrupt:
+        left = "aborted by a second Ctrl-C, without a save"
+        log_event(run, state, "fail", [left])
+        run.output.print(left, style="red")
+        raise
+    log_event(run, state, "done")
 
 
-def train_loop(job: Run, state: TrainState, stop: StopRequest) -> Scores | None:
-    """The steps that are left, one by one."""
-    recipe, world = job.recipe, job.world
-    net, last = state.net, recipe.schedule.steps
-    report_worker = partial(job.console.print, style="yellow") if world.first else None
-    # Of several processes one alone cannot end the step: all of them stop after it.
-    monitor = WorkerMonitor(report_worker, None if world.size == 1 else stop.request)
-    # The first sum on the device: what it takes of its memory is gone before passes are tried.
-    world.sum_(torch.zeros(1, device=job.device))
-    if state.step < last:
-        state.consistent = False  # a failure may leave the weights of a trial
-        job, net = accelerate(
-            job,
-            state,
-            lambda job, net, scale: one_pass(job, state, net, scale=scale),
-            lambda job, net: at_most(job, state, net),
-        )
-        state.consistent = True
-    scores = None
-    stream = training_groups(
-        *(job.training, recipe, state.step, job.workers, job.device.type == "cuda"),
-        *(job.groups, monitor),
-    )
-    together, statistics = (
-        world.together(net, job.device),
-        RunningStats(world, net, len(job.groups)),
-    )
+def train_loop(
+    run: Run, state: TrainState, stop: StopRequest, step: TrainStep | None = None
+) -> Scores | None:
+    """Train from the step that the state is at; `step` is that of `prepare_step` by default."""
+    recipe, processes, monitor = run.recipe, run.processes, worker_monitor(run, stop)
+    step = step or prepare_step(run, state)
+    unreadable, guard = unreadable_images(run), LossGuard(state)
+    last_step, scores = recipe.schedule.steps, None
     with (
         stop,
-        Reporter(
-            job.folder, state, job.training, job.console, world, job.workers, monitor
-        ) as report,
-        closing(stream) as groups,
-        compiling_told(state),
-        explain_out_of_memory(
-            len(job.passes[0]), state
-        ),  # inside: what a compiler says of memory is its
+        Reporter(run, state, unreadable, monitor) as reporter,
+        closing(open_groups(run, state.step, monitor)) as groups,
+        explain_errors(recipe, state, step.groups_at_once),
+        save_if_workers_lost(run, state, reporter),
     ):
-        if state.step == 0 and world.first:
-            show_samples(job, state.net, report)
+        if state.step == 0 and processes.is_main:
+            show_samples(run, step, reporter)
         while True:
-            if is_validation_due(state) and state.validated < state.step:
-                scores = validate(job, state, stop, report, monitor)
-                best = scores.top1 > state.best_top1
-                report.validation(scores, best)
-                asked = world.agree(stop.requested)
-                save(job, state, report, asked, scores.top1 if best else None, validated=True)
-            if state.step == last:
+            # --- every evaluate.every steps: validate, then save together with the score
+            if is_validation_due(recipe, state.step) and state.validated_step < state.step:
+                scores = validate(run, state, stop, reporter, monitor)
+                is_best = scores.top1 > state.best_top1
+                reporter.validation(scores, is_best)
+                requested = processes.agree(stop.requested)
+                best_top1 = scores.top1 if is_best else None
+                save(run, state, reporter, requested, best_top1, validated=True)
+            if state.step == last_step:
                 return scores
 
-            rate = learning_rate(state.updates + 1, recipe)
-            for parameters in state.optimizer.param_groups:
-                parameters["lr"] = rate * parameters["share"]
-            batch, losses = [], []
-            for part in job.passes:
-                try:
-                    loaded = [report.fetch(groups) for _ in part]
-                except WorkersFailedError as error:
-                    raise workers_lost(error, job, state, report) from None
-                images, targets = to_device(job, loaded, state.step, part)
-                # All attacks come first: the passes move the running statistics that these use.
-                images = attack_some(job, state, net, images, targets, part)
-                batch.append((images, targets))
-            state.consistent = False
-            for number, (images, targets) in enumerate(batch, 1):
-                with gradient_sync(number == len(batch), together):
-                    loss = cross_entropy(forward(job, together, images), targets) / recipe.batch
-                    state.scaler.scale(loss).backward()
-                losses.append(loss.detach())
-            note_loss(state, statistics.settle(sum(losses)))
-            applied = update(state.optimizer, state.scaler)
-            state.step += 1
-            state.updates += 1 if applied is None else applied
-            if state.average:
-                state.average.update(state.updates, applied)
-            state.consistent = True
-            if not report.step(rate):
-                raise broken(job, state)
+            # --- one optimizer step
+            lr = state.set_learning_rate(recipe)
+            micro_batches = []  # all attacked before a forward pass updates the running statistics
+            for part in step.micro_batches:
+                with reporter.waiting_for_data():
+                    loaded = [next(groups) for _ in part]
+                unreadable.check(loaded)
+                micro_batches.append(step.load(loaded, state, part))
+            with state.inconsistent():
+                state.note_loss(step.forward_backward(micro_batches, state.scaler))
+                state.apply_update()
+            reporter.step()
 
-            asked = world.agree(stop.requested)  # read once: a signal may come at any time
-            if asked or is_save_due(state) or is_validation_due(state):
-                save(job, state, report, asked)
-                report.restart_clock()
-            if asked and state.step < last:
-                raise stopped(asked, state)
+            # --- every log_every steps: read the loss, for which the host waits for the device
+            if is_log_due(recipe, state.step):
+                unreadable.exchange()
+                loss = state.take_mean_loss()
+                if not guard.accepts(loss):
+                    raise broken(run, state)
+                reporter.log(loss, lr)
+                unreadable.require_few()
+
+            # --- save if due, or if a stop is requested
+            requested = processes.agree(stop.requested)  # once, since a signal may come at any time
+            if (
+                requested
+                or is_save_due(recipe, state.step)
+                or is_validation_due(recipe, state.step)
+            ):
+                save(run, state, reporter, requested)
+                reporter.restart_clock()
+            if requested and state.step < last_step:
+                raise stopped(requested, state, recipe)
 
 
-def workers_lost(
-    error: WorkersFailedError, job: Run, state: TrainState, report: Reporter
-) -> CspnetError:
-    """The error to raise when dataloader workers keep dying: Stopped, with the state saved.
+def worker_monitor(run: Run, stop: StopRequest) -> WorkerMonitor:
+    """The supervision of the dataloader workers.
 
-    The error itself where no step was done since the start: starting again would lead to the same,
-    over and over. And in one of several processes, which cannot save alone.
+    One of several processes cannot end a step alone, so there lost workers request a stop of all.
     """
-    if job.world.size > 1 or state.step == report.first_step:
-        step = f"step {state.step + 1:,} or one of the next"
-        return WorkersFailedError(f"{end_sentence(error)} It happens with the images of {step}")
-    if state.saved < state.step:
-        save(job, state, report, str(error))
-    return stopped(str(error), state)
+    is_alone = run.processes.size == 1
+    report = partial(run.output.print, style="yellow") if run.processes.is_main else None
+    return WorkerMonitor(report, None if is_alone else stop.request)
+
+
+def unreadable_images(run: Run) -> UnreadableImages:
+    """The unreadable images that the run has met until now."""
+    max_share = run.recipe.data.max_unreadable
+    return UnreadableImages(run.folder, run.train_set, max_share, run.output, run.processes)
+
+
+def open_groups(run: Run, step: int, monitor: WorkerMonitor) -> Generator[Batch]:
+    """The groups of this process from step `step` on, in order."""
+    pin = run.hardware.device.type == "cuda"
+    return training_groups(
+        run.train_set, run.recipe, step, run.hardware.workers, pin, run.groups, monitor
+    )
+
+
+@contextmanager
+def save_if_workers_lost(run: Run, state: TrainState, reporter: Reporter) -> Iterator[None]:
+    """Turn WorkersLost, after which a restart may help, into Stopped with the state saved.
+
+    If this process has not completed a step, a restart would fail in the same way again and again,
+    so the error remains; as it does with several processes, since one cannot save alone.
+    """
+    first_step = state.step
+    try:
+        yield
+    except WorkersFailedError as error:
+        if run.processes.size > 1 or state.step == first_step:
+            raise WorkersFailedError(
+                f"{end_sentence(error)} It happens with the images of step {state.step + 1:,} or one "
+                "of the next"
+            ) from None
+        if state.saved_step < state.step:
+            save(run, state, reporter, str(error))
+        raise stopped(str(error), state, run.recipe) from None
 
 
 def save(
-    job: Run,
+    run: Run,
     state: TrainState,
-    report: Reporter,
-    asked: str | None,
+    reporter: Reporter,
+    requested: str | None,
     best_top1: float | None = None,
     validated: bool = False,
 ) -> None:
-    """Saves the state, as the best one too where it is; never one with NaN or Inf.
+    """Save the state, also as the best one if `best_top1` is given; never one with NaN or Inf.
 
-    `validated`: the validation of this step is done. It counts from the save on: a run that ends
-    before it validates again. A disk that is full pauses the saving, unless the run ends here, was
-    `asked` to, or has --stop-when-full.
+    `validated` marks the current step as validated; until that is saved, a resumed run validates it
+    again. A full disk only skips the save, unless the run ends here, a stop was `requested`, or
+    --stop-when-full is given.
     """
     if not is_finite(state) or (int(state.bad_step) >= 0 and not state.scaler.is_enabled()):
-        raise broken(job, state)
-    before = state.best_top1, state.validated
+        raise broken(run, state)
+    before = state.best_top1, state.validated_step
     if best_top1 is not None:
         state.best_top1 = best_top1
     if validated:
-        state.validated = state.step
+        state.validated_step = state.step
 
     def write() -> None:
-        report.flush()
-        job.checkpoints.save(state.to_dict(), best=best_top1 is not None)
+        reporter.flush()
+        content = checkpoint_content(run.identity, state)
+        run.checkpoints.save(content, best=best_top1 is not None)
 
     try:
-        job.world.by_first(write)
-        state.saved = state.step
+        run.processes.on_main(write)
+        state.saved_step = state.step
     except SaveError as error:
-        state.best_top1 = before[0]  # that of the file
-        if asked or state.step == job.recipe.schedule.steps:
+        state.best_top1 = before[0]  # that of best.pt
+        if requested or state.step == run.recipe.schedule.steps:
             raise
-        if job.place.stop_when_full:
+        if run.options.stop_when_full:
             raise StoppedError(
                 f"{error}\n--stop-when-full: free some space, then --resume"
             ) from None
-        report.unsaved(error)
+        reporter.save_failed(error)
     except BaseException:
-        state.best_top1, state.validated = before
+        state.best_top1, state.validated_step = before
         raise
 
 
-def broken(job: Run, state: TrainState) -> NonFiniteError:
-    """What is not finite; the first process looks at the images of that step once more."""
-    state.consistent = False  # the weights of the last save are loaded, to compare
-
-    def again(step: int) -> torch.Tensor:
-        groups = TrainGroups(job.training, job.recipe)
-        batch = [groups[step, group] for group in range(job.recipe.groups)]
-        images, _ = to_device(job, batch, step, range(job.recipe.groups))
-        return forward(job, state.net, images)
-
-    return job.world.by_first(lambda: non_finite_error(state, job.training, job.folder, again))
+def broken(run: Run, state: TrainState) -> NonFiniteError:
+    """The error to raise for non-finite values, with a diagnosis by the main process."""
+    state.consistent = False  # the diagnosis loads the weights of the last checkpoint
+    replay = TrainStep(run, state.net).replay_step
+    return run.processes.on_main(
+        lambda: non_finite_error(state, run.recipe, run.train_set, run.folder, replay)
+    )
 
 
-def is_save_due(state: TrainState) -> bool:
-    """Whether the steps done so far are to be saved, to last.pt or as an archive."""
-    recipe = state.recipe
-    every = (recipe.save_every, recipe.archive_every)
-    return any(steps and state.step % steps == 0 for steps in every)
+def is_log_due(recipe: Recipe, step: int) -> bool:
+    """Whether metrics are due after `step` steps."""
+    return step % recipe.log_every == 0 or step == recipe.schedule.steps
 
 
-def is_validation_due(state: TrainState) -> bool:
-    """Whether a validation follows the steps done so far: every so often, and after the last."""
-    schedule, every = state.recipe.schedule, state.recipe.evaluate.every
-    return state.step > 0 and (state.step % every == 0 or state.step == schedule.steps)
+def is_save_due(recipe: Recipe, step: int) -> bool:
+    """Whether a checkpoint is due after `step` steps, as last.pt or as an archive."""
+    intervals = (recipe.save_every, recipe.archive_every)
+    return any(interval and step % interval == 0 for interval in intervals)
 
 
-def stopped(asked: str, state: TrainState) -> StoppedError:
+def is_validation_due(recipe: Recipe, step: int) -> bool:
+    """Whether a validation is due after `step` steps: at intervals, and after the last."""
+    return step > 0 and (step % recipe.evaluate.every == 0 or step == recipe.schedule.steps)
+
+
+def stopped(reason: str, state: TrainState, recipe: Recipe) -> StoppedError:
+    """The error to raise after a save on request."""
     return StoppedError(
-        f"{asked}: saved at step {state.step:,} of {state.recipe.schedule.steps:,}; "
-        "the same command with --resume goes on from there"
+        f"{reason}: saved at step {state.step:,} of {recipe.schedule.steps:,}; "
+        "the same command with --resume continues from there"
     )
 
 
 def validate(
-    job: Run, state: TrainState, stop: StopRequest, report: Reporter, monitor: WorkerMonitor
+    run: Run, state: TrainState, stop: StopRequest, reporter: Reporter, monitor: WorkerMonitor
 ) -> Scores:
-    """Scores of the weights that a user would take: the averaged ones where the run has them.
+    """Scores of the EMA weights, or of the raw ones if the run has no EMA.
 
-    A signal breaks it off: the state was saved before (if the disk had room; else it is now), and a
-    resumed run validates first. A time limit does not: one that is shorter than a validation would
-    let no run end.
+    A signal interrupts it: the state was saved before, or is saved now if the disk was full then,
+    and a resumed run validates first. The time limit does not: one that is shorter than a
+    validation would let no run finish.
     """
 
-    def heed(_: int) -> None:
-        if asked := job.world.agree(stop.signal):
-            if state.saved < state.step:
+    def check_signal(_: int) -> None:
+        if requested := run.processes.agree(stop.signal):
+            if state.saved_step < state.step:
                 state.net.train()
-                save(job, state, report, asked)
-            raise stopped(asked, state)
+                save(run, state, reporter, requested)
+            raise stopped(requested, state, run.recipe)
 
-    weights = state.average.tensors if state.average else None
-    try:
-        return evaluate_network(
-            state.net,
-            job.validation,
-            job.recipe,
-            job.precision,
-            job.workers,
-            weights=weights,
-            progress=heed,
-            world=job.world,
-            monitor=monitor,
-        )
-    except WorkersFailedError as error:
-        raise workers_lost(error, job, state, report) from None
-
-
-def look(
-    job: Run, net: nn.Module, step: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """What the first group of a step brings: images, soft targets, and the images after the attack.
-
-    The attack is that of the step, or of the schedule's end where the step has none; None where the
-    recipe has none.
-    """
-    recipe = job.recipe
-    part = range(1)
-    images, targets = to_device(job, [TrainGroups(job.training, recipe)[step, 0]], step, part)
-    if not recipe.adversarial.step_size:
-        return images, targets, None
-    changed = attack(
-        lambda seen: forward(job, net, seen),
-        net,
-        images,
-        targets if recipe.adversarial.objective == "mislead" else None,
-        attack_step_size(step, recipe) or recipe.adversarial.step_size,
-        1024.0 if job.precision.scales_loss else 1.0,
+    return evaluate_network(
+        state.net,
+        run.val_set,
+        run.recipe,
+        run.hardware.precision,
+        run.hardware.workers,
+        weights=state.ema.tensors if state.ema else None,
+        progress=check_signal,
+        world=run.processes,
+        monitor=monitor,
     )
-    return images, targets, changed
 
 
-def show_samples(job: Run, net: nn.Module, report: Reporter) -> None:
-    """One page of the very images that the first group of the run is trained on."""
-    recipe = job.recipe
-    names = display_names(job.training.classes)
-    page = render_sheet(*look(job, net, 0), names, recipe.loss.label_smoothing, "step 0, group 0")
-    with suppress(OSError):  # a full disk; TensorBoard may have it
-        write_png(job.folder.sample_image, page)
-    report.picture("train/images", page)
+def show_samples(run: Run, step: TrainStep, reporter: Reporter) -> None:
+    """Render the images of the first group as a page, for the run folder and TensorBoard."""
+    names = display_names(run.train_set.classes)
+    title = "step 0, group 0"
+    page = render_sheet(
+        *TrainStep(run, step.net).augmented_batch(0), names, run.recipe.loss.label_smoothing, title
+    )
+    with suppress(OSError):  # on a full disk
+        write_png(run.folder.sample_image, page)
+    reporter.image("train/images", page)

@@ -1,37 +1,18 @@
-"""The optimizer's parameter groups, the learning rate as a function of the step, the average."""
+"""The optimizer with its parameter groups, and the EMA of the weights."""
 
 import torch
 from torch import nn
 
-from cspnet.recipe.schema import Optim, Recipe
-
-Number = int | float | torch.Tensor
-
-
-def learning_rate(update: Number, recipe: Recipe) -> Number:
-    """Learning rate of the `update`-th update of the weights, which counts from 1.
-
-    A float for an int, a float32 tensor on its device for a float64 one.
-
-    Darknet's get_current_rate (src/network.c): the warm-up rises with the same power with which the
-    decay falls, the decay counts from step 0, and the rate of the last step is 0.
-    """
-    peak, schedule = recipe.optim.learning_rate, recipe.schedule
-    if isinstance(update, torch.Tensor):
-        rising = (update / max(schedule.warmup_steps, 1)) ** schedule.power
-        falling = (1 - update / schedule.steps) ** schedule.power
-        return (peak * torch.where(update < schedule.warmup_steps, rising, falling)).float()
-    if update < schedule.warmup_steps:
-        return peak * (update / schedule.warmup_steps) ** schedule.power
-    return peak * (1 - update / schedule.steps) ** schedule.power
+from cspnet.nets.network import Network
+from cspnet.recipe.schema import Optim
 
 
-def parameter_groups(net: nn.Module, optim: Optim) -> list[dict]:
-    """What is trained, by weight decay and by `share`, the factor on the learning rate.
+def parameter_groups(net: Network, optim: Optim) -> list[dict]:
+    """Trained parameters by weight decay and by `share`, the factor on the learning rate.
 
-    Weights of convolutions and of the classifier decay; biases and BatchNorm do not. As Darknet's
-    update_convolutional_layer: only `weights` decay. They are the tensors with more than one
-    dimension. The share is 1, but for the backbone where the recipe gives it a rate of its own.
+    Weights of convolutions and of the classifier, which are the tensors of more than one dimension,
+    decay; biases and BatchNorm do not (Darknet's update_convolutional_layer). The factor is 1
+    except for the backbone if the recipe sets optim.backbone_lr.
     """
 
     def share_of(name: str) -> float:
@@ -51,11 +32,11 @@ def parameter_groups(net: nn.Module, optim: Optim) -> list[dict]:
     ]
 
 
-def build_optimizer(net: nn.Module, optim: Optim) -> torch.optim.SGD:
-    """SGD as Darknet does it: momentum without dampening, the rate outside of the momentum buffer.
+def build_optimizer(net: Network, optim: Optim) -> torch.optim.SGD:
+    """SGD as in Darknet: momentum without dampening, the learning rate outside of the buffer.
 
-    The rate is set at every step. On CUDA the fused kernel reads the loss scaler's verdict on the
-    device, so that the host need not wait for it.
+    The caller sets the learning rate of each step. On CUDA the fused kernel reads on the device
+    whether the loss scaler skips the step, so that the host does not wait.
     """
     optimizer = torch.optim.SGD(
         parameter_groups(net, optim),
@@ -63,8 +44,8 @@ def build_optimizer(net: nn.Module, optim: Optim) -> torch.optim.SGD:
         momentum=optim.momentum,
         fused=next(net.parameters()).is_cuda or None,
     )
-    # Zero momentum from the start. The fused kernel allocates it without clearing it, and where the
-    # loss scaler skips the very first step, it would stay that way.
+    # The fused kernel allocates momentum without clearing it, and leaves it uninitialized if the
+    # loss scaler skips the first step.
     for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
         optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
     return optimizer
@@ -73,7 +54,10 @@ def build_optimizer(net: nn.Module, optim: Optim) -> torch.optim.SGD:
 def apply_update(
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
 ) -> torch.Tensor | None:
-    """Updates the weights; under loss scaling, 1 or 0 on the device: whether it did so at all."""
+    """Update the weights and clear the gradients.
+
+    Under loss scaling, return on the device whether the step was applied (1) or skipped (0).
+    """
     scaler.step(optimizer)
     applied = None
     if scaler.is_enabled():
@@ -85,36 +69,36 @@ def apply_update(
 
 
 class EMA:
-    """Exponential moving average of weights and BatchNorm statistics, float32.
+    """Exponential moving average (EMA) of weights and BatchNorm statistics, float32.
 
-    The decay of the n-th update is min(decay, (1 + n) / (10 + n)), so that the first weights, which
-    are random, are soon forgotten (as in TensorFlow's ExponentialMovingAverage).
+    The decay of the n-th update is min(decay, (1 + n) / (10 + n)), so that the random initial
+    weights are forgotten soon (as in TensorFlow's ExponentialMovingAverage).
     """
 
     def __init__(self, net: nn.Module, decay: float):
         self.decay = decay
-        live = net.state_dict()  # shares the net's memory
+        live = net.state_dict()  # shares memory with the network
         self.tensors = {name: tensor.clone() for name, tensor in live.items()}
         moving = [name for name, tensor in live.items() if tensor.is_floating_point()]
         self._live = [live[name] for name in moving]
         self._kept = [self.tensors[name] for name in moving]
 
     @torch.no_grad()
-    def update(self, update: Number, applied: torch.Tensor | None = None) -> None:
-        """Takes in the weights after the `update`-th update, which counts from 1.
+    def update(self, update: int | torch.Tensor, applied: torch.Tensor | None = None) -> None:
+        """Average in the weights after the `update`-th update, counted from 1.
 
-        Under loss scaling both numbers are on the device; where `applied` is 0 nothing moves.
+        Under loss scaling both arguments are on the device; if `applied` is 0, nothing changes.
         """
-        if applied is None:
-            decay = min(self.decay, (1 + update) / (10 + update))
+        if applied is None or isinstance(update, int):
+            decay = min(self.decay, (1 + float(update)) / (10 + float(update)))
             torch._foreach_lerp_(self._kept, self._live, 1 - decay)
             return
-        decay = torch.clamp((1 + update) / (10 + update), max=self.decay)
+        decay_now = torch.clamp((1 + update) / (10 + update), max=self.decay)
         moves = torch._foreach_sub(self._live, self._kept)
-        torch._foreach_mul_(moves, ((1 - decay) * applied).float())
+        torch._foreach_mul_(moves, ((1 - decay_now) * applied).float())
         torch._foreach_add_(self._kept, moves)
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Takes over the tensors of a checkpoint."""
+        """Load the tensors of a checkpoint."""
         for name, tensor in self.tensors.items():
             tensor.copy_(tensors[name])

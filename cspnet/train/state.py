@@ -1,162 +1,129 @@
-"""Everything of a run that changes from step to step, and what a resumed run must share with it.
+"""Everything in a run that changes from step to step.
 
-No random state is in it: the step is the only clock and the only seed (cspnet/data/stream.py).
+It includes no random state: random numbers depend on (seed, step, group) only
+(cspnet/data/stream.py).
 """
 
-import json
-from dataclasses import asdict, dataclass, field
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 
 import cspnet
 from cspnet.errors import CheckpointError
-from cspnet.recipe.load import flatten, recipe_from_yaml, recipe_to_yaml
+from cspnet.nets.network import Network
+from cspnet.recipe.schedule import learning_rate
 from cspnet.recipe.schema import Recipe
 from cspnet.run.checkpoint import FORMAT
-from cspnet.sources.listing import Listing, compare_listings
-from cspnet.text import printable
+from cspnet.train.identity import DatasetIdentity, RunIdentity
 from cspnet.train.optim import EMA
-
-# Recipe fields that a resumed run may change. All others, and the data, are the run's identity.
-CHANGEABLE_FIELDS = (
-    *("data.root", "data.max_unreadable", "log_every", "save_every", "evaluate.every"),
-    *("archive_every", "archive_keep"),
-)
-HORIZON_FIELDS = ("schedule.steps",)
-
-
-NOTHING_LISTED = Listing(0, "", [])
-
-
-@dataclass(frozen=True)
-class DatasetIdentity:
-    """Which images a run trains and validates on."""
-
-    root: str  # data.root as an absolute path
-    train: Listing = NOTHING_LISTED
-    val: Listing = NOTHING_LISTED
-
-    def to_text(self) -> str:
-        """JSON in ASCII: a path may hold bytes that no encoding of text has."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_text(cls, text: str) -> "DatasetIdentity":
-        content = json.loads(text)
-        return cls(content["root"], Listing(**content["train"]), Listing(**content["val"]))
-
-
-def changed_fields(text: str, recipe: Recipe) -> list[str]:
-    """Keys of a stored recipe whose values are others now, but for those that may change.
-
-    RecipeError where the text is no recipe of this version.
-    """
-    then, now = (dict(flatten(recipe_from_yaml(t))) for t in (text, recipe_to_yaml(recipe)))
-    return [
-        key
-        for key in now
-        if now[key] != then[key] and key not in (*CHANGEABLE_FIELDS, *HORIZON_FIELDS)
-    ]
+from cspnet.train.optim import apply_update as update
 
 
 @dataclass
 class TrainState:
-    """Everything that changes from step to step."""
+    """The state of a run after some optimizer steps."""
 
-    net: nn.Module
+    net: Network
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    average: EMA | None
-    recipe: Recipe
-    classes: list[str]
-    images: int  # in the training set
-    dataset: DatasetIdentity
-    precision: str
-    precision_reason: str
+    ema: EMA | None
     step: int = 0  # optimizer steps done
-    # Those of them that changed the weights: under loss scaling some are skipped, and only the
-    # device knows which, so there it is a float64 tensor on it. The schedule counts these.
+    # Steps that updated the weights. Under loss scaling some steps are skipped, and only the device
+    # knows which, so there it is a float64 tensor on the device. The learning rate depends on it.
     updates: torch.Tensor | int = 0
-    validated: int = 0  # step of the last validation
-    best_top1: float = -1.0  # percent; of validation
+    validated_step: int = 0  # of the last validation
+    best_top1: float = -1.0  # percent, of all validations; -1 before the first
     loss_sum: torch.Tensor = field(default_factory=lambda: torch.zeros(()))  # since the last log
-    loss_steps: int = 0
-    # The first step whose loss was not finite, -1 before there is one; int64, on the device.
+    loss_steps: int = 0  # in loss_sum
+    # First step with a non-finite loss, counted from 0; -1 if none. int64, on the device.
     bad_step: torch.Tensor = field(default_factory=lambda: torch.tensor(-1))
-    # Whether all of it is of the same step. From a step's first forward pass, which moves the
-    # running statistics, to its update it is not; nor while compiled kernels are tested.
+    # Whether all of it belongs to the same step, so that it may be saved; see `inconsistent`.
     consistent: bool = True
-    saved: int = -1  # step of the last save, or of the checkpoint that the run started from
+    saved_step: int = -1  # of the last save, or of the checkpoint that the run resumed from
 
     @property
-    def size(self) -> int:
-        """Bytes of a checkpoint, but for a few thousand."""
+    def nbytes(self) -> int:
+        """Size of a checkpoint, accurate to a few thousand bytes."""
         tensors = [
             *self.net.state_dict().values(),
-            *(self.average.tensors if self.average else {}).values(),
+            *(self.ema.tensors if self.ema else {}).values(),
         ]
         for group in self.optimizer.param_groups:
             tensors += group["params"]  # the momentum of each
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    @property
-    def epoch(self) -> float:
-        """Passes over the training set so far."""
-        return self.step * self.recipe.batch / self.images
+    @contextlib.contextmanager
+    def inconsistent(self) -> Iterator[None]:
+        """Mark the state as not to be saved if the block fails.
 
-    def to_dict(self) -> dict:
-        """The checkpoint. Weights go under the names that timm looks for."""
+        From the first forward pass of a step, which updates the running statistics, to the update
+        of the weights it belongs to two steps; during trials it has their statistics.
+        """
+        self.consistent = False
+        yield
+        self.consistent = True
+
+    def set_learning_rate(self, recipe: Recipe) -> float | torch.Tensor:
+        """Set the learning rate of the next update in the optimizer; return it."""
+        rate = learning_rate(self.updates + 1, recipe)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["share"]
+        return rate
+
+    def note_loss(self, loss: torch.Tensor) -> None:
+        """Add the loss of the current step to the sum, and remember the first non-finite one.
+
+        On the device, so that the host does not wait.
+        """
+        self.loss_sum += loss
+        self.loss_steps += 1
+        is_first = ~torch.isfinite(loss) & (self.bad_step < 0)
+        self.bad_step.copy_(torch.where(is_first, self.step, self.bad_step))
+
+    def apply_update(self) -> None:
+        """Update the weights with the accumulated gradients, then the EMA; count the step."""
+        applied = update(self.optimizer, self.scaler)
+        self.step += 1
+        self.updates += 1 if applied is None else applied
+        if self.ema:
+            self.ema.update(self.updates, applied)
+
+    def take_mean_loss(self) -> float:
+        """Mean loss since the last call; starts a new interval. The host waits for the device."""
+        mean = float(self.loss_sum) / self.loss_steps
+        self.loss_sum.zero_()
+        self.loss_steps = 0
+        return mean
+
+    def state_dict(self) -> dict:
+        """Its part of a checkpoint. Weights have the keys that timm looks for."""
         return {
-            "format": FORMAT,
-            "cspnet": cspnet.__version__,
-            "torch": str(torch.__version__),
-            "recipe": recipe_to_yaml(self.recipe),
-            "classes": self.classes,
-            "images": self.images,
-            "dataset": self.dataset.to_text(),
-            "precision": self.precision,
-            "precision_reason": self.precision_reason,
             "step": self.step,
             "updates": int(self.updates),
-            "epoch": self.epoch,
-            "validated": self.validated,
+            "validated": self.validated_step,
             "best_top1": self.best_top1,
             "loss_sum": self.loss_sum.cpu(),
             "loss_steps": self.loss_steps,
             "state_dict": self.net.state_dict(),
-            "state_dict_ema": self.average.tensors if self.average else None,
+            "state_dict_ema": self.ema.tensors if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
 
-    def restore(self, saved: dict, force: bool = False) -> list[str]:
-        """Takes over a checkpoint of the same run; returns remarks worth printing.
-
-        Raises CheckpointError with every setting that differs and may not; by `force` such settings
-        are remarks, as long as the tensors fit.
-        """
-        remarks = self._compare(saved, force)
-        self.take(saved)
-        self.saved = self.step
-        if (
-            DatasetIdentity.from_text(saved["dataset"]).val != self.dataset.val
-            and self.best_top1 >= 0
-        ):
-            self.best_top1 = -1.0
-            remarks.append("the validation images changed: best.pt is selected anew")
-        return remarks
-
-    def take(self, saved: dict) -> None:
-        """Takes over a checkpoint. Raises CheckpointError where the tensors do not fit."""
+    def load_state_dict(self, saved: dict) -> None:
+        """Load a checkpoint. Raises CheckpointError if tensor shapes differ."""
         try:
             self.net.load_state_dict(saved["state_dict"])
         except RuntimeError as error:
             first = str(error).splitlines()[1].strip()
-            raise CheckpointError(f"the tensors do not fit, by force neither: {first}") from None
-        if self.average:
-            self.average.load(saved["state_dict_ema"] or saved["state_dict"])
-        # The state alone: which kernel updates the weights is a matter of this device.
+            raise CheckpointError(
+                f"tensor shapes differ from the checkpoint, which --force cannot change: {first}"
+            ) from None
+        if self.ema:
+            self.ema.load(saved["state_dict_ema"] or saved["state_dict"])
+        # Only the momentum: whether the fused kernel updates the weights depends on this device.
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict(
             {"state": saved["optimizer"]["state"], "param_groups": groups}
@@ -168,71 +135,34 @@ class TrainState:
             self.updates.fill_(saved["updates"])
         else:
             self.updates = saved["updates"]
-        self.validated = saved["validated"]
+        self.validated_step = saved["validated"]
         self.best_top1 = saved["best_top1"]
         self.loss_sum.copy_(saved["loss_sum"])
         self.loss_steps = saved["loss_steps"]
 
-    def _compare(self, saved: dict, force: bool) -> list[str]:
-        # Through the text both ways, which leaves out what has no effect.
-        then, now = (
-            dict(flatten(recipe_from_yaml(text)))
-            for text in (saved["recipe"], recipe_to_yaml(self.recipe))
-        )
-        changed = [key for key in now if now[key] != then[key] and key not in CHANGEABLE_FIELDS]
-        remarks: list[str] = []
-        differences = [
-            f"{key} was {then[key]}, is now {now[key]}"
-            for key in changed
-            if key not in HORIZON_FIELDS
-        ]
-        if saved["classes"] != self.classes:
-            differences.append(
-                f"the classes were {len(saved['classes'])} ({saved['classes'][0]} …), "
-                f"are now {len(self.classes)} ({self.classes[0]} …)"
-            )
-        else:
-            labels, remarks = self._compare_dataset(DatasetIdentity.from_text(saved["dataset"]))
-            if labels and not differences and not force:
-                raise CheckpointError(
-                    f"the images in {printable(self.dataset.root)} are not those of the run:"
-                    + "".join(f"\n  - {difference}" for difference in labels)
-                    + "\nRestore them, or give the right folder with --data. --force continues "
-                    "with these."
-                )
-            differences += labels
-        if differences and not force:
-            raise CheckpointError(
-                "this run cannot be resumed with other settings:"
-                + "".join(f"\n  - {difference}" for difference in differences)
-                + "\nResume with the settings of the run, start another one in another folder, or "
-                "change this one in its course with --force."
-            )
-        remarks += [f"by force: {difference}" for difference in differences]
-        remarks += [
-            f"the horizon changes: {key} was {then[key]:,}, is now {now[key]:,}" for key in changed
-        ]
-        if saved["precision"] != self.precision:
-            remarks.append(
-                f"the precision changes with the device: {saved['precision']} -> {self.precision}; "
-                "the run will not be bit-equal to an undisturbed one"
-            )
+    def restore(self, saved: dict, identity: RunIdentity, force: bool = False) -> list[str]:
+        """Load a checkpoint of the same run; return remarks to print.
+
+        Raises CheckpointError if settings or data differ. With `force` only tensor shapes must be
+        the same.
+        """
+        remarks = identity.require_same(saved, force)
+        self.load_state_dict(saved)
+        self.saved_step = self.step
+        val_changed = DatasetIdentity.from_text(saved["dataset"]).val != identity.dataset.val
+        if val_changed and self.best_top1 >= 0:
+            self.best_top1 = -1.0
+            remarks.append("the validation images changed: best.pt is selected anew")
         return remarks
 
-    def _compare_dataset(self, then: DatasetIdentity) -> tuple[list[str], list[str]]:
-        """Changes of labels, and other changes, since the checkpoint."""
-        now = self.dataset
-        labels, others = [], []
-        for split in ("train", "val"):
-            found = compare_listings(split, getattr(then, split), getattr(now, split), self.classes)
-            labels += found[0]
-            others += found[1]
-        if then.root != now.root and (labels or others):
-            where = f"data.root was {printable(then.root)}, is now {printable(now.root)}"
-            (labels if labels else others).append(where)
-        elif then.root != now.root:
-            others.append(
-                f"data.root was {printable(then.root)}, is now {printable(now.root)}; "
-                "its listing is the same"
-            )
-        return labels, others
+
+def checkpoint_content(identity: RunIdentity, state: TrainState) -> dict:
+    """All of a checkpoint: plain values, text and tensors."""
+    return {
+        "format": FORMAT,
+        "cspnet": cspnet.__version__,
+        "torch": str(torch.__version__),
+        **identity.to_dict(),
+        "epoch": identity.epoch(state.step),
+        **state.state_dict(),
+    }

@@ -1,4 +1,4 @@
-"""TensorBoard's view of a run. Where the disk will not take it, the record has all of it."""
+"""TensorBoard events of a run. They repeat metrics.jsonl, so a full disk may end them."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -19,26 +19,27 @@ TAGS = {
 
 
 class TensorBoardLog:
-    """Events in a folder, older ones from `purge_step` on hidden; `tell` gets why they end.
+    """Writes events to a folder, and hides earlier ones from `purge_step` on.
 
-    Without a folder, there are none.
+    If they cannot be written, `warn` is called once, and the run continues. Without a folder,
+    nothing is written.
     """
 
-    def __init__(self, folder: Path | None, purge_step: int, tell: Callable[[str], None]):
-        self._tell = tell
+    def __init__(self, folder: Path | None, purge_step: int, warn: Callable[[str], None]):
+        self._warn = warn
         self._writer: SummaryWriter | None = None
-        # The writer's thread would print a traceback when the disk is full.
-        self._hook, threading.excepthook = threading.excepthook, self._hear
+        # The writer's thread would print a traceback if the disk is full.
+        self._hook, threading.excepthook = threading.excepthook, self._on_thread_error
         with self._guarded():
             if folder is not None:
                 self._writer = SummaryWriter(str(folder), purge_step=purge_step)
 
     def train(self, metrics: dict) -> None:
-        """A line of training as scalars."""
+        """Add training metrics as scalars."""
         self._scalars({TAGS[k]: v for k, v in metrics.items() if k in TAGS}, metrics["step"])
 
     def validation(self, metrics: dict, step: int, confused: str = "") -> None:
-        """A line of validation as scalars, and what it confused most, as Markdown."""
+        """Add validation metrics as scalars, and the most confused classes as Markdown."""
         self._scalars({f"val/{key}": metrics[key] for key in ("top1", "top5", "loss")}, step)
         with self._guarded():
             if self._writer:
@@ -46,8 +47,8 @@ class TensorBoardLog:
                     self._writer.add_text("val/confused", confused, step)
                 self._writer.flush()
 
-    def picture(self, name: str, page: np.ndarray, step: int) -> None:
-        """A picture, uint8 RGB [H, W, 3]."""
+    def image(self, name: str, page: np.ndarray, step: int) -> None:
+        """Add an image, uint8 RGB [H, W, 3]."""
         with self._guarded():
             if self._writer:
                 self._writer.add_image(name, page, step, dataformats="HWC")
@@ -70,12 +71,12 @@ class TensorBoardLog:
             yield
         except (OSError, UnicodeError) as error:
             self._writer = None
-            why = getattr(error, "strerror", "its path is not UTF-8")
-            self._tell(
-                f"TensorBoard's events cannot be written ({why}): none until the next start; "
-                "metrics.jsonl has them all"
+            reason = getattr(error, "strerror", "the path is not UTF-8")
+            self._warn(
+                f"TensorBoard events cannot be written ({reason}) and are off until the next "
+                "start; metrics.jsonl has all metrics"
             )
 
-    def _hear(self, event: threading.ExceptHookArgs) -> None:
+    def _on_thread_error(self, event: threading.ExceptHookArgs) -> None:
         if not issubclass(event.exc_type, OSError):
             self._hook(event)

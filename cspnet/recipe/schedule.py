@@ -1,0 +1,34 @@
+"""What depends on the step: the learning rate, and the step size of the attack."""
+
+from typing import TYPE_CHECKING
+
+from cspnet.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+    Number = int | float | torch.Tensor
+
+
+def learning_rate(update: "Number", recipe: Recipe) -> "Number":
+    """Learning rate of the `update`-th update of the weights, counted from 1.
+
+    A float for an int; for a float64 tensor, a float32 tensor on its device. As Darknet's
+    get_current_rate (src/network.c): polynomial warm-up and decay with the same power; the decay
+    counts from step 0, and the last step has rate 0.
+    """
+    peak, schedule = recipe.optim.learning_rate, recipe.schedule
+    if isinstance(update, int | float):
+        if update < schedule.warmup_steps:
+            return peak * (update / schedule.warmup_steps) ** schedule.power
+        return peak * (1 - update / schedule.steps) ** schedule.power
+    rising = (update / max(schedule.warmup_steps, 1)) ** schedule.power
+    falling = (1 - update / schedule.steps) ** schedule.power
+    return (peak * rising.where(update < schedule.warmup_steps, falling)).float()
+
+
+def attack_step_size(step: int, recipe: Recipe) -> float:
+    """Step size of the attack in step `step`, counted from 0; 0 during the warm-up."""
+    if step <= recipe.schedule.warmup_steps:
+        return 0.0
+    return recipe.adversarial.step_size * step / recipe.schedule.steps
