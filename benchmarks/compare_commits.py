@@ -33,8 +33,8 @@ adversarial target       adversarial objective
 augment resize           augment scale
 augment angle            augment rotation
 data size                data image_size
-data start_image_size          data start_image_size
-data reduced_decode       data reduced_decode
+data start_size          data start_image_size
+data scaled_decode       data reduced_decode
 evaluate crop            evaluate crop_pct
 evaluate resize          evaluate interpolation
 model weights            model init_from
@@ -44,17 +44,19 @@ loss smoothing           loss label_smoothing
 # Values of renamed keys, before and after, by the field's new name.
 VALUES = {
     "objective": {"nothing": "suppress", "label": "mislead"},
-    "interpolation": {"align_corners": "align_corners"},
+    "interpolation": {"corners": "align_corners"},
 }
 TYPED = [tuple(line.split()) for line in KEYS.strip().splitlines()]
 BEFORE_TO_AFTER = {f"{a}.{b}": f"{c}.{d}" for a, b, c, d in TYPED}
 AFTER_TO_BEFORE = {after: before for before, after in BEFORE_TO_AFTER.items()}
 
 SCHEMA = """
-try:
-    from cspnet.recipe.schema import Recipe
-except ImportError:
-    from cspnet.recipe.schema import Recipe
+import importlib
+for module in ("schema", "recipe.schema"):
+    try:
+        Recipe = importlib.import_module("cspnet." + module).Recipe
+    except ImportError:
+        pass
 from dataclasses import fields, is_dataclass
 for field in fields(Recipe()):
     value, name = getattr(Recipe(), field.name), field.name
@@ -78,14 +80,12 @@ RUNS = {
     "two-processes": Run(processes=2),
     "killed": Run(killed=True),
     "two-processes-killed": Run(processes=2, killed=True),
-    "mislead": Run(
-        ("adversarial.objective=mislead", "model.name=darknet53", "model.activation=leaky")
-    ),
+    "mislead": Run(("adversarial.target=label", "model.name=darknet53", "model.activation=leaky")),
     "micro-batches": Run(OFTEN, micro_batch=2, options=("--workers", "2")),
     "bf16": Run(("precision=bf16", "schedule.steps=4"), micro_batch=4),
-    "usual-epsilon": Run(("model.norm_eps=1e-5", "evaluate.interpolation=align_corners")),
-    "timm": Run(("model.name=timm/resnet18", "data.image_size=64", "data.start_image_size=32")),
-    "no-ema": Run(("ema.decay=0", "model.name=cspresnext50", "log_every=3", "save_every=2")),
+    "usual-epsilon": Run(("model.norm_eps=1e-5", "evaluate.resize=corners")),
+    "timm": Run(("model.name=timm/resnet18", "data.size=64", "data.start_size=32")),
+    "no-ema": Run(("average.decay=0", "model.name=cspresnext50", "log_every=3", "save_every=2")),
 }
 TIMM_HAS_NOT = ("model.width=", "model.norm_momentum=", "model.norm_eps=")
 
@@ -104,7 +104,7 @@ class Tree:
             environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(path), "COLUMNS": "200"}
             command = [sys.executable, "-c", code, "--help"]
             return subprocess.run(
-                command, env=environment, check=True, capture_output=True, text=True
+                command, cwd=path, env=environment, check=True, capture_output=True, text=True
             ).stdout
 
         text = ask("from cspnet.cli import main_train; main_train()")
