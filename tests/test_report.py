@@ -23,7 +23,7 @@ from cspnet.inference.evaluate import Scores
 from cspnet.recipe import load as recipes
 from cspnet.recipe.value_sources import recipe_entries
 from cspnet.report import charts, classes
-from cspnet.report import evaluation as verdicts
+from cspnet.report import evaluation as evaluation_module
 from cspnet.report.drawing import save_png, to_svg
 from cspnet.report.evaluation import Evaluation, evaluate_run
 from cspnet.report.mistakes import MAX_MISTAKES, Mistake, TopMistakes, format_percent, network_view
@@ -44,7 +44,7 @@ NOW = datetime(2026, 5, 4, 12, tzinfo=UTC)
 
 
 class Page(HTMLParser):
-    """A page taken apart: what it would fetch, its sections, its text."""
+    """A parsed page: its external resources, sections and text."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -74,7 +74,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of three classes, one with a name that is HTML, stopped and resumed; its data."""
+    """A run on three classes, one of which has HTML in its name."""
     base = tmp_path_factory.mktemp("report")
     for split, count in (("train", 8), ("val", 5)):
         for number, name in enumerate(("apple", NASTY, "cat")):
@@ -93,16 +93,16 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def judged(trained):
+def evaluated(trained):
     run = read_run(trained)
-    verdict, remarks = evaluate_run(run, device="cpu")
+    evaluation, remarks = evaluate_run(run, device="cpu")
     assert remarks == []
-    return run, verdict
+    return run, evaluation
 
 
 @pytest.fixture
 def copy(trained, tmp_path):
-    """The run without its weights, to be spoilt."""
+    """A copy of the run without checkpoints, which a test may damage."""
     folder = tmp_path / "copy"
     folder.mkdir()
     for name in ("recipe.yaml", "env.json", "metrics.jsonl", "history.jsonl"):
@@ -110,9 +110,9 @@ def copy(trained, tmp_path):
     return folder
 
 
-def page_of(folder, verdict=None, remarks=()):
+def page_of(folder, evaluation=None, remarks=()):
     run = read_run(folder)
-    return render_page(run, verdict, remarks)
+    return render_page(run, evaluation, remarks)
 
 
 def render_page(run, evaluation=None, remarks=()):
@@ -120,8 +120,8 @@ def render_page(run, evaluation=None, remarks=()):
     return render(run, drawings, draw_timeline(run), evaluation, list(remarks), NOW)
 
 
-def test_report_writes_one_page_that_needs_nothing(trained, command, tmp_path):
-    out = tmp_path / "there"
+def test_report_writes_one_self_contained_page(trained, command, tmp_path):
+    out = tmp_path / "out"
     done = command("main", "report", trained, "--device", "cpu", "--output", out)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(out / "report.html")
@@ -162,10 +162,10 @@ def test_report_writes_one_page_that_needs_nothing(trained, command, tmp_path):
     assert any(NASTY in title for title in page.titles)
 
 
-def test_the_numbers_are_those_of_a_slow_recount(judged):
-    run, verdict = judged
+def test_the_numbers_are_those_of_a_slow_recount(evaluated):
+    run, evaluation = evaluated
     trained = load_weights(str(run.folder.best_checkpoint))
-    source = open_validation(verdict.data, trained.classes)
+    source = open_validation(evaluation.data, trained.classes)
     net, recipe = trained.net.eval(), trained.recipe
     counted, wrong = np.zeros((3, 3), int), []
     for index in range(15):
@@ -178,29 +178,30 @@ def test_the_numbers_are_those_of_a_slow_recount(judged):
         if true != taken:
             wrong.append((float(shares[taken]), index, true, taken))
             assert np.array_equal(network_view(source, index, recipe), image[0].numpy())
-    assert (verdict.scores.confusion == counted).all() and verdict.step == trained.step
-    assert verdict.names == ['<b>&"', "apple", "cat"] and len(wrong) == len(verdict.mistakes)
+    assert (evaluation.scores.confusion == counted).all() and evaluation.step == trained.step
+    assert evaluation.names == ['<b>&"', "apple", "cat"] and len(wrong) == len(evaluation.mistakes)
     for mistake, (share, index, true, taken) in zip(
-        verdict.mistakes, sorted(wrong, key=lambda w: (-w[0], w[1])), strict=True
+        evaluation.mistakes, sorted(wrong, key=lambda w: (-w[0], w[1])), strict=True
     ):
         assert (mistake.true, mistake.taken_for) == (true, taken)
         assert mistake.probability == pytest.approx(share, abs=1e-4)
         assert np.array_equal(
-            verdict.pictures[verdict.mistakes.index(mistake)], network_view(source, index, recipe)
+            evaluation.pictures[evaluation.mistakes.index(mistake)],
+            network_view(source, index, recipe),
         )
-    for k, score in enumerate(classes.class_scores(counted, verdict.names)):
+    for k, score in enumerate(classes.class_scores(counted, evaluation.names)):
         assert (score.images, score.correct) == (5, counted[k, k])
         beside = {o: counted[k, o] for o in range(3) if o != k}
         assert score.confused_images == max(beside.values())
         if score.confused_images:
-            confused = verdict.names.index(score.confused_with)
+            confused = evaluation.names.index(score.confused_with)
             assert beside[confused] == score.confused_images
-    page = Page(render_page(run, verdict))
-    assert f"top-1 {verdict.scores.top1:.2f} %" in page.sections["summary"]
+    page = Page(render_page(run, evaluation))
+    assert f"top-1 {evaluation.scores.top1:.2f} %" in page.sections["summary"]
     assert page.tags.count("img") == len(wrong)
 
 
-def test_the_surest_mistakes_are_found_whatever_the_batches():
+def test_the_most_confident_errors_are_found_whatever_the_batches():
     torch.manual_seed(0)
     logits = 3 * torch.randn(500, 7)
     logits[100:110] = logits[100]  # equal ones: the order of the images decides
@@ -211,18 +212,18 @@ def test_the_surest_mistakes_are_found_whatever_the_batches():
     wrong = [i for i in range(500) if int(shares[i].argmax()) != int(labels[i])]
     order = sorted(wrong, key=lambda i: (-float(shares[i].max()), i))
     for batch in (1, 64, 500):
-        surest = TopMistakes()
+        collector = TopMistakes()
         for first in range(0, 500, batch):
-            surest(first, logits[first : first + batch], labels[first : first + batch])
-        found = surest.mistakes()
-        assert [mistake.index for mistake in found] == order[:MAX_MISTAKES]
-        assert all(m.true == int(labels[m.index]) != m.taken_for for m in found)
+            collector(first, logits[first : first + batch], labels[first : first + batch])
+        mistakes = collector.mistakes()
+        assert [mistake.index for mistake in mistakes] == order[:MAX_MISTAKES]
+        assert all(m.true == int(labels[m.index]) != m.taken_for for m in mistakes)
     assert TopMistakes().mistakes() == []
     percents = [format_percent(p) for p in (1 - 1e-9, 0.5, 1.0)]
     assert percents == ["99.99 %", "50 %", "100 %"]
 
 
-def test_a_torn_record_is_read_as_far_as_it_goes(copy):
+def test_damaged_logs_are_read_as_far_as_possible(copy):
     whole = read_run(copy)
     with open(copy / "metrics.jsonl", "ab") as file:
         file.write(b'{"step": 99, "split": "val"}\n{"split": "train"}\nnull\n\xff\xfe\n')
@@ -242,10 +243,10 @@ def test_a_torn_record_is_read_as_far_as_it_goes(copy):
     assert publish(read_run(copy), None, [], copy / "report").is_file()
 
 
-def test_what_is_missing_is_said_and_the_rest_is_there(copy, trained, tmp_path):
+def test_a_report_names_what_is_missing_and_has_the_rest(copy, trained, tmp_path):
     run = read_run(copy)
-    verdict, remarks = evaluate_run(run, device="cpu")
-    assert verdict is None and "has no checkpoint yet" in remarks[0]
+    evaluation, remarks = evaluate_run(run, device="cpu")
+    assert evaluation is None and "has no checkpoint yet" in remarks[0]
     (copy / "report").mkdir()
     (copy / "report" / "mistakes.png").write_text("of the report before")
     page = Page(publish(run, None, remarks, copy / "report").read_text())
@@ -262,29 +263,29 @@ def test_what_is_missing_is_said_and_the_rest_is_there(copy, trained, tmp_path):
     (copy / "checkpoints").mkdir()
     (copy / "checkpoints" / "best.pt").write_bytes(b"torn")
     os.link(trained / "checkpoints" / "last.pt", copy / "checkpoints" / "last.pt")
-    verdict, remarks = evaluate_run(run, device="cpu")
-    assert verdict.checkpoint.endswith("last.pt") and "best.pt" in remarks[0]
+    evaluation, remarks = evaluate_run(run, device="cpu")
+    assert evaluation.checkpoint.endswith("last.pt") and "best.pt" in remarks[0]
     with pytest.raises(DataError, match="does not exist"):
         evaluate_run(run, data=str(tmp_path / "nowhere"), device="cpu")
-    data = Path(verdict.data)
+    data = Path(evaluation.data)
     data.rename(data.with_name("away"))
     try:
         gone, remarks = evaluate_run(run, device="cpu")
         assert gone is None and "Give their location with --data DIR." in remarks[-1]
-        found, _ = evaluate_run(run, data=str(data.with_name("away")), device="cpu")
-        assert (found.scores.confusion == verdict.scores.confusion).all()
+        other, _ = evaluate_run(run, data=str(data.with_name("away")), device="cpu")
+        assert (other.scores.confusion == evaluation.scores.confusion).all()
     finally:
         data.with_name("away").rename(data)
 
 
-def test_a_folder_that_is_no_run_is_refused(command, tmp_path, copy):
+def test_a_folder_that_is_not_a_run_is_refused(command, tmp_path, copy):
     (tmp_path / "file").write_text("mine")
-    for place, told in (("file", "is a file; give a folder"), ("no/such", "does not exist")):
-        with pytest.raises(RecipeError, match=told):
-            require_output_folder(tmp_path / place)
-    for folder, told in (("nowhere", "is not a folder"), (".", "it has no recipe.yaml")):
+    for name, message in (("file", "is a file; give a folder"), ("no/such", "does not exist")):
+        with pytest.raises(RecipeError, match=message):
+            require_output_folder(tmp_path / name)
+    for folder, message in (("nowhere", "is not a folder"), (".", "it has no recipe.yaml")):
         done = command("main", "report", tmp_path / folder)
-        assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert (tmp_path / "file").read_text() == "mine"
     (copy / "recipe.yaml").write_text("a: [")
     with pytest.raises(RecipeError, match=r"recipe\.yaml cannot be read"):
@@ -308,21 +309,21 @@ def test_a_thousand_classes_and_a_long_record_stay_small(copy):
     pictures = list(
         rng.integers(0, 256, (MAX_MISTAKES, 256, 256, 3), dtype=np.uint8)
     )  # the worst of JPEG
-    verdict = Evaluation(
+    evaluation = Evaluation(
         *("best.pt", 1_200_000, False, "data"),
         Scores(70.0, 90.0, 1.0, 50_000, 0, 1.0, confusion),
         names,
         [Mistake(i, i, i + 1, 0.9) for i in range(MAX_MISTAKES)],
         pictures,
     )
-    text = page_of(copy, verdict)
+    text = page_of(copy, evaluation)
     assert len(text.encode()) < 3_000_000
     page = Page(text)
     assert "confusion" not in page.sections and names[777] in page.sections["classes"]
     assert "The log has 100,000 lines" in page.sections["curves"]
     low = min(range(1000), key=lambda k: confusion[k, k] / confusion[k].sum())
     assert names[low] in page.sections["worst"]
-    publish(read_run(copy), verdict, [], copy / "report")
+    publish(read_run(copy), evaluation, [], copy / "report")
     assert cv2.imread(str(copy / "report" / "worst-classes.png")).shape[1] > 500
 
 
@@ -442,8 +443,8 @@ def test_ticks_are_round_and_few():
         assert len(set(ticks)) == len(ticks) >= 2 and max(map(len, ticks)) <= 8
 
 
-def test_ids_of_a_page_are_unique_and_refer_to_each_other(judged):
-    run, evaluation = judged
+def test_ids_of_a_page_are_unique_and_refer_to_each_other(evaluated):
+    run, evaluation = evaluated
     text = render_page(run, evaluation)
     ids = re.findall(r'\bid="([^"]+)"', text)
     assert len(ids) == len(set(ids))
@@ -501,13 +502,13 @@ def test_the_timeline_shows_stops_and_kills(copy):
             line = {"time": time, "event": event, "step": step, "remarks": remarks}
             file.write(json.dumps(line) + "\n")
     run = read_run(copy)
-    found = running_periods(run)
-    assert [(p.begin.step, p.end and p.end.step, p.last) for p in found] == [
+    running = running_periods(run)
+    assert [(p.begin.step, p.end and p.end.step, p.last) for p in running] == [
         (0, 40, False),
         (40, None, False),
         (60, 90, True),
     ]
-    assert found[1].until == found[2].begin.time
+    assert running[1].until == running[2].begin.time
     drawing = draw_timeline(run)
     bars = [(bar.get_x(), bar.get_width()) for bar in drawing.figure.axes[0].patches]
     day = np.array([(0, 1), (2, 3), (5, 1)]) / 24
@@ -532,11 +533,10 @@ def test_the_timeline_shows_stops_and_kills(copy):
         in (page.sections["history"])
     )
     assert page.sections["summary"].split()[:3] == ["Summary", "state", "done"]
-    running = replace(run, events=run.events[:4], written=run.events[3].time + timedelta(hours=2))
-    assert (
-        running_periods(running)[-1].until == running.written
-        and running_periods(running)[-1].end is None
-    )
+    written = run.events[3].time + timedelta(hours=2)
+    unfinished = replace(run, events=run.events[:4], written=written)
+    assert running_periods(unfinished)[-1].until == written
+    assert running_periods(unfinished)[-1].end is None
 
 
 def test_recipe_entries_hold_values_and_comments():
@@ -587,8 +587,8 @@ def test_any_name_can_be_drawn_and_a_synset_keeps_its_id(tmp_path, copy):
     pictures = [np.zeros((32, 32, 3), np.uint8)]
     scores = Scores(1.0, 1.0, 1.0, 630, 0, 1.0, confusion)
     mistakes = [Mistake(0, 0, 1, 0.5)]
-    verdict = Evaluation("best.pt", 1, False, "data", scores, names, mistakes, pictures)
-    page = publish(read_run(copy), verdict, [], tmp_path / "out").read_text(encoding="utf-8")
+    evaluation = Evaluation("best.pt", 1, False, "data", scores, names, mistakes, pictures)
+    page = publish(read_run(copy), evaluation, [], tmp_path / "out").read_text(encoding="utf-8")
     assert "猫" in page and "two\nlines" in page
     scores = classes.class_scores(confusion, names)
     save_png(classes.plot_worst_classes(scores, confusion), tmp_path / "worst.png")
@@ -597,10 +597,10 @@ def test_any_name_can_be_drawn_and_a_synset_keeps_its_id(tmp_path, copy):
     assert classes.row_fractions(nothing)[1] == 0
 
 
-def test_the_record_alone_and_a_full_device(copy, trained, capsys, monkeypatch):
+def test_without_evaluation_and_out_of_memory(copy, trained, capsys, monkeypatch):
     report_command(copy, no_evaluate=True)
-    told = capsys.readouterr().out.splitlines()
-    assert "Not evaluated: --no-evaluate" in told[0] and told[-1] == str(
+    lines = capsys.readouterr().out.splitlines()
+    assert "Not evaluated: --no-evaluate" in lines[0] and lines[-1] == str(
         copy / "report" / "report.html"
     )
     assert "Not evaluated" in Page((copy / "report" / "report.html").read_text()).text
@@ -608,12 +608,12 @@ def test_the_record_alone_and_a_full_device(copy, trained, capsys, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(verdicts, "evaluate_network", full)
-    verdict, remarks = evaluate_run(read_run(trained), device="cpu")
-    assert verdict is None and "--device cpu" in remarks[0]
+    monkeypatch.setattr(evaluation_module, "evaluate_network", full)
+    evaluation, remarks = evaluate_run(read_run(trained), device="cpu")
+    assert evaluation is None and "--device cpu" in remarks[0]
 
 
-def test_a_full_disk_leaves_the_report_before(copy, monkeypatch):
+def test_a_full_disk_keeps_the_previous_report(copy, monkeypatch):
     run = read_run(copy)
     before = publish(run, None, [], copy / "report").read_bytes()
 

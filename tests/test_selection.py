@@ -1,4 +1,4 @@
-"""best.pt is selected on the images that its top-1 is reported on: whoever reports it, says so."""
+"""best.pt is selected on the images that its top-1 is reported on; every report of it says so."""
 
 import io
 import re
@@ -16,7 +16,7 @@ SELECTED = "selected on the same images"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run with three validations, and one with a single one; what they printed."""
+    """A run with three validations and a run with one, and their output."""
     base, printed = tmp_path_factory.mktemp("selected"), {}
     for name, every in (("three", 2), ("one", 6)):
         steps = f"schedule.steps=6 schedule.warmup_steps=1 evaluate.every={every}"
@@ -44,23 +44,27 @@ def test_status_compare_and_report_say_so(runs, command, tmp_path):
     base, _ = runs
     for name, several in (("three", True), ("one", False)):
         run = base / name
-        told = command("main", "status", run).stdout
-        assert f"last validation {last_top1(run):.2f} %" in told and (SELECTED in told) == several
-        told = command("main", "report", run, "--device", "cpu", "--output", tmp_path / name).stdout
-        assert ("best.pt is the best of several validations" in told) == several
+        output = command("main", "status", run).stdout
+        assert (
+            f"last validation {last_top1(run):.2f} %" in output and (SELECTED in output) == several
+        )
+        output = command(
+            "main", "report", run, "--device", "cpu", "--output", tmp_path / name
+        ).stdout
+        assert ("best.pt is the best of several validations" in output) == several
         page = (tmp_path / name / "report.html").read_text()
         assert (SELECTED in page) == several and ("top-1 is optimistic" in page) == several
-    told = command("main", "compare", base / "three", base / "one", cwd=tmp_path).stdout
-    assert "best top-1: the best of several validations, selected on the same images" in told
+    output = command("main", "compare", base / "three", base / "one", cwd=tmp_path).stdout
+    assert "best top-1: the best of several validations, selected on the same images" in output
 
 
 def test_other_weights_and_other_images_were_not_selected(runs):
     run = read_run(runs[0] / "three")
-    verdict, _ = evaluate_run(run, checkpoint="last", device="cpu")
-    assert selection_note(run, verdict) == ""
-    verdict, _ = evaluate_run(run, checkpoint="best", device="cpu")
-    assert "top-1 is optimistic" in selection_note(run, verdict)
-    assert selection_note(run, replace(verdict, data="other")) == ""
+    evaluation, _ = evaluate_run(run, checkpoint="last", device="cpu")
+    assert selection_note(run, evaluation) == ""
+    evaluation, _ = evaluate_run(run, checkpoint="best", device="cpu")
+    assert "top-1 is optimistic" in selection_note(run, evaluation)
+    assert selection_note(run, replace(evaluation, data="other")) == ""
 
 
 def test_the_demo_reports_the_last_validation():

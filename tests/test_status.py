@@ -17,14 +17,14 @@ START = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
 
 def line(step, **changes):
-    told = {
+    content = {
         "step": step,
         "split": "train",
         "loss": 2.5,
         "images_per_second": 100,
         "data_wait": 0.25,
     }
-    return json.dumps(told | changes)
+    return json.dumps(content | changes)
 
 
 def event(kind, step, minutes, *remarks):
@@ -44,18 +44,18 @@ def a_run(folder, record, history, written=10, recipe=RECIPE):
     return read_run(folder)
 
 
-def told(run, minutes):
+def status_text(run, minutes):
     return "\n".join(describe_run(run, START + timedelta(minutes=minutes)))
 
 
-def test_a_run_that_goes_on(tmp_path):
-    """Half of the windows at 50 images/s, half at 100: 66.7 over equal numbers of images."""
+def test_a_running_run(tmp_path):
+    """Half of the intervals at 50 images/s, half at 100: 66.7 on average over the images."""
     record = [
         line(step, images_per_second=50 + 50 * (step % 20 == 0)) for step in range(10, 510, 10)
     ]
     record.insert(20, line(200, split="val", top1=61.5))
     record.append(line(500, split="val", top1=55.25))
-    text = told(a_run(tmp_path / "run", record, [event("start", 0, 0)]), 11)
+    text = status_text(a_run(tmp_path / "run", record, [event("start", 0, 0)]), 11)
     assert "running since" in text and "last update 0:01:00 ago" in text
     assert "step        500 of 1,000 (50.0%), loss 2.5000" in text
     assert "67 images/s, 25% of the time waiting for data; 0:01:15 left" in text  # 5,000 images
@@ -76,16 +76,16 @@ def test_a_run_that_goes_on(tmp_path):
         ([], 1, "never started", 1),
     ],
 )
-def test_what_a_run_is_doing_without_a_lock(tmp_path, history, minutes, expected, code):
+def test_the_state_of_a_run_without_a_lock(tmp_path, history, minutes, expected, code):
     run = a_run(tmp_path / "run", [line(30)], history)
-    text = told(run, minutes)
+    text = status_text(run, minutes)
     assert expected in text.splitlines()[0] and ".." not in text.splitlines()[0]
     assert ("done at" in text) == ("running since" in text)
     assert status_exit_code(run, START + timedelta(minutes=minutes)) == code
 
 
-def test_the_lock_tells_a_dead_run_at_once(tmp_path):
-    """A process that holds the lock, then is killed: no minute of silence is waited for."""
+def test_the_lock_shows_a_dead_run_at_once(tmp_path):
+    """A process that holds the lock is killed: the status changes without a timeout."""
     run = a_run(tmp_path / "a run", [line(30)], [event("start", 0, 0)])
     at = START + timedelta(minutes=60)
     hold = (
@@ -96,36 +96,38 @@ def test_the_lock_tells_a_dead_run_at_once(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", hold, str(run.folder)], **pipes)
     assert child.stdout.readline() == b"held\n"
     assert (
-        "running since" in told(run, 60) and status_exit_code(run, at) == 0
+        "running since" in status_text(run, 60) and status_exit_code(run, at) == 0
     )  # silent for long, but alive
     child.kill()
     child.wait()
-    first = told(run, 10.1).splitlines()[0]  # it wrote a moment ago
+    first = status_text(run, 10.1).splitlines()[0]  # it wrote a moment ago
     assert "DEAD" in first and status_exit_code(run, START + timedelta(minutes=10.1)) == 1
     assert f"cspnet-train --resume --output '{run.folder}'" in first
     child.stdin.close()
     child.stdout.close()
 
 
-def test_a_slow_run_is_not_silent_between_two_lines(tmp_path):
-    """100 images a window at 0.1 images/s: a line every 17 minutes."""
+def test_a_slow_run_may_be_silent_between_two_log_lines(tmp_path):
+    """100 images per log interval at 0.1 images/s: a line every 17 minutes."""
     record = [line(30, images_per_second=0.1)]
     run = a_run(tmp_path / "run", record, [event("start", 0, 0)])
-    assert "running since" in told(run, 10 + 49) and "NO RECENT UPDATE" in told(run, 10 + 51)
+    assert "running since" in status_text(run, 10 + 49) and "NO RECENT UPDATE" in status_text(
+        run, 10 + 51
+    )
 
 
-def test_what_is_left_counts_the_growth_of_the_images(tmp_path):
-    """Step 400 has 96×96, those from 500 on have 128×128: 100 steps at the speed of now, 500 of
-    (128 / 96)² of the work."""
-    sizes = "data: {start_image_size: 64, size: 128, full_size_from: 0.5}\n"
+def test_the_time_left_accounts_for_growing_images(tmp_path):
+    """Step 400 uses 96×96 images, steps from 500 on 128×128: 100 steps at the current speed, then
+    500 steps of (128 / 96)² times the work."""
+    sizes = "data: {start_image_size: 64, image_size: 128, full_size_from: 0.5}\n"
     record = [line(400, images_per_second=500)]
     left = (100 + 500 * (128 / 96) ** 2) * 10 / 500
     run = a_run(tmp_path / "run", record, [event("start", 0, 0)], recipe=RECIPE + sizes)
-    assert f"; {format_duration(left)} left" in told(run, 11)
+    assert f"; {format_duration(left)} left" in status_text(run, 11)
 
 
 def test_before_the_first_line_and_of_another_folder(tmp_path):
-    text = told(a_run(tmp_path / "run", [], [event("start", 0, 0)], 0), 1)
+    text = status_text(a_run(tmp_path / "run", [], [event("start", 0, 0)], 0), 1)
     assert "step        0 of 1,000 (0.0%), nothing logged yet" in text and "speed" not in text
     with pytest.raises(RecipeError, match="not a run folder"):
         read_run(tmp_path)

@@ -143,8 +143,9 @@ def _last_save(file: Path, now: datetime) -> str:
         status = file.stat()
     except OSError:
         return "none yet"
-    age = (now - datetime.fromtimestamp(status.st_mtime, UTC)).total_seconds()
-    return f"{format_duration(max(0.0, age))} ago, {status.st_size / 1e6:,.0f} MB, {printable(str(file))}"
+    age = max(0.0, (now - datetime.fromtimestamp(status.st_mtime, UTC)).total_seconds())
+    megabytes = status.st_size / 1e6
+    return f"{format_duration(age)} ago, {megabytes:,.0f} MB, {printable(str(file))}"
 
 
 def _local(time: datetime) -> str:
