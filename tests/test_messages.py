@@ -42,7 +42,9 @@ WORDS += ["back\\slash\nand 'quote'", b"not utf-8 \xff\xfe".decode("utf-8", "sur
 
 def copied(text: str, first: str = "cspnet") -> list[str]:
     """The words of the command in a text, as a shell reads them."""
-    return shlex.split(re.search(rf"(?<!\S)`?({first}[ -].*?)`?(?= makes| does|\.?$)", text)[1])
+    return shlex.split(
+        re.search(rf"(?<!\S)`?({first}[ -].*?)`?(?= makes| does| saves|\.?$)", text)[1]
+    )
 
 
 def test_a_shell_reads_every_quoted_word_back():

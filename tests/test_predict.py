@@ -139,7 +139,7 @@ def test_folders_are_searched_to_any_depth_and_nothing_comes_twice(tmp_path, mon
         find_images(["b", "gone.jpg", "b/gone"])
     (tmp_path / "c" / "1.webp").unlink()
     (tmp_path / "c" / "notes.txt").write_text("x")
-    with pytest.raises(DataError, match=r"^c contains no image .* found there: notes\.txt$"):
+    with pytest.raises(DataError, match=r"^c contains no image .* it contains: notes\.txt$"):
         find_images(["b", "c"])
 
 

@@ -74,10 +74,16 @@ def move(folder):
 @pytest.mark.parametrize(
     "change, expected",
     [
-        (swap, "train: the images of class bear are in class apple now"),
-        (lambda folder: swap(folder, "val"), "val: the images of class bear are in class apple"),
-        (lambda folder: (folder / "train/cat/0.jpg").unlink(), "train had 36 images, has 35 now"),
-        (lambda folder: (folder / "val/cat/0.jpg").unlink(), "val had 9 images, has 8 now"),
+        (swap, "train: the images of class bear are now in class apple"),
+        (
+            lambda folder: swap(folder, "val"),
+            "val: the images of class bear are now in class apple",
+        ),
+        (
+            lambda folder: (folder / "train/cat/0.jpg").unlink(),
+            "train had 36 images and now has 35",
+        ),
+        (lambda folder: (folder / "val/cat/0.jpg").unlink(), "val had 9 images and now has 8"),
         (move, "train: images were moved between classes"),
     ],
 )
@@ -102,7 +108,7 @@ def test_a_resume_reports_other_files_and_another_place(tiny, folder, tmp_path):
     moved = folder.rename(folder.with_name("moved"))
     run(tiny(*data_of(moved), "schedule.steps=8"), tmp_path / "run", resume=True)
     remarks = "\n".join(history(tmp_path / "run")[-2]["remarks"])
-    assert "train: files have other names or sizes in 1 class (cat)" in remarks
+    assert "train: names or sizes of files changed in 1 class (cat)" in remarks
     assert f"data.root was {folder}, is now {moved}" in remarks
 
 

@@ -383,7 +383,7 @@ def test_a_hub_folder_is_opened_with_its_view_and_names(hub, tmp_path, command):
     )
     best = theirs.pretrained_cfg["label_names"][int(theirs(pixels).argmax())]
     assert done.returncode == 0 and done.stdout.splitlines()[1].split()[1] == best
-    assert "mean (0.5, 0.5, 0.5)" in done.stderr and "resize bicubic" in done.stderr
+    assert "mean (0.5, 0.5, 0.5)" in done.stderr and "interpolation bicubic" in done.stderr
 
 
 def test_a_config_counts_in_fine_tuning_and_in_exports(hub, tmp_path):
