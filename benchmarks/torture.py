@@ -95,7 +95,7 @@ if "torn" in plan:
             if len(data) >= self.left:
                 self.file.write(data[:self.left])
                 self.file.flush()
-                die("amid .last.pt.tmp")
+                die("within .last.pt.tmp")
             self.left -= len(data)
             return self.file.write(data)
 
