@@ -33,12 +33,6 @@ INDEPENDENT = [("images", "nets"), ("nets", "sources"), ("nets", "data")]
 MODULES = sorted(
     path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem in ORDER
 )
-PENDING = {
-    ("report.evaluation", "train"),
-    ("report.preview", "train"),
-    ("runtime.device", "data"),
-    ("runtime.distributed", "nets"),
-}
 
 
 def dotted(path: Path) -> str:
@@ -70,8 +64,6 @@ def test_imports_go_downward(path):
     own = package(dotted(path))
     for module in imported_modules(path):
         other = package(module)
-        if (dotted(path), other) in PENDING:
-            continue
         assert own == other or ORDER.index(other) < ORDER.index(own), f"{own} imports {module}"
 
 
