@@ -33,7 +33,8 @@ from cspnet.data.loader import evaluation_batches, training_groups
 from cspnet.images import decode
 from cspnet.recipe import load as recipes
 from cspnet.recipe.schema import Evaluate
-from cspnet.sources.data_root import DataRoot, Folder
+from cspnet.sources.data_root import DataRoot
+from cspnet.sources.folder import Folder
 
 ENDLESS = 100_000  # images, by repetition: no pipeline comes to the end of an epoch in a window
 CROP = 0.887  # timm's for cspdarknet53

@@ -29,7 +29,8 @@ from cspnet.inference.evaluate import evaluate_network
 from cspnet.nets import create
 from cspnet.recipe import load as recipes
 from cspnet.runtime.device import DTYPES, choose_precision, choose_workers, setup_device
-from cspnet.sources.data_root import DataRoot, Folder
+from cspnet.sources.data_root import DataRoot
+from cspnet.sources.folder import Folder
 
 CROP_PCT = 0.887  # timm's default for cspdarknet53
 

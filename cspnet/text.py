@@ -39,10 +39,10 @@ def end_sentence(text: object) -> str:
     return stripped if stripped.endswith((".", "!", "?", "…")) else f"{stripped}."
 
 
-def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """The question " Did you mean 'x'?" for the most similar known word; empty if none is near.
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6, count: int = 1) -> str:
+    """The question " Did you mean 'x'?" for at most `count` similar words; empty if none is near.
 
     It starts with a space, to be appended to a message.
     """
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    near = difflib.get_close_matches(word, list(known), n=count, cutoff=cutoff)
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -19,7 +19,8 @@ from cspnet.datasets import inspect_file
 from cspnet.datasets.check import check_dataset, preflight
 from cspnet.datasets.contents import DUPLICATE_FINDINGS, FILE_FINDINGS
 from cspnet.errors import CspnetError, DataError
-from cspnet.sources.data_root import Digits, Folder, open_training
+from cspnet.sources.data_root import open_training
+from cspnet.sources.folder import Digits, Folder
 from tests import bombs
 from tests.conftest import ROOT, picture
 
@@ -310,7 +311,7 @@ def test_workers_do_not_outlive_a_kill(tmp_path):
     script = (
         "import time\n"
         "from cspnet.datasets import inspect_file as examine\n"
-        "from cspnet.sources.data_root import Digits\n"
+        "from cspnet.sources.folder import Digits\n"
         "if __name__ == '__main__':\n"
         "    chunks = examine.inspect_sources([Digits(train=True)], 2)\n"
         "    print(next(chunks)[1], flush=True)\n"

@@ -10,6 +10,7 @@ import pytest
 from cspnet.datasets.check import check_dataset
 from cspnet.errors import DataError
 from cspnet.sources import data_root, names
+from cspnet.sources.folder import find_images
 from tests.conftest import ROOT
 from tests.helpers import (
     CLASSES,
@@ -427,7 +428,7 @@ def test_messages_have_no_raw_control_character(folder, capsys):
     for opens in (
         lambda: val(folder),
         lambda: train(folder / odd),
-        lambda: data_root.find_images([str(folder / odd)]),
+        lambda: find_images([str(folder / odd)]),
         lambda: val(folder / "val" / odd),
     ):
         with pytest.raises(DataError) as caught:

@@ -18,6 +18,7 @@ from cspnet.data.shared_memory import SharedBuffers, SlotRequest
 from cspnet.images import decode
 from cspnet.recipe.schema import Evaluate
 from cspnet.sources import data_root
+from cspnet.sources.folder import Files
 from tests.conftest import ROOT
 from tests.helpers import content, small
 
@@ -118,7 +119,7 @@ def test_without_room_in_shared_memory_batches_come_all_the_same(source, monkeyp
 
 
 def test_an_evaluation_of_nothing():
-    assert list(evaluation_batches(data_root.Files([]), 8, 64, Evaluate(), 2, False)) == []
+    assert list(evaluation_batches(Files([]), 8, 64, Evaluate(), 2, False)) == []
 
 
 @pytest.mark.parametrize("scaled", [True, False])

@@ -287,7 +287,7 @@ def test_a_step_equals_a_plain_reference(tiny, tmp_path):
     from cspnet.data import augment
     from cspnet.data.loader import TrainGroups
     from cspnet.recipe.schedule import learning_rate
-    from cspnet.sources.data_root import Digits
+    from cspnet.sources.folder import Digits
 
     recipe = tiny("schedule.steps=3", "schedule.warmup_steps=0", "ema.decay=0")
     run(recipe, tmp_path / "run")

@@ -17,7 +17,7 @@ from cspnet.plan.measure import count_validations_and_saves, measure_plan
 from cspnet.recipe import load as recipes
 from cspnet.recipe.eta import find_bottleneck, format_duration
 from cspnet.runtime.options import RunOptions
-from cspnet.sources.data_root import Digits
+from cspnet.sources.folder import Digits
 from cspnet.train.adversarial import attack_mask
 from cspnet.train.loop import is_save_due, is_validation_due
 
@@ -41,7 +41,7 @@ def test_what_a_schedule_holds_is_counted_right(tiny, overrides):
     recipe = tiny(*overrides)
     steps = range(recipe.schedule.steps)
     sizes = [recipe.size_at(step) for step in steps]
-    assert list(recipe.stages()) == [(s, sizes.count(s)) for s in dict.fromkeys(sizes)]
+    assert list(recipe.size_stages()) == [(s, sizes.count(s)) for s in dict.fromkeys(sizes)]
     coins = [attack_mask(recipe, step, range(recipe.groups)).mean() for step in steps]
     assert forecast.attacked_share(recipe) == pytest.approx(sum(coins) / len(coins))
 
@@ -132,7 +132,7 @@ def test_a_plan_measures_and_leaves_nothing_behind(tiny, tmp_path):
     ]
     assert set(found.step_seconds) == {32, 64} and found.attack_seconds
     share = forecast.attacked_share(recipe)
-    steps = sum(n * found.step_seconds[size] for size, n in recipe.stages())
+    steps = sum(n * found.step_seconds[size] for size, n in recipe.size_stages())
     assert found.seconds == pytest.approx(
         found.setup_seconds
         + steps

@@ -17,8 +17,7 @@ from cspnet.inference.evaluate import evaluate_network
 from cspnet.inference.predict import predict_files, predictions_to_csv, predictions_to_json
 from cspnet.recipe.load import load_recipe
 from cspnet.runtime.device import Precision
-from cspnet.sources.data_root import Folder
-from cspnet.sources.folder import Files, find_images
+from cspnet.sources.folder import Files, Folder, find_images
 from cspnet.weights.export import export_network
 from cspnet.weights.load import Trained, build_net
 from tests.conftest import picture

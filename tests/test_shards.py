@@ -20,6 +20,7 @@ from cspnet.recipe.load import load_recipe
 from cspnet.recipe.schema import Evaluate
 from cspnet.runtime.options import RunOptions
 from cspnet.sources import data_root, tar_index, tar_members, tar_set
+from cspnet.sources.folder import Folder
 from cspnet.train import loop
 from tests.conftest import ROOT
 from tests.helpers import CLASSES
@@ -42,7 +43,7 @@ def write_tar(file, *entries):
 
 def images(part):
     """Paths of the images of a part, in the order of a folder."""
-    source = data_root.Folder(part)
+    source = Folder(part)
     return [Path(source.name(index)) for index in range(len(source))]
 
 
@@ -214,8 +215,8 @@ def test_files_beside_each_other_and_val_in_any_form(folder, capsys):
 def test_what_was_unpacked_counts_and_not_its_tar_file(folder):
     for name in ("train.tar", "val.tar", "train/apple.tar", "train/bear.tar"):
         (folder / name).write_bytes(b"x")
-    assert isinstance(data_root.open_training(str(folder)), data_root.Folder)
-    assert isinstance(data_root.open_validation(str(folder), CLASSES), data_root.Folder)
+    assert isinstance(data_root.open_training(str(folder)), Folder)
+    assert isinstance(data_root.open_validation(str(folder), CLASSES), Folder)
 
 
 def test_hidden_and_other_members_are_left_alone(folder):

@@ -8,6 +8,7 @@ from cspnet.errors import DataError
 from cspnet.recipe.load import load_recipe
 from cspnet.recipe.schema import Evaluate
 from cspnet.sources import data_root
+from cspnet.sources.folder import Digits, Folder, find_images
 
 
 def test_folder_reads_what_lies_in_it(folder):
@@ -27,7 +28,7 @@ def test_nested_folders_odd_names_and_stray_files(folder):
     shutil.copy(folder / "train" / "apple" / "0.jpg", deep / "Ünï.JPEG")
     (folder / "train" / "bear" / "notes.txt").write_text("x")
     (folder / "train" / ".hidden").mkdir()
-    source = data_root.Folder(folder / "train")
+    source = Folder(folder / "train")
     assert source.classes == ["apple", "bear", "cat"] and len(source) == 37
     assert source.read(24)[1] == 1 and source.name(24).endswith("Ünï.JPEG")
 
@@ -35,7 +36,7 @@ def test_nested_folders_odd_names_and_stray_files(folder):
 def test_numbered_classes_sort_as_strings(folder):
     for old, new in (("apple", "10"), ("bear", "2"), ("cat", "1")):
         (folder / "train" / old).rename(folder / "train" / new)
-    assert data_root.Folder(folder / "train").classes == ["1", "10", "2"]
+    assert Folder(folder / "train").classes == ["1", "10", "2"]
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
@@ -47,7 +48,7 @@ def test_validation_by_root_or_by_its_own_folder(folder, name):
 
 
 def test_digits_are_split_into_disjoint_parts():
-    train, val = data_root.Digits(train=True), data_root.Digits(train=False)
+    train, val = Digits(train=True), Digits(train=False)
     assert len(train) == 1438 and len(val) == 359
     assert set(train._indices).isdisjoint(val._indices)
     assert train.classes == val.classes == [str(digit) for digit in range(10)]
@@ -170,7 +171,7 @@ def test_folders_of_a_system_are_no_classes_and_not_read(folder, name, command):
     training, validation = data_root.open_parts(str(folder))
     assert training.classes == validation.classes == ["apple", "bear", "cat"]
     assert len(training) == 36 and len(validation) == 9
-    assert len(data_root.find_images([str(folder / "val")])) == 9
+    assert len(find_images([str(folder / "val")])) == 9
     done = command("main", "check", folder, "-j", 0)
     assert done.returncode == 0, done.stdout
     found = [line for line in done.stdout.splitlines() if "operating system" in line]

@@ -171,7 +171,7 @@ def test_one_of_timms_nets_trains_evaluates_and_goes_back(tmp_path, command, fol
 @pytest.mark.parametrize(
     "name, told",
     [
-        ("timm/resnet81", "did you mean"),
+        ("timm/resnet81", "Did you mean"),
         ("timm/vit_tiny_patch16_224", "does not accept images of 64×64.*default size is 224"),
     ],
 )

@@ -34,7 +34,7 @@ from cspnet.images.decode import (
     sample_view,
 )
 from cspnet.recipe.schema import Evaluate, Recipe
-from cspnet.sources.data_root import Source
+from cspnet.sources.protocol import Source
 
 MAX_CANDIDATES = 20  # consecutive images tried for one position: the intended one and replacements
 

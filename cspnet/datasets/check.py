@@ -22,8 +22,10 @@ from cspnet.datasets.findings import (
 from cspnet.errors import DataError
 from cspnet.recipe.schema import DIGITS
 from cspnet.sources import messages, roots
-from cspnet.sources.data_root import DataRoot, Digits, Folder, Source, open_location
+from cspnet.sources.data_root import DataRoot, open_location
+from cspnet.sources.folder import Digits, Folder
 from cspnet.sources.parquet import ParquetSource
+from cspnet.sources.protocol import Source
 from cspnet.sources.tar_set import TarSet, TarSource
 from cspnet.text import printable
 

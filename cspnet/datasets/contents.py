@@ -8,7 +8,7 @@ import numpy as np
 
 from cspnet.datasets.findings import Finding, count_files
 from cspnet.datasets.inspect_file import DIGEST_SIZE, TINY_SIDE, inspect_sources
-from cspnet.sources.data_root import Source
+from cspnet.sources.protocol import Source
 
 # Kinds of findings about single files: severity and message. docs/data.md lists them.
 FILE_FINDINGS = {

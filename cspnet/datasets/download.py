@@ -5,7 +5,6 @@ folder of that name is never incomplete. After an interruption, the same command
 """
 
 import contextlib
-import difflib
 import os
 import shutil
 import socket
@@ -18,7 +17,7 @@ from cspnet.errors import DataError, RecipeError
 from cspnet.files import move_into_place
 from cspnet.sources import messages
 from cspnet.sources.messages import DOWNLOADABLE
-from cspnet.text import end_sentence
+from cspnet.text import did_you_mean, end_sentence
 
 SPLIT_FOLDERS = ("train", "val")
 # Bytes of ImageNet's two large archives. They reveal an incomplete download at once, while the md5
@@ -43,8 +42,8 @@ def prepare_dataset(
     for an incomplete split that something else created.
     """
     if name not in DOWNLOADABLE:
-        near = difflib.get_close_matches(name.lower(), DOWNLOADABLE, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else " Other data sets need class folders."
+        hint = did_you_mean(name.lower(), DOWNLOADABLE, cutoff=0.5)
+        hint = hint or " Other data sets need class folders."
         raise RecipeError(
             f"unknown data set {name!r}: choose from {', '.join(DOWNLOADABLE)}.{hint}"
         )

@@ -11,8 +11,10 @@ import numpy as np
 
 from cspnet.errors import DataError
 from cspnet.sources import messages
-from cspnet.sources.data_root import Folder, Source, require_classes
+from cspnet.sources.data_root import require_classes
+from cspnet.sources.folder import Folder
 from cspnet.sources.names import TRAINING, count_and_names, fold_name
+from cspnet.sources.protocol import Source
 from cspnet.sources.tree import is_image, is_system, walk
 
 SMALL_CLASS_RATIO = 0.1  # to the median class size: a smaller class is nearly empty

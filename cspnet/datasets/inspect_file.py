@@ -27,7 +27,8 @@ from cspnet.errors import CspnetError
 from cspnet.images import MAX_PIXELS, codecs
 from cspnet.images.decode import MAX_ASPECT, MAX_SIDE, PILLOW_FORMATS, decode
 from cspnet.images.formats import ImageInfo, TooLargeError, UnreadableError, UnsupportedError
-from cspnet.sources.data_root import Folder, Source
+from cspnet.sources.folder import Folder
+from cspnet.sources.protocol import Source
 
 CHUNK_SIZE = 32  # files that a process inspects before it reports
 DIGEST_SIZE = 16  # bytes
@@ -108,7 +109,7 @@ def inspect_bytes(data: bytes, suffix: str) -> Inspection:
         is_truncated = not is_complete or _lacks_end_marker(data)
         return _unusable("truncated" if is_truncated else "unreadable")
     if not oddities:
-        header = header._replace(frames=header.frames or has_frames)
+        header = header._replace(multi_frame=header.multi_frame or has_frames)
         oddities = tuple(_oddities(header, min(height, width), data, suffix))
     return Inspection(hashlib.blake2b(data, digest_size=DIGEST_SIZE).digest(), oddities)
 
@@ -134,10 +135,10 @@ def _oddities(
         yield "grey", ""
     if header.alpha:
         yield "alpha", ""
-    if header.top > 255:
-        yield "16 bits", "" if header.top == 65_535 else f"0 to {header.top:,}"
-    if header.top < 255:
-        yield "few levels", f"0 to {header.top:,}"
+    if header.max_value > 255:
+        yield "16 bits", "" if header.max_value == 65_535 else f"0 to {header.max_value:,}"
+    if header.max_value < 255:
+        yield "few levels", f"0 to {header.max_value:,}"
     if shorter < TINY_SIDE:
         yield "tiny", ""
     if header.damaged_exif:
@@ -147,7 +148,7 @@ def _oddities(
     xmp = XMP_ORIENTATION.search(data)
     if xmp and int(xmp[1]) != header.orientation:
         yield "XMP orientation", ""
-    if header.frames:
+    if header.multi_frame:
         yield "frames", ""
 
 

@@ -23,7 +23,8 @@ from cspnet.files import move_into_place, replace_text, temporary_path
 from cspnet.images.decode import MAX_SIDE, TooLargeError, UnreadableError, decode
 from cspnet.recipe.schema import DIGITS
 from cspnet.sources import messages
-from cspnet.sources.data_root import Source, open_parts, require_data_folder
+from cspnet.sources.data_root import open_parts, require_data_folder
+from cspnet.sources.protocol import Source
 from cspnet.sources.tar_members import CLASSES_FILE
 from cspnet.sources.tar_set import TarSet, TarSource
 from cspnet.text import printable

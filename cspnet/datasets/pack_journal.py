@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cspnet.errors import DataError
 from cspnet.files import replace_text, temporary_path
-from cspnet.sources.data_root import Source
+from cspnet.sources.protocol import Source
 
 JOURNAL_FILE = "pack.json"
 

@@ -49,7 +49,7 @@ def bmp_info(data: bytes) -> ImageInfo:
     """Properties of a BMP. Raises Unsupported."""
     masks = _masks(data)
     top = max((mask >> _shift(mask) for mask in masks[:3]), default=255)
-    return ImageInfo("BMP", top=top, alpha=len(masks) == 4 and masks[3] != 0)
+    return ImageInfo("BMP", max_value=top, alpha=len(masks) == 4 and masks[3] != 0)
 
 
 def read_bmp(data: bytes) -> np.ndarray:

@@ -40,10 +40,10 @@ def png_info(data: bytes) -> ImageInfo:
         "PNG",
         orientation,
         damaged,
-        top=65_535 if depth == 16 else 255,
+        max_value=65_535 if depth == 16 else 255,
         grey=colour_type in (0, 4),
         alpha=colour_type in (4, 6) or b"tRNS" in chunks,
-        frames=int.from_bytes(chunks.get(b"acTL", b"")[:4]) > 1,
+        multi_frame=int.from_bytes(chunks.get(b"acTL", b"")[:4]) > 1,
     )
 
 
@@ -68,7 +68,7 @@ def webp_info(data: bytes) -> ImageInfo:
         elif name == b"EXIF" and exif is None:
             exif = data[at : at + length]
     orientation, damaged = _exif_orientation(exif)
-    return ImageInfo("WEBP", orientation, damaged, alpha=alpha, frames=frames > 1)
+    return ImageInfo("WEBP", orientation, damaged, alpha=alpha, multi_frame=frames > 1)
 
 
 def webp_still(data: bytes) -> bytes:
@@ -120,7 +120,7 @@ def _gif_transparency(data: bytes) -> int | None:
 def gif_info(data: bytes) -> ImageInfo:
     """GIF87a and GIF89a."""
     frames = sum(introducer == 0x2C for _, introducer in _gif_blocks(data))
-    return ImageInfo("GIF", alpha=_gif_transparency(data) is not None, frames=frames > 1)
+    return ImageInfo("GIF", alpha=_gif_transparency(data) is not None, multi_frame=frames > 1)
 
 
 def gif_opaque(data: bytes) -> bytes:
@@ -162,9 +162,9 @@ def avif_info(data: bytes) -> ImageInfo:
     return ImageInfo(
         "AVIF",
         _ORIENTATIONS[key],
-        top=2 ** max(depths, default=8) - 1,
+        max_value=2 ** max(depths, default=8) - 1,
         alpha=any(_AUXILIARY_ALPHA in value for value in properties.get(b"auxC", ())),
-        frames=data[8:12] == b"avis",
+        multi_frame=data[8:12] == b"avis",
     )
 
 
@@ -179,7 +179,7 @@ def jpeg2000_info(data: bytes) -> ImageInfo:
         raise UnsupportedError("JPEG 2000 samples that are not unsigned 8 or 16 bits")
     return ImageInfo(
         "JPEG2000",
-        top=65_535 if depths == {15} else 255,
+        max_value=65_535 if depths == {15} else 255,
         grey=count < 3,
         alpha=count in (2, 4),
     )

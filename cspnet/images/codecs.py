@@ -50,7 +50,7 @@ def read_image(data: bytes) -> tuple[np.ndarray, int]:
         return _READERS[info.format](data), info.orientation
     data = _OPAQUE.get(info.format, lambda data: data)(data)
     flags = cv2.IMREAD_COLOR_BGR | cv2.IMREAD_IGNORE_ORIENTATION
-    deep = info.top == 65_535
+    deep = info.max_value == 65_535
     image = decode_opencv(data, flags | cv2.IMREAD_ANYDEPTH if deep else flags)
     if image.dtype == np.uint16:
         image = to_8_bits(image, 65_535)

@@ -38,11 +38,11 @@ class ImageInfo(NamedTuple):
     format: str
     orientation: int = 1  # EXIF orientation, 1 to 8; applied by the decoder
     damaged_exif: bool = False  # the orientation is unknown
-    top: int = 255  # the largest possible value of a sample
+    max_value: int = 255  # the largest possible value of a sample
     grey: bool = False
     alpha: bool = False
     cmyk: bool = False
-    frames: bool = False  # several frames or pages
+    multi_frame: bool = False  # several frames or pages
 
 
 def detect_format(data: bytes) -> str | None:

@@ -86,7 +86,7 @@ def pnm_info(data: bytes) -> ImageInfo:
     header = read_pnm_header(data)
     grey, alpha = header.depth < 3, header.depth in (2, 4)
     top = 255 if header.variant in (1, 4) else header.maxval  # a bitmap has no maxval
-    return ImageInfo("PPM", top=top, grey=grey, alpha=alpha)
+    return ImageInfo("PPM", max_value=top, grey=grey, alpha=alpha)
 
 
 def read_pnm(data: bytes) -> np.ndarray:

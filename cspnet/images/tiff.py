@@ -79,11 +79,11 @@ def tiff_info(data: bytes) -> ImageInfo:
         "TIFF",
         orientation=page.orientation,
         damaged_exif=page.damaged,
-        top=2**page.bits - 1 if page.bits > 8 else 255,
+        max_value=2**page.bits - 1 if page.bits > 8 else 255,
         grey=page.photometric in (WHITE, BLACK),
         alpha=page.alpha,
         cmyk=page.photometric == CMYK,
-        frames=page.directory.has_next,
+        multi_frame=page.directory.has_next,
     )
 
 

@@ -13,7 +13,7 @@ from cspnet.data.supervision import WorkerMonitor
 from cspnet.recipe.schema import Recipe
 from cspnet.runtime.device import Precision
 from cspnet.runtime.distributed import SINGLE_PROCESS, Processes
-from cspnet.sources.data_root import Source
+from cspnet.sources.protocol import Source
 
 
 class LogitBatch(NamedTuple):

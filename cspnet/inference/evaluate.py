@@ -19,7 +19,7 @@ from cspnet.inference.batches import batches_with_logits
 from cspnet.recipe.schema import Recipe
 from cspnet.runtime.device import Precision
 from cspnet.runtime.distributed import SINGLE_PROCESS, Processes
-from cspnet.sources.data_root import Source
+from cspnet.sources.protocol import Source
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from cspnet.images.decode import UnreadableError, decode, evaluation_view
 from cspnet.inference.batches import batches_with_logits
 from cspnet.recipe.schema import Recipe
 from cspnet.runtime.device import Precision
-from cspnet.sources.data_root import Source, display_names
+from cspnet.sources.data_root import display_names
+from cspnet.sources.protocol import Source
 from cspnet.text import printable
 from cspnet.weights.load import Trained
 

@@ -1,12 +1,12 @@
 """timm's networks by name, as `Network`s."""
 
-import difflib
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from cspnet.nets.network import Network
+from cspnet.text import did_you_mean
 
 
 def create_timm_network(name: str, *, classes: int, size: int) -> Network:
@@ -20,9 +20,8 @@ def create_timm_network(name: str, *, classes: int, size: int) -> Network:
 
     short = name.partition("/")[2]
     if not timm.is_model(short):
-        near = difflib.get_close_matches(short, timm.list_models(), n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"timm has no network {short!r}{hint}")
+        hint = did_you_mean(short, timm.list_models(), count=3)
+        raise ValueError(f"timm has no network {short!r}.{hint}")
     model = timm.create_model(short, num_classes=classes)
     config = cast(dict[str, Any], model.default_cfg)
     training = model.training

@@ -167,4 +167,4 @@ def relative_work(recipe: Recipe) -> float:
 
     An attack is a forward pass and a backward pass to the images, two thirds of a training step.
     """
-    return recipe.work() * (1 + 2 / 3 * attacked_share(recipe))
+    return recipe.full_size_steps() * (1 + 2 / 3 * attacked_share(recipe))

@@ -30,7 +30,7 @@ from cspnet.runtime.cpu import available_cores
 from cspnet.runtime.memory import peak_memory_gb
 from cspnet.runtime.options import RunOptions
 from cspnet.runtime.signals import StopRequest
-from cspnet.sources.data_root import Source
+from cspnet.sources.protocol import Source
 from cspnet.train.compile import prepare_step
 from cspnet.train.loop import train_loop
 from cspnet.train.setup import Run, prepare
@@ -137,7 +137,7 @@ def measure_plan(
     attack_seconds, trials = 0.0, {}
     with StopRequest() as stop:
         try:
-            for size, _ in reversed(list(recipe.stages())):
+            for size, _ in reversed(list(recipe.size_stages())):
                 on_progress(f"steps of {recipe.batch} images, {size}×{size}")
                 trials[size] = _measure_steps(recipe, options, size, seconds, False, stop)
             full = trials[recipe.data.image_size]
@@ -279,8 +279,10 @@ def _put_together(
     )
     validation_seconds = len(run.val_set) / full.validation_rate
     setup = startup_seconds + full.setup_seconds
-    steps = sum(count * trials[size].seconds for size, count in recipe.stages())
-    steps += recipe.work() * attacked_share(recipe) * attack_seconds  # as measured at the full size
+    steps = sum(count * trials[size].seconds for size, count in recipe.size_stages())
+    steps += (
+        recipe.full_size_steps() * attacked_share(recipe) * attack_seconds
+    )  # as measured at the full size
     validations, saves = count_validations_and_saves(recipe)
     return Plan(
         device=str(hardware.device),

@@ -34,7 +34,7 @@ def seconds_left(recipe: Recipe, step: int, speed: float) -> float:
     now = (
         recipe.size_at(max(0, step - 1)) / recipe.data.image_size
     ) ** 2  # relative to the full size
-    return recipe.work(step) / now * recipe.batch / speed
+    return recipe.full_size_steps(step) / now * recipe.batch / speed
 
 
 def format_duration(seconds: float) -> str:

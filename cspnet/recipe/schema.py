@@ -260,7 +260,7 @@ class Recipe:
         progress = step / growth_steps
         return start + 32 * min(increments, int(progress * increments))
 
-    def stages(self, first: int = 0) -> Iterator[tuple[int, int]]:
+    def size_stages(self, first: int = 0) -> Iterator[tuple[int, int]]:
         """Image sizes in pixels from step `first` on, each with its number of steps."""
         steps = self.schedule.steps
         while first < steps:
@@ -272,9 +272,11 @@ class Recipe:
             yield size, high - first
             first = high
 
-    def work(self, first: int = 0) -> float:
+    def full_size_steps(self, first: int = 0) -> float:
         """Pixels of all steps from step `first` on, as an equivalent number of full-size steps."""
-        return sum(steps * (size / self.data.image_size) ** 2 for size, steps in self.stages(first))
+        return sum(
+            steps * (size / self.data.image_size) ** 2 for size, steps in self.size_stages(first)
+        )
 
 
 @cache

@@ -14,7 +14,8 @@ from cspnet.report.mistakes import Mistake, TopMistakes, network_view
 from cspnet.run.reader import RunRecord
 from cspnet.runtime.device import choose_workers, inference_precision, setup_device
 from cspnet.runtime.memory import is_out_of_memory
-from cspnet.sources.data_root import Source, display_names, open_validation
+from cspnet.sources.data_root import display_names, open_validation
+from cspnet.sources.protocol import Source
 from cspnet.text import end_sentence
 from cspnet.weights.labels import LABELS_ADVICE
 from cspnet.weights.load import Trained, load_weights, resolve_class_names

@@ -12,7 +12,7 @@ from cspnet.images.decode import UnreadableError, decode, evaluation_view
 from cspnet.recipe.schema import Recipe
 from cspnet.report.classes import shorten
 from cspnet.report.drawing import theme
-from cspnet.sources.data_root import Source
+from cspnet.sources.protocol import Source
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cspnet.sources.data_root import Source
 from cspnet.sources.names import count_and_names
+from cspnet.sources.protocol import Source
 from cspnet.text import printable
 
 

@@ -222,7 +222,7 @@ def _open_index(
             _warn(f"{tars.index} does not match the tar files: building it again")
         _warn(
             f"{tars.where}: reading the headers of its tar files ({len(tars.files):,}); "
-            f"`{command_line('cspnet', 'index', tars.index.parent)}` saves an index for later starts"
+            f"`{command_line('cspnet', 'index', tars.index.parent)}` saves an index for next time"
         )
     index = _build_index(tars, stamp, progress)
     if save:

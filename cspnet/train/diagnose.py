@@ -13,7 +13,7 @@ from cspnet.recipe.schema import Recipe
 from cspnet.run.checkpoint import load_checkpoint
 from cspnet.run.folder import RunFolder
 from cspnet.runtime.memory import is_out_of_memory
-from cspnet.sources.data_root import Source
+from cspnet.sources.protocol import Source
 from cspnet.train.state import TrainState
 
 

@@ -18,8 +18,9 @@ from cspnet.run.folder import RunFolder
 from cspnet.runtime.device import Hardware, choose_precision, choose_workers, setup_device
 from cspnet.runtime.distributed import SINGLE_PROCESS, Processes
 from cspnet.runtime.options import ACTIVATION_BUDGETS, RunOptions
-from cspnet.sources.data_root import Source, open_parts
+from cspnet.sources.data_root import open_parts
 from cspnet.sources.listing import Listing
+from cspnet.sources.protocol import Source
 from cspnet.train.identity import DatasetIdentity, RunIdentity
 from cspnet.train.micro_batch import choose_groups_at_once
 from cspnet.train.state import TrainState

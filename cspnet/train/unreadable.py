@@ -9,7 +9,7 @@ from cspnet.data.loader import Batch
 from cspnet.errors import DataError
 from cspnet.run.folder import RunFolder
 from cspnet.runtime.distributed import Processes
-from cspnet.sources.data_root import Source
+from cspnet.sources.protocol import Source
 from cspnet.text import printable
 
 MAX_SHARE_OF_GROUP = 0.5  # beyond it the data set is at fault, not single images
