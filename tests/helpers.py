@@ -129,9 +129,9 @@ class SuddenDeath(BaseException):
     """Ends a run as SIGKILL does: no exception handler saves anything."""
 
 
-def die_at(monkeypatch, name, call, error=SuddenDeath):
-    """Make the given call of a function of the loop raise."""
-    original, calls = getattr(loop, name), []
+def die_at(monkeypatch, owner, name, call, error=SuddenDeath):
+    """Make the given call of a function or method of `owner` raise."""
+    original, calls = getattr(owner, name), []
 
     def die(*args, **kwargs):
         calls.append(name)
@@ -139,7 +139,7 @@ def die_at(monkeypatch, name, call, error=SuddenDeath):
             raise error("on purpose")
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(loop, name, die)
+    monkeypatch.setattr(owner, name, die)
 
 
 # A shell starts background jobs with SIGINT ignored, and their children inherit that.

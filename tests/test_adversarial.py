@@ -6,6 +6,7 @@ from cspnet.nets import create
 from cspnet.runtime.options import RunOptions
 from cspnet.train import adversarial, setup
 from cspnet.train.adversarial import attack
+from cspnet.train.start import start
 from cspnet.train.step import TrainStep
 
 
@@ -112,7 +113,7 @@ def test_the_surest_images_are_attacked_at_the_scale_that_fp16_steps_run_at(tiny
     at the scale where a batch's does not."""
     recipe = tiny("batch=128", "adversarial.step_size=10", "schedule.warmup_steps=1")
     work = setup.prepare(recipe, RunOptions(tmp_path / "run", device="cpu"), Console(quiet=True))
-    state = setup.start(work)
+    state = start(work)
     size = adversarial.attack_step_size(6, recipe)
     images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     images = images.contiguous(memory_format=torch.channels_last)

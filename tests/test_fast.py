@@ -13,6 +13,7 @@ from cspnet.errors import CspnetError, OutOfMemoryError, RecipeError
 from cspnet.nets import csp
 from cspnet.runtime.options import RunOptions
 from cspnet.train import compile, loop, setup
+from cspnet.train.start import start
 from cspnet.train.step import TrainStep
 from tests.helpers import last, metrics, run, same
 
@@ -139,7 +140,7 @@ def test_a_compiler_that_fails_amid_the_run_is_told_with_the_way_on(
 
 def prepared(recipe, folder, console, **options):
     work = setup.prepare(recipe, RunOptions(folder, device="cpu", workers=0, **options), console)
-    return work, setup.start(work)
+    return work, start(work)
 
 
 @pytest.fixture

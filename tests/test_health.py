@@ -15,7 +15,7 @@ from cspnet.recipe.schedule import learning_rate
 from cspnet.run.checkpoint import load_checkpoint
 from cspnet.runtime import device
 from cspnet.runtime.options import RunOptions
-from cspnet.train import loop, setup, step
+from cspnet.train import loop, start, step
 from cspnet.train import reporter as metrics_module
 from cspnet.train import state as states
 from cspnet.train.diagnose import first_non_finite_layer
@@ -44,7 +44,7 @@ def spoil(monkeypatch, *steps, by=float("inf")):
 def scaled(monkeypatch, request):
     """Loss scaling on the CPU; with torch's fused kernel as CUDA has it, or without."""
     monkeypatch.setattr(device.Precision, "scales_loss", True)
-    build = setup.build_optimizer
+    build = start.build_optimizer
 
     def fused(net, optim):
         optimizer = build(net, optim)
@@ -54,7 +54,7 @@ def scaled(monkeypatch, request):
                 group["fused"] = True
         return optimizer
 
-    monkeypatch.setattr(setup, "build_optimizer", fused)
+    monkeypatch.setattr(start, "build_optimizer", fused)
 
 
 def test_a_skipped_step_advances_neither_schedule_nor_average(tiny, tmp_path, monkeypatch, scaled):

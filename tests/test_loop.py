@@ -18,6 +18,8 @@ from cspnet.runtime.device import Precision, inference_precision
 from cspnet.runtime.options import RunOptions
 from cspnet.sources.data_root import open_validation
 from cspnet.train import loop, setup
+from cspnet.train import start as start_module
+from cspnet.train import state as states
 from cspnet.train import step as train_step
 from cspnet.train.adversarial import attack_mask
 from cspnet.train.optim import build_optimizer
@@ -251,7 +253,7 @@ def test_one_micro_batch_of_four_groups_equals_four_of_one(tiny, tmp_path, monke
     """
     build, normalize = build_net, train_step.normalize
     double = lambda recipe, classes: (build(recipe, len(classes)).double(), [])  # noqa: E731
-    monkeypatch.setattr(setup, "init_net", double)
+    monkeypatch.setattr(start_module, "init_net", double)
     monkeypatch.setattr(
         train_step, "normalize", lambda images, kind: normalize(images, kind).double()
     )
@@ -316,14 +318,14 @@ def test_a_step_equals_a_plain_reference(tiny, tmp_path):
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
 def test_stop_raises_the_right_exit_code(tiny, tmp_path, monkeypatch, number):
     recipe = tiny()
-    original = loop.learning_rate
+    original = states.learning_rate
 
     def interrupt(update, recipe):
         if update == 2:
             os.kill(os.getpid(), signal.Signals[number])
         return original(update, recipe)
 
-    monkeypatch.setattr(loop, "learning_rate", interrupt)
+    monkeypatch.setattr(states, "learning_rate", interrupt)
     # Whoever runs the suite in the background has it ignore SIGINT, and so would the loop.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(StoppedError, match=f"{number}: saved at step 2 of 7") as stopped:
@@ -464,7 +466,7 @@ def test_bf16_trains_and_keeps_float32_state(tiny, tmp_path):
 def test_bf16_on_a_cpu_without_it_is_told_to_be_slow(tiny, tmp_path, monkeypatch, capability, slow):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     console = Console(record=True, width=500)
-    setup.start(setup.prepare(tiny("precision=bf16"), RunOptions(tmp_path / "run"), console))
+    start(setup.prepare(tiny("precision=bf16"), RunOptions(tmp_path / "run"), console))
     told = console.export_text()
     assert "bf16 (requested" in told and ("fp32 is ten times as fast" in told) == slow
 

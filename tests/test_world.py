@@ -55,14 +55,14 @@ def is_save_due(recipe, step):
 loop.is_save_due = is_save_due
 if "double" in plan:
     from cspnet.inference.evaluate import Scores
-    from cspnet.train import setup as job
+    from cspnet.train import start
     from cspnet.weights.load import build_net
     from cspnet.train.step import MicroBatch, TrainStep
     load_clean = TrainStep.load_clean
     TrainStep.load_clean = lambda *those: MicroBatch(*(x.double() for x in load_clean(*those)))
     loop.show_samples = lambda *_: None
-    job.build_net = lambda recipe, classes: build_net(recipe, classes).double()
-    job.init_net = lambda recipe, classes: (build_net(recipe, len(classes)).double(), [])
+    start.build_net = lambda recipe, classes: build_net(recipe, classes).double()
+    start.init_net = lambda recipe, classes: (build_net(recipe, len(classes)).double(), [])
     torch.Tensor.float = lambda tensor: tensor  # of the logits in the attack
     TrainStep.loss = lambda self, x, t: -(t * x.log_softmax(1)).sum() / self.recipe.batch
     loop.validate = lambda *_: Scores(0, 0, 0, 0, 0, 1)
@@ -235,16 +235,16 @@ def test_a_disk_that_is_full_for_the_first_process_pauses_the_saving_of_all(tmp_
 
 
 @pytest.mark.parametrize(
-    "size, passes, message",
+    "size, micro_batch, message",
     [
-        (3, (), "3 processes cannot share the 4 groups of a step evenly"),
-        (2, ("--micro-batch", "24"), "each process computes 2 groups per step"),
+        (3, None, "3 processes cannot share the 4 groups of a step evenly"),
+        (2, 24, "each process computes 2 groups per step"),
     ],
 )
-def test_worlds_that_do_not_fit_are_refused(tiny, tmp_path, size, passes, message):
-    place = RunOptions(tmp_path / "run", device="cpu", passes=passes)
+def test_worlds_that_do_not_fit_are_refused(tiny, tmp_path, size, micro_batch, message):
+    options = RunOptions(tmp_path / "run", device="cpu", micro_batch=micro_batch)
     with pytest.raises(RecipeError, match=message):
-        prepare(tiny("batch=32"), place, Console(quiet=True), Processes(0, size))
+        prepare(tiny("batch=32"), options, Console(quiet=True), Processes(0, size))
     assert not (tmp_path / "run").exists()
 
 
