@@ -45,6 +45,7 @@ def undisturbed(tmp_path_factory):
         with open(folder / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (folder / "done").exists():
+                shutil.rmtree(folder / "run", ignore_errors=True)  # of an attempt that failed
                 run(recipe, folder / "run", **options)
                 (folder / "done").touch()
         return folder / "run"

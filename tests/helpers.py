@@ -91,9 +91,10 @@ def in_process(recipe, output, workers=0, die_after=-1):
     return subprocess.run([sys.executable, "-c", TRAIN_AND_DIE, *arguments], timeout=120).returncode
 
 
-def run(recipe, output, **place):
-    place = RunOptions(output, device="cpu", **{"workers": 0, **place})
-    return loop.train(recipe, place, Console(quiet=True))
+def run(recipe, output, **options):
+    """Train on the CPU without output; returns the scores of the last validation."""
+    options = RunOptions(output, device="cpu", **{"workers": 0, **options})
+    return loop.train(recipe, options, Console(quiet=True))
 
 
 def last(output):

@@ -20,7 +20,7 @@ from tests.helpers import last, metrics, run, same
 
 @pytest.fixture(autouse=True)
 def compiler_as_it_was():
-    """What compiling sets is torch's own, for the whole process."""
+    """Restore the global settings of torch that compilation changes."""
     budget = torch._functorch.config.activation_memory_budget
     limit = torch._dynamo.config.recompile_limit
     yield
@@ -36,7 +36,7 @@ def console():
 
 @pytest.fixture
 def aot(monkeypatch):
-    """The compiler without its code generation: traced, partitioned, and run by eager kernels."""
+    """The compiler without code generation: traced, partitioned, run by eager kernels."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
 
@@ -46,7 +46,7 @@ def trained(recipe, folder, console, **options):
     return loop.train(recipe, options, console)
 
 
-def test_a_compiled_run_has_the_losses_of_the_eager_one(tiny, tmp_path, console, aot, monkeypatch):
+def test_a_compiled_run_has_the_losses_of_an_eager_run(tiny, tmp_path, console, aot, monkeypatch):
     # Every kind of layer once: more blocks are the same code, and a longer wait for its tracing.
     plan = csp.ARCHITECTURES["cspdarknet53"]
     shallow = replace(plan, stages=tuple(replace(stage, depth=1) for stage in plan.stages))
@@ -75,7 +75,7 @@ def test_a_compiled_run_has_the_losses_of_the_eager_one(tiny, tmp_path, console,
         ("raises afterwards", "no C compiler found"),
     ],
 )
-def test_a_faulty_compiler_is_told_and_not_used(
+def test_a_faulty_compiler_is_reported_and_not_used(
     tiny, undisturbed, tmp_path, console, monkeypatch, fault, told
 ):
     def compile(function, **_):
@@ -109,7 +109,7 @@ def test_a_faulty_compiler_is_told_and_not_used(
     assert same(last(tmp_path / "fast")["state_dict"], last(eager)["state_dict"])
 
 
-def test_a_compiler_that_fails_amid_the_run_is_told_with_the_way_on(
+def test_a_compiler_failure_during_the_run_explains_how_to_continue(
     tiny, tmp_path, console, monkeypatch
 ):
     """At the size of the run's end it works, at an earlier one it does not."""
@@ -172,7 +172,7 @@ def test_gradients_too_large_for_fp16_are_compared_at_a_lower_scale(
     assert state.scaler.get_scale() == 2**16
 
 
-def test_a_comparison_that_does_not_fit_beside_the_net_is_made_with_the_hosts_memory(
+def test_a_comparison_that_does_not_fit_on_the_device_uses_host_memory(
     tiny, tmp_path, console, no_compiler
 ):
     work, state = prepared(tiny(), tmp_path / "run", console, compile=True, micro_batch=16)
@@ -192,8 +192,8 @@ def test_a_comparison_that_does_not_fit_beside_the_net_is_made_with_the_hosts_me
 
 
 @pytest.mark.parametrize("broken", [{"compiled"}, {"rounded"}, {"compiled", "rounded"}])
-def test_numbers_that_are_none_agree_with_nothing(broken):
-    """Not even with each other: an eager net that overflows says nothing of the compiled one."""
+def test_non_finite_values_never_agree(broken):
+    """Not even with each other: an eager network that overflows proves nothing."""
     sound = compile.Outcome(1.0, [torch.ones(3), torch.ones(2)], [torch.ones(4), torch.ones(4)])
     none = compile.Outcome(1.0, [torch.ones(3), torch.full((2,), float("inf"))], sound.statistics)
     compiled, rounded = (none if name in broken else sound for name in ("compiled", "rounded"))
@@ -249,19 +249,19 @@ def test_the_largest_micro_batch_that_fits_is_found_and_leaves_no_trace(
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
-def test_a_group_that_does_not_fit_says_what_to_change(tiny, tmp_path, console, error):
+def test_a_group_that_does_not_fit_suggests_a_remedy(tiny, tmp_path, console, error):
     work, state = prepared(tiny("batch=32", "data.image_size=64"), tmp_path / "run", console)
 
     class Full(TrainStep):
         def peak_trial(self, state):
             raise error
 
-    told = r"single group of 8 images of 64×64.*for example data\.image_size=32 \(.*(too much|GET|CUBLAS)"
-    with pytest.raises(OutOfMemoryError, match=told):
+    size = r"single group of 8 images of 64×64.*for example data\.image_size=32 "
+    with pytest.raises(OutOfMemoryError, match=size + r"\(.*(too much|GET|CUBLAS)"):
         compile.probe_micro_batch(work, state, Full(work, state.net))
 
 
-def test_a_run_that_finds_its_micro_batch_equals_one_that_is_told(tiny, tmp_path, console):
+def test_an_automatic_micro_batch_gives_the_numbers_of_an_explicit_one(tiny, tmp_path, console):
     recipe = tiny("batch=32", "adversarial.step_size=5", "schedule.warmup_steps=1")
     run(recipe, tmp_path / "told", micro_batch=32)
     trained(recipe, tmp_path / "found", console, micro_batch="auto")

@@ -26,7 +26,7 @@ from tests.helpers import SuddenDeath, last, metrics, numbers, run, same
 
 
 def spoil(monkeypatch, *steps, by=float("inf")):
-    """Makes the loss of some steps, counted from 0, infinite; resumed runs count on."""
+    """Make the loss of some steps infinite, counted from 0 and across resumes."""
     original, load, current = TrainStep.loss, TrainStep.load, []
 
     def watch(self, groups, state, part):
@@ -42,7 +42,7 @@ def spoil(monkeypatch, *steps, by=float("inf")):
 
 @pytest.fixture(params=[False, True], ids=["plain", "fused"])
 def scaled(monkeypatch, request):
-    """Loss scaling on the CPU; with torch's fused kernel as CUDA has it, or without."""
+    """Loss scaling on the CPU, with or without torch's fused kernel as used on CUDA."""
     monkeypatch.setattr(device.Precision, "scales_loss", True)
     build = start.build_optimizer
 
@@ -57,7 +57,7 @@ def scaled(monkeypatch, request):
     monkeypatch.setattr(start, "build_optimizer", fused)
 
 
-def test_a_skipped_step_advances_neither_schedule_nor_average(tiny, tmp_path, monkeypatch, scaled):
+def test_a_skipped_step_advances_neither_schedule_nor_ema(tiny, tmp_path, monkeypatch, scaled):
     recipe = tiny("schedule.steps=6", "schedule.warmup_steps=2")
     spoil(monkeypatch, 3)
     saved = []
@@ -115,7 +115,7 @@ def test_a_resume_after_a_skipped_step_is_exact(tiny, tmp_path, monkeypatch, sca
     assert numbers(metrics(tmp_path / "cut")) == numbers(metrics(tmp_path / "whole"))
 
 
-def test_the_average_on_the_device_is_that_on_the_host():
+def test_the_ema_on_the_device_equals_the_ema_on_the_host():
     torch.manual_seed(0)
     net = create("darknet53", classes=3, width=0.125)
     host, device = EMA(net, 0.9), EMA(net, 0.9)
@@ -128,13 +128,15 @@ def test_the_average_on_the_device_is_that_on_the_host():
         torch.testing.assert_close(device.tensors[name], tensor, rtol=1e-5, atol=1e-6)
 
 
-def test_too_many_bad_reads_end_a_scaled_run_with_its_batch(tiny, tmp_path, monkeypatch, scaled):
+def test_repeated_non_finite_losses_end_a_run_with_loss_scaling(
+    tiny, tmp_path, monkeypatch, scaled
+):
     spoil(monkeypatch, 2, 3, 4)
     with pytest.raises(NonFiniteError, match="the loss is not finite at step 5"):
         run(tiny("save_every=100"), tmp_path / "run")
 
 
-def test_what_is_told_of_a_loss_that_is_not_finite(tiny, folder, tmp_path, monkeypatch):
+def test_the_error_of_a_non_finite_loss(tiny, folder, tmp_path, monkeypatch):
     recipe = tiny(f"data.root={folder}", "model.classes=3", "log_every=6", "save_every=2")
     spoil(monkeypatch, 4, by=float("nan"))
     with pytest.raises(NonFiniteError) as caught:
@@ -150,8 +152,8 @@ def test_what_is_told_of_a_loss_that_is_not_finite(tiny, folder, tmp_path, monke
     assert last(tmp_path / "run")["step"] == 4
 
 
-def test_a_checkpoint_that_had_diverged_is_not_recommended(tiny, tmp_path, monkeypatch):
-    """Its weights are finite, but so large that its own output is not."""
+def test_a_diverged_checkpoint_is_not_recommended(tiny, tmp_path, monkeypatch):
+    """Its weights are finite, but so large that its output is not."""
     original = TrainState.apply_update
 
     def diverge(state):
@@ -193,8 +195,8 @@ def test_the_expected_end_is_printed_in_red_beyond_14_days(tiny, tmp_path, monke
     )
 
 
-def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path, monkeypatch):
-    """The loss of the last step was fine, its update was not; a validation would follow."""
+def test_non_finite_weights_are_never_saved(tiny, tmp_path, monkeypatch):
+    """The last loss was finite, its update was not; a validation would follow."""
     original = TrainState.apply_update
 
     def overflow(state):
@@ -212,7 +214,7 @@ def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path, monkeypatch
         assert all(t.isfinite().all() for t in content["state_dict"].values())
 
 
-def test_the_first_layer_that_is_not_finite_is_named():
+def test_the_first_non_finite_layer_is_named():
     net = create("cspdarknet53", classes=3, width=0.125).eval()
     images = torch.rand(2, 3, 64, 64)
     assert first_non_finite_layer(net, lambda: net(images)) is None
@@ -231,7 +233,7 @@ def test_the_first_layer_that_is_not_finite_is_named():
 @pytest.mark.parametrize(
     "micro_batch, told", [(16, "--micro-batch 8 (now 16 images)"), (8, "data.image_size=32")]
 )
-def test_out_of_memory_says_what_to_change(tiny, tmp_path, monkeypatch, micro_batch, told):
+def test_out_of_memory_suggests_a_remedy(tiny, tmp_path, monkeypatch, micro_batch, told):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
@@ -242,7 +244,7 @@ def test_out_of_memory_says_what_to_change(tiny, tmp_path, monkeypatch, micro_ba
     assert caught.value.exit_code == 1
 
 
-def test_force_resumes_with_other_settings_and_is_remembered(tiny, tmp_path):
+def test_force_resumes_with_other_settings_and_is_recorded(tiny, tmp_path):
     run(tiny("schedule.steps=3"), tmp_path / "run")
     console = Console(record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
     other = tiny("schedule.steps=4", "loss.label_smoothing=0.2")

@@ -175,7 +175,7 @@ def test_pinned_batches_are_the_same(source):
 
 @pytest.mark.slow
 def test_a_process_ends_although_nobody_closed_its_groups(tmp_path):
-    """Its workers ignore the SIGTERM that the interpreter sends at exit before it waits for them."""
+    """Its workers ignore the SIGTERM that the interpreter sends before it waits for them."""
     script = """
 import builtins, pathlib
 from cspnet.data.loader import training_groups

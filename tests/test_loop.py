@@ -38,7 +38,7 @@ from tests.helpers import (
 )
 
 
-def test_killed_and_resumed_is_bit_equal_to_undisturbed(tiny, folder, tmp_path):
+def test_a_killed_and_resumed_run_is_bit_identical(tiny, folder, tmp_path):
     """36 images, batches of 16: the kill after step 2 comes in the first epoch, the resumed run
     crosses its end, with other workers than the whole one. Mixing and averaging are on."""
     recipe = tiny(
@@ -59,8 +59,8 @@ def test_killed_and_resumed_is_bit_equal_to_undisturbed(tiny, folder, tmp_path):
     assert numbers(metrics(tmp_path / "cut")) == numbers(metrics(tmp_path / "whole"))
 
 
-def test_the_log_window_survives_a_resume(tiny, undisturbed, tmp_path, monkeypatch):
-    """The loss of a line is the mean since the last line, also across a crash in between."""
+def test_the_loss_average_of_a_log_line_survives_a_resume(tiny, undisturbed, tmp_path, monkeypatch):
+    """The loss of a line is the mean since the previous line, even across a crash."""
     recipe = tiny("log_every=3", "schedule.steps=6")
     expected = undisturbed(recipe)
     with monkeypatch.context() as patch:
@@ -80,10 +80,10 @@ def test_the_log_window_survives_a_resume(tiny, undisturbed, tmp_path, monkeypat
         (loop, "save", 4),  # with the first validation's line written, before last.pt and best.pt
     ],
 )
-def test_a_sudden_death_leaves_no_trace_in_the_record(
+def test_a_killed_run_leaves_no_trace_in_metrics_and_events(
     tiny, undisturbed, tmp_path, monkeypatch, owner, name, call
 ):
-    """Wherever it comes: after the resume, the same lines and TensorBoard events, the same bits."""
+    """Wherever the kill happens, a resume gives the same lines, events and weights."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     recipe = tiny("save_every=3", "evaluate.every=3", "schedule.steps=8")
@@ -107,7 +107,7 @@ def test_a_sudden_death_leaves_no_trace_in_the_record(
     assert [e.step for e in events.Scalars("val/top1")] == [3, 6, 8]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tiny, tmp_path, monkeypatch):
+def test_a_non_finite_loss_stops_the_run_before_a_save(tiny, tmp_path, monkeypatch):
     recipe = tiny("save_every=1", "log_every=5")
     original = TrainStep.loss
 
@@ -128,7 +128,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tiny, tmp_pa
     assert saved["step"] == 2 and saved["state_dict"]["head.fc.weight"].isfinite().all()
 
 
-def test_a_first_step_that_the_scaler_skips_leaves_no_garbage(tiny):
+def test_a_skipped_first_step_leaves_momentum_initialized(tiny):
     """The fused kernel never clears a momentum that it did not write."""
     net = build_net(tiny(), 10)
     fused = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True)
@@ -144,7 +144,7 @@ def test_a_first_step_that_the_scaler_skips_leaves_no_garbage(tiny):
         assert fused.state[p]["momentum_buffer"].abs().max() < 10
 
 
-def test_a_state_of_another_device_keeps_this_ones_kernel(tiny, finished_run, tmp_path):
+def test_restoring_keeps_the_optimizer_kernel_of_the_device(tiny, finished_run, tmp_path):
     options = RunOptions(tmp_path / "run", resume=True, device="cpu")
     prepared = setup.prepare(tiny(), options, Console(quiet=True))
     state = start(prepared)
@@ -154,8 +154,8 @@ def test_a_state_of_another_device_keeps_this_ones_kernel(tiny, finished_run, tm
     assert all(group["fused"] for group in state.optimizer.param_groups)
 
 
-def test_attacked_groups_are_attacked_and_no_others(tiny, tmp_path, monkeypatch):
-    """Through the loop: which images change, and what reaches the net with the true targets."""
+def test_only_the_selected_groups_are_attacked(tiny, tmp_path, monkeypatch):
+    """In the loop: exactly the images of the selected groups change."""
     recipe = tiny("adversarial.step_size=1000", "schedule.warmup_steps=0", "batch=32")
     seen = []
     original = TrainStep.load
@@ -180,7 +180,7 @@ def test_attacked_groups_are_attacked_and_no_others(tiny, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("mistake", ["foreign", "no-last", "other-recipe"])
-def test_resume_in_a_folder_that_is_not_this_run(tiny, undisturbed, tmp_path, mistake):
+def test_resume_refuses_a_folder_of_something_else(tiny, undisturbed, tmp_path, mistake):
     folder = tmp_path / "run"
     if mistake == "foreign":
         folder.mkdir()
@@ -197,9 +197,7 @@ def test_resume_in_a_folder_that_is_not_this_run(tiny, undisturbed, tmp_path, mi
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
 
-def test_a_signal_in_validation_breaks_it_off_and_the_resumed_run_validates(
-    tiny, undisturbed, tmp_path
-):
+def test_a_signal_interrupts_validation_which_a_resume_repeats(tiny, undisturbed, tmp_path):
     recipe = tiny("evaluate.every=3", "schedule.steps=4")
     expected = undisturbed(recipe)
     original = loop.evaluate_network
@@ -285,7 +283,7 @@ def test_micro_batches_in_float32_differ_by_rounding(tiny, tmp_path):
 
 
 def test_a_step_equals_a_plain_reference(tiny, tmp_path):
-    """Steps of the loop against forward, backward and SGD written out, group by group."""
+    """Compare the loop with a plain forward, backward and SGD, group by group."""
     from cspnet.data import augment
     from cspnet.data.loader import TrainGroups
     from cspnet.recipe.schedule import learning_rate
@@ -316,7 +314,7 @@ def test_a_step_equals_a_plain_reference(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
-def test_stop_raises_the_right_exit_code(tiny, tmp_path, monkeypatch, number):
+def test_a_signal_saves_and_exits_with_75(tiny, tmp_path, monkeypatch, number):
     recipe = tiny()
     original = states.learning_rate
 
@@ -335,7 +333,7 @@ def test_stop_raises_the_right_exit_code(tiny, tmp_path, monkeypatch, number):
 
 
 def test_validation_and_best(tiny, tmp_path):
-    """The checkpoint's best is the best line of the record, and evaluates to that very number."""
+    """best.pt is the best validation in metrics.jsonl, and evaluates to that score."""
     recipe = tiny("evaluate.every=2", "schedule.steps=7", "save_every=100")
     final = run(recipe, tmp_path / "run")
     lines = [line for line in metrics(tmp_path / "run") if line["split"] == "val"]
@@ -365,7 +363,7 @@ def test_a_run_folder_is_never_overwritten(tiny, finished_run, tmp_path):
         run(tiny(), tmp_path / "run")
 
 
-def test_other_settings_are_refused_and_a_longer_horizon_is_not(tiny, finished_run, tmp_path):
+def test_resume_refuses_other_settings_but_allows_more_steps(tiny, finished_run, tmp_path):
     with pytest.raises(CheckpointError) as caught:
         run(tiny("seed=1", "loss.label_smoothing=0.2"), tmp_path / "run", resume=True)
     assert "seed was 0, is now 1" in str(caught.value)
@@ -376,7 +374,7 @@ def test_other_settings_are_refused_and_a_longer_horizon_is_not(tiny, finished_r
     assert last(tmp_path / "run")["step"] == 9
 
 
-def test_a_class_count_that_the_data_does_not_have(tiny, tmp_path):
+def test_a_wrong_class_count_is_refused(tiny, tmp_path):
     with pytest.raises(RecipeError, match=r"model\.classes is 7, but digits has 10"):
         run(tiny("model.classes=7"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -429,7 +427,7 @@ def test_two_processes_do_not_train_in_one_folder(tiny, finished_run):
     assert run(tiny(), folder, resume=True) is None, "complete, and free again"
 
 
-def test_the_run_folder_holds_what_the_design_says(tiny, finished_run, tmp_path):
+def test_the_run_folder_has_the_documented_files(tiny, finished_run, tmp_path):
     names = {str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*")}
     for name in ("recipe.yaml", "env.json", "metrics.jsonl", "checkpoints/last.pt", "tb"):
         assert name in names
@@ -439,7 +437,7 @@ def test_the_run_folder_holds_what_the_design_says(tiny, finished_run, tmp_path)
     assert {"step", "epoch", "split", "loss", "lr", "images_per_second", "data_wait"} <= set(line)
 
 
-def test_tensorboard_holds_the_record(tiny, finished_run, tmp_path):
+def test_tensorboard_has_the_values_of_metrics(tiny, finished_run, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "run" / "tb"))
@@ -463,7 +461,7 @@ def test_bf16_trains_and_keeps_float32_state(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("capability, slow", [("AVX2", True), ("AVX512", False)])
-def test_bf16_on_a_cpu_without_it_is_told_to_be_slow(tiny, tmp_path, monkeypatch, capability, slow):
+def test_bf16_on_a_cpu_without_support_warns(tiny, tmp_path, monkeypatch, capability, slow):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     console = Console(record=True, width=500)
     start(setup.prepare(tiny("precision=bf16"), RunOptions(tmp_path / "run"), console))
@@ -471,12 +469,12 @@ def test_bf16_on_a_cpu_without_it_is_told_to_be_slow(tiny, tmp_path, monkeypatch
     assert "bf16 (requested" in told and ("fp32 is ten times as fast" in told) == slow
 
 
-def test_a_net_trained_in_fp16_can_be_looked_at_on_a_cpu():
+def test_a_network_trained_in_fp16_can_be_evaluated_on_a_cpu():
     found = inference_precision("fp16", torch.device("cpu"))
     assert found.name == "fp32" and found.reason.endswith("trained in fp16")
     assert inference_precision("bf16", torch.device("cpu")).name == "bf16"
 
 
-def test_the_seed_makes_the_first_weights(tiny):
+def test_the_seed_determines_the_initial_weights(tiny):
     a, b, c = (build_net(tiny(f"seed={seed}"), 10).state_dict() for seed in (0, 0, 1))
     assert same(a, b) and not same(a, c)

@@ -24,7 +24,7 @@ from tests.helpers import die_at, history, in_process, last, metrics, numbers, r
         (loop, "validate", 1, 6),
     ],
 )
-def test_an_unexpected_exception_saves_what_is_consistent(
+def test_an_unexpected_exception_saves_a_consistent_state(
     tiny, undisturbed, tmp_path, monkeypatch, owner, name, call, saved
 ):
     recipe = tiny("save_every=1000", "evaluate.every=6", "schedule.steps=8")
@@ -61,7 +61,7 @@ def data_of(folder):
 
 
 def swap(folder, split="train"):
-    """Exchanges the images of two class folders: names, counts and labels stay the same."""
+    """Swap the images of two class folders: names, counts and labels stay the same."""
     (folder / split / "apple").rename(folder / "x")
     (folder / split / "bear").rename(folder / split / "apple")
     (folder / "x").rename(folder / split / "bear")
@@ -101,7 +101,7 @@ def test_a_resume_refuses_other_labels(tiny, folder, tmp_path, change, expected)
     run(recipe, tmp_path / "run", resume=True)  # what was forced once is the run's own now
 
 
-def test_a_resume_reports_other_files_and_another_place(tiny, folder, tmp_path):
+def test_a_resume_reports_changed_files_and_a_moved_data_root(tiny, folder, tmp_path):
     run(tiny(*data_of(folder)), tmp_path / "run")
     with open(folder / "train/cat/0.jpg", "ab") as file:
         file.write(b"more")
@@ -135,7 +135,7 @@ def test_a_run_folder_is_enough_from_any_directory(folder, tmp_path, command):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_stop_in_a_validation_saves_what_a_full_disk_has_refused(
+def test_a_stop_during_validation_saves_what_a_full_disk_refused(
     tiny, undisturbed, tmp_path, monkeypatch
 ):
     """The save before the validation failed, and the run continued."""
@@ -169,7 +169,7 @@ def test_a_stop_in_a_validation_saves_what_a_full_disk_has_refused(
 def test_a_crash_after_a_validation_validates_again(
     tiny, undisturbed, tmp_path, monkeypatch, place
 ):
-    """Neither the line of the validation nor best.pt may be lost."""
+    """Neither the validation's line nor best.pt may be lost."""
     recipe = tiny("save_every=1000", "evaluate.every=4", "schedule.steps=8")
     expected = undisturbed(recipe)
     original = checkpoint.write_checkpoint
@@ -225,7 +225,7 @@ def test_other_validation_images_select_best_anew(tiny, folder, tmp_path):
     assert load_checkpoint(tmp_path / "run/checkpoints/best.pt")["step"] == 8
 
 
-def test_the_lock_comes_before_anything_is_written(tiny, tmp_path):
+def test_the_lock_is_taken_before_anything_is_written(tiny, tmp_path):
     """Two starts of the same new run: the second one finds the lock, and touches nothing."""
     first = RunLock()
     (tmp_path / "run").mkdir()
@@ -269,7 +269,7 @@ def test_an_unreadable_image_is_counted_once_from_any_directory(folder, tmp_path
     assert listed == [str(folder / "train/cat/0.jpg")]
 
 
-def test_resume_names_the_folder_that_is_no_run(tmp_path, command):
+def test_resume_names_a_folder_that_is_not_a_run(tmp_path, command):
     for folder, what in ((tmp_path, "is not a run folder"), (tmp_path / "none", "is no folder")):
         done = command("main_train", "--resume", "--output", folder)
         assert done.returncode == 2 and f"--output {folder} {what}" in done.stderr

@@ -1,4 +1,4 @@
-"""Signals and time limits against the process itself: exit codes, and the state left behind."""
+"""Signals and time limits: exit codes, and the state that is saved."""
 
 import os
 import re
@@ -23,7 +23,7 @@ def wait_for_lines(child, output, count):
         time.sleep(0.01)
 
 
-# In this process each of them stops a run in test_loop.py.
+# test_loop.py sends each of them to a run in its own process.
 @pytest.mark.parametrize(
     "number",
     [
@@ -45,7 +45,7 @@ def test_a_signal_in_training_saves_and_exits_75(tmp_path, number):
 
 
 def test_a_closed_terminal_loses_nothing(tmp_path):
-    """The kernel sends SIGHUP to the processes of a terminal, and writing to it fails from then on.
+    """The kernel sends SIGHUP to the processes of a terminal; later writes to it fail.
 
     The child waits after step 2 until the terminal is closed.
     """
@@ -80,7 +80,7 @@ def test_a_closed_terminal_loses_nothing(tmp_path):
     assert "SIGHUP: saved at step" in (tmp_path / "run" / "train.log").read_text()
 
 
-def test_sigterm_in_a_save_finishes_it(tiny, undisturbed, tmp_path, monkeypatch):
+def test_sigterm_during_a_save_does_not_interrupt_it(tiny, undisturbed, tmp_path, monkeypatch):
     original = CheckpointFiles.save
 
     def save(checkpoints, content, best=False):
@@ -102,7 +102,7 @@ def test_sigterm_in_a_save_finishes_it(tiny, undisturbed, tmp_path, monkeypatch)
 
 
 def test_the_loop_of_the_documentation_ends_a_run_by_time_limits(tmp_path):
-    """Each round makes a step at least, exits with 75, and the next one goes on."""
+    """Each round makes at least one step and exits with 75; the next one resumes."""
     text = (ROOT / "docs" / "resuming.md").read_text()
     (script,) = re.findall(r"```sh\n(until cspnet-train .*?)```", text, re.DOTALL)
     command = f'{sys.executable} -c "{TRAIN_COMMAND}" {" ".join(TINY)} schedule.steps=2 -j 0'
@@ -129,7 +129,7 @@ def test_the_loop_of_the_documentation_ends_a_run_by_time_limits(tmp_path):
 
 
 def test_nothing_is_written_outside_the_run_folder(tmp_path):
-    """But for an empty folder among the temporary ones, which torch makes when imported."""
+    """Except for an empty temporary folder that torch creates when imported."""
     places = {name: tmp_path / name for name in ("home", "here", "temporary")}
     for place in places.values():
         place.mkdir()

@@ -1,4 +1,4 @@
-"""Kills at the worst moments; `benchmarks/torture.py` has a hundred of them."""
+"""Kills at the worst moments; `benchmarks/torture.py` has a hundred."""
 
 import importlib.util
 import random

@@ -1,4 +1,4 @@
-"""Several processes are one run: the same numbers, one who writes, and nobody who hangs."""
+"""Several processes are one run: the same numbers, one writer, and no hangs."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from cspnet.train.setup import prepare
 from cspnet.weights.load import build_net
 from tests.conftest import ROOT, TINY
 
-# A process of a run. What happens to it is in PLAN: its death after a save, for one.
+# A process of a run. PLAN holds the faults to inject, such as a kill after a save.
 CHILD = """
 import json, os, pathlib, signal, sys, time, torch
 torch.set_num_threads(1)
@@ -89,7 +89,7 @@ def free_port():
 
 
 def started(size, output, *overrides, plan=None, resume=False, options=(), script=CHILD):
-    """`size` processes as torchrun would start them."""
+    """Start `size` processes as torchrun does."""
     port, processes = free_port(), []
     for rank in range(size):
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
@@ -110,7 +110,7 @@ def started(size, output, *overrides, plan=None, resume=False, options=(), scrip
 
 
 def ended(processes, timeout=120):
-    """Exit codes, and what each has told on stderr."""
+    """Exit codes and stderr of each process."""
     told = [process.communicate(timeout=timeout) for process in processes]
     return [process.returncode for process in processes], [err for _, err in told]
 
@@ -127,7 +127,7 @@ def lines(output):
 
 
 def apart(one, other, select):
-    """Norm of the difference over the norm, of some tensors taken together."""
+    """Relative norm of the difference of the selected tensors, taken together."""
     keys = [key for key in one if select(key)]
     assert keys and one.keys() == other.keys()
     a, b = (torch.cat([x[key].double().flatten() for key in keys]) for x in (one, other))
@@ -146,7 +146,7 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exact(tmp_path_factory):
-    """A run of one process in float64, at a rate that moves the weights."""
+    """A float64 run of one process whose learning rate moves the weights noticeably."""
     output = tmp_path_factory.mktemp("exact") / "run"
     return output, run(1, output, *EXACT, plan={"double": True})
 
@@ -155,7 +155,7 @@ EXACT = ("data.image_size=64", "optim.learning_rate=0.1")
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_several_processes_are_one(exact, tmp_path, size):
+def test_several_processes_equal_one(exact, tmp_path, size):
     """Weights, running statistics, averages and losses; the attack is on.
 
     In float64: rounding in float32, whose order is another one, is blown up at this rate.
@@ -175,14 +175,14 @@ def test_several_processes_are_one(exact, tmp_path, size):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
 
-def test_the_groups_of_a_step_are_dealt_out_once():
+def test_the_groups_of_a_step_are_assigned_once():
     for size in (1, 2, 4):
-        dealt = [group for rank in range(size) for group in Processes(rank, size).share_of(4)]
+        dealt = [group for rank in range(size) for group in Processes(rank, size).own_groups(4)]
         assert dealt == [0, 1, 2, 3]
 
 
-def test_from_one_to_two_and_back(alone, tmp_path):
-    """Killed after step 2 and after step 4; the run knows of no number of processes."""
+def test_the_number_of_processes_may_change_between_resumes(alone, tmp_path):
+    """Killed after steps 2 and 4, and resumed with another number of processes each time."""
     output, one = alone
     for size, dies in ((1, 2), (2, 4)):
         processes = started(size, tmp_path / "run", plan={"die_after": dies}, resume=True)
@@ -200,17 +200,17 @@ def test_from_one_to_two_and_back(alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_stops_all_after_a_save(tmp_path):
+def test_a_signal_to_one_process_saves_and_stops_all(tmp_path):
     codes, told = ended(started(2, tmp_path / "run", plan={"term": [1, 2]}))
     assert codes == [75, 75], told
-    # It came after the processes had asked each other in step 2.
+    # It arrived after the processes had agreed in step 2.
     assert "SIGTERM: saved at step 3" in told[0] and told[1] == ""
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 3
 
 
 @pytest.mark.slow
-def test_a_process_that_hangs_ends_the_others_and_loses_nothing(tmp_path):
-    """Stopped in mid-step, as a driver may hang. The patience is ten minutes, here seconds."""
+def test_a_hanging_process_ends_the_others_without_loss(tmp_path):
+    """Stopped during a step, as by a driver that hangs. The timeout is shortened to seconds."""
     processes = started(2, tmp_path / "run", plan={"hang": [1, 2], "patience": 15})
     first, hanging = processes
     try:
@@ -228,7 +228,7 @@ def test_a_process_that_hangs_ends_the_others_and_loses_nothing(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_for_the_first_process_pauses_the_saving_of_all(tmp_path):
+def test_a_full_disk_in_rank_0_does_not_stop_the_run(tmp_path):
     codes, told = ended(started(2, tmp_path / "run", plan={"full_at": 2}))
     assert codes == [0, 0], told
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 5
@@ -258,7 +258,7 @@ def test_a_refusal_is_printed_by_the_first_process_alone(tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_that_see_other_data_are_refused(tmp_path, folder):
+def test_processes_with_different_data_are_refused(tmp_path, folder):
     smaller = tmp_path / "smaller"
     for file in sorted((folder).rglob("*.jpg"))[:-1]:
         copy = smaller / file.relative_to(folder)
@@ -269,7 +269,7 @@ def test_processes_that_see_other_data_are_refused(tmp_path, folder):
     assert codes == [2, 2] and "the processes see different data" in told[0], told
 
 
-def test_a_world_size_without_the_rest_names_torchrun(tmp_path, command, monkeypatch):
+def test_an_incomplete_torchrun_environment_is_refused(tmp_path, command, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     done = command("main_train", "--recipe", "digits", "--output", tmp_path / "run")
     assert done.returncode == 2 and "torchrun --nproc-per-node" in done.stderr
@@ -286,8 +286,8 @@ main_eval()
 
 
 @pytest.mark.slow
-def test_an_evaluation_counts_each_image_once_in_any_world(alone):
-    """359 images in 8 batches, by one process and by three."""
+def test_an_evaluation_counts_each_image_once_with_any_number_of_processes(alone):
+    """359 images in 8 batches, with one process and with three."""
     output, _ = alone
     scores = []
     for size in (1, 3):
@@ -302,8 +302,8 @@ def test_an_evaluation_counts_each_image_once_in_any_world(alone):
 
 
 @pytest.mark.slow
-def test_two_nodes_of_torchrun_survive_the_death_of_a_process(tmp_path):
-    """One process of two dies amid the run; both are started again, to the same end bit by bit."""
+def test_torchrun_on_two_nodes_survives_a_killed_process(tmp_path):
+    """One of two processes is killed; both restart and end bit-identical."""
     undisturbed = run(2, tmp_path / "undisturbed")
     script = tmp_path / "child.py"
     script.write_text(CHILD)
