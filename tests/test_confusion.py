@@ -15,14 +15,14 @@ def test_the_matrix_counts_each_image_once_whatever_the_batch(tiny):
     torch.manual_seed(0)
     net, counted, order = build_net(recipe, 10), np.zeros((10, 10), int), []
 
-    def seen(first, logits, labels):
+    def on_batch(first, logits, labels):
         assert logits.dtype == torch.float32 and logits.shape == (len(labels), 10)
         order.extend(range(first, first + len(labels)))
         for true, row in zip(labels.tolist(), logits, strict=True):
             counted[true, int(row.argmax())] += 1
 
     scores = evaluate_network(
-        net, validation, recipe, Precision("fp32", ""), 0, batch=50, seen=seen
+        net, validation, recipe, Precision("fp32", ""), 0, batch=50, on_batch=on_batch
     )
     assert (scores.confusion == counted).all() and scores.confusion.dtype == np.int64
     assert order == list(range(359))

@@ -168,7 +168,7 @@ def test_the_command_in_all_its_formats(photos, tmp_path, process):
         assert f"{photos[3]}: not a readable image" in done.stderr
         assert "\\udcff.jpg: not a readable image" in done.stderr
         assert done.stderr.endswith("error: 2 of 8 images could not be read\n")
-        assert "view 32x32" in done.stderr and "view" not in done.stdout
+        assert "preprocessing: 32x32" in done.stderr and "preprocessing" not in done.stdout
     content = json.loads((tmp_path / "out.json").read_text())
     assert [entry["file"] for entry in content] == [*photos, str(wrong)]
     assert [set(entry) - {"file"} for entry in content] == [
@@ -212,8 +212,11 @@ def test_json_alone_on_stdout_with_more_ranks_than_classes(photos, tmp_path, com
         (["gone.jpg"], "no such file or folder: gone.jpg"),
         (["empty"], "empty contains no image"),
         (["a.jpg", "--top", "0"], "Invalid value for '--top'"),
-        (["a.jpg", "--json", "no/out.json"], "--json no/out.json: must be a file in a folder"),
-        (["a.jpg", "--json", "-", "--csv", "-"], "--json and --csv both go to -"),
+        (
+            ["a.jpg", "--json", "no/out.json"],
+            "--json no/out.json: must be a file in an existing folder",
+        ),
+        (["a.jpg", "--json", "-", "--csv", "-"], "--json and --csv name the same file -"),
     ],
 )
 def test_wrong_use_is_told_before_the_net_is_opened(command, tmp_path, arguments, told):

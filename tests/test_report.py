@@ -183,7 +183,7 @@ def test_the_numbers_are_those_of_a_slow_recount(evaluated):
     for mistake, (share, index, true, taken) in zip(
         evaluation.mistakes, sorted(wrong, key=lambda w: (-w[0], w[1])), strict=True
     ):
-        assert (mistake.true, mistake.taken_for) == (true, taken)
+        assert (mistake.true, mistake.predicted) == (true, taken)
         assert mistake.probability == pytest.approx(share, abs=1e-4)
         assert np.array_equal(
             evaluation.pictures[evaluation.mistakes.index(mistake)],
@@ -217,7 +217,7 @@ def test_the_most_confident_errors_are_found_whatever_the_batches():
             collector(first, logits[first : first + batch], labels[first : first + batch])
         mistakes = collector.mistakes()
         assert [mistake.index for mistake in mistakes] == order[:MAX_MISTAKES]
-        assert all(m.true == int(labels[m.index]) != m.taken_for for m in mistakes)
+        assert all(m.true == int(labels[m.index]) != m.predicted for m in mistakes)
     assert TopMistakes().mistakes() == []
     percents = [format_percent(p) for p in (1 - 1e-9, 0.5, 1.0)]
     assert percents == ["99.99 %", "50 %", "100 %"]

@@ -144,7 +144,7 @@ def test_one_of_timms_nets_trains_evaluates_and_goes_back(tmp_path, command, fol
         *("model.name=timm/resnet18", "data.image_size=64", "batch=8", "group=4"),
         *("schedule.steps=2", "schedule.warmup_steps=1", "ema.decay=0.9"),
     ]
-    done = command("main_train", *arguments, "--micro-batch", "16", cwd=tmp_path)
+    done = command("main_train", *arguments, "--micro-batch", "8", cwd=tmp_path)
     assert done.returncode == 2 and "it must be one group" in done.stderr
     done = command("main_train", *arguments, "--micro-batch", "auto", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -233,7 +233,7 @@ def test_labels_by_option_and_beside_the_weights(tmp_path, command):
     (tmp_path / "list").write_bytes(b"zebra\np\xeache\x1b[31m\nbee\n")
     call = ("main", "predict", "a.png", "--checkpoint", "net.pth", "--workers", "0", "--batch", "1")
     done = command(*call, cwd=tmp_path)
-    assert "no class names; classes are shown by index" in done.stderr
+    assert "no class names, showing class indices" in done.stderr
     done = command(*call, "--labels", "list", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "zebra" in done.stdout and "\x1b" not in done.stdout and "\\udcea" in done.stdout

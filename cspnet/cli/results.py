@@ -85,7 +85,7 @@ def eval_command(
             workers,
             batch,
             progress=lambda images: bar.update(task, completed=images),
-            world=processes,
+            processes=processes,
         )
     _print_scores(scores, console)
     if json_file and processes.is_main:

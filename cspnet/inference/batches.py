@@ -36,7 +36,7 @@ def batches_with_logits(
     batch: int,
     padding: bool = True,
     weights: Mapping[str, Tensor] | None = None,
-    world: Processes = SINGLE_PROCESS,
+    processes: Processes = SINGLE_PROCESS,
     monitor: WorkerMonitor | None = None,
 ) -> Generator[LogitBatch, None, None]:
     """The images of a source in order, `batch` at a time; each process gets its share of batches.
@@ -49,7 +49,7 @@ def batches_with_logits(
     with contextlib.closing(
         evaluation_batches(
             *(source, batch, recipe.data.image_size, recipe.evaluate, workers),
-            *(device.type == "cuda", world.rank, world.size, monitor),
+            *(device.type == "cuda", processes.rank, processes.size, monitor),
         )
     ) as batches:
         for number, loaded in enumerate(batches):
@@ -61,5 +61,5 @@ def batches_with_logits(
             pixels = normalize(images.permute(0, 3, 1, 2).float() / 255, recipe.data)
             with torch.no_grad(), precision.autocast(device):
                 logits = torch.func.functional_call(net, dict(weights or {}), (pixels,))
-            first = (number * world.size + world.rank) * batch
+            first = (number * processes.size + processes.rank) * batch
             yield LogitBatch(first, count, logits.float(), labels, mask, loaded.unreadable)

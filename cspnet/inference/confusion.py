@@ -11,7 +11,7 @@ class Pair(NamedTuple):
     """The images of one class that were predicted as another."""
 
     true: str
-    taken_for: str  # the predicted class
+    predicted: str
     images: int
     of: int  # images of the true class
 
@@ -39,7 +39,7 @@ def worst_pairs(confusion: np.ndarray, names: list[str], most: int = 20) -> list
 def to_markdown(pairs: list[Pair]) -> str:
     """A Markdown table for TensorBoard's text tab. Names are escaped, as it must be UTF-8."""
     rows = [
-        f"| {_cell(pair.true)} | {_cell(pair.taken_for)} | {pair.images:,} of {pair.of:,} | "
+        f"| {_cell(pair.true)} | {_cell(pair.predicted)} | {pair.images:,} of {pair.of:,} | "
         f"{pair.share:.0%} |"
         for pair in pairs
     ]

@@ -53,17 +53,17 @@ def evaluate_network(
     batch: int | None = None,
     weights: dict[str, torch.Tensor] | None = None,
     progress: Callable[[int], None] = lambda images: None,
-    world: Processes = SINGLE_PROCESS,
-    seen: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
+    processes: Processes = SINGLE_PROCESS,
+    on_batch: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
     monitor: WorkerMonitor | None = None,
 ) -> Scores:
     """The scores of a network, or of other weights (a state dict) in it, on all images of a source.
 
     `batch` is the number of images per batch, by default the recipe's. The processes share the
     batches; each calls `progress` equally often, with the number of images processed by all. After
-    each batch of this process, `seen` is called with the index of its first image, logits float32
-    [n, K] and labels [n]. `monitor` is notified of dead dataloader workers, by default stderr. The
-    network's mode is restored. WorkersFailedError if dataloader workers keep dying.
+    each batch of this process, `on_batch` is called with the index of its first image, logits
+    float32 [n, K] and labels [n]. `monitor` is notified of dead dataloader workers, by default
+    stderr. The network's mode is restored. WorkersFailedError if dataloader workers keep dying.
     """
     was_training = net.training
     net.eval()
@@ -76,7 +76,7 @@ def evaluate_network(
     start = time.perf_counter()
     with contextlib.closing(
         batches_with_logits(
-            *(net, source, recipe, precision, workers, batch, True, weights, world, monitor)
+            *(net, source, recipe, precision, workers, batch, True, weights, processes, monitor)
         )
     ) as batches:
         for number, (first, count, logits, labels, mask, unreadable) in enumerate(batches, 1):
@@ -84,11 +84,13 @@ def evaluate_network(
             totals[4] += len(unreadable)
             classes = logits.shape[1]
             cells.append(torch.where(mask, labels * classes + logits.argmax(1), -1))
-            if seen:
-                seen(first, logits[:count], labels[:count])
-            progress(min(number * batch * world.size, len(source)))
-    top1, top5, loss, images, unreadable_images = world.all_reduce(totals).tolist()
-    confusion = _confusion(np.concatenate(world.gather(torch.cat(cells).cpu().numpy())), classes)
+            if on_batch:
+                on_batch(first, logits[:count], labels[:count])
+            progress(min(number * batch * processes.size, len(source)))
+    top1, top5, loss, images, unreadable_images = processes.all_reduce(totals).tolist()
+    confusion = _confusion(
+        np.concatenate(processes.gather(torch.cat(cells).cpu().numpy())), classes
+    )
     net.train(was_training)
     assert images == len(source), "the mask must include every image exactly once"
     return Scores(

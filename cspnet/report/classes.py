@@ -132,7 +132,7 @@ def plot_worst_classes(scores: list[ClassScore], confusion: np.ndarray) -> "Figu
         more = f"\n{ties:,} more with the same top-1 ({worst[-1].top1:.4g} %)" if ties else ""
         top.set_title(f"Worst classes: top-1 (%){more}")
         top.set_xlim(0, 110)  # percent, with room for the labels of the bars
-        pair_names = [f"{shorten(p.true, 40)} → {shorten(p.taken_for, 40)}" for p in pairs]
+        pair_names = [f"{shorten(p.true, 40)} → {shorten(p.predicted, 40)}" for p in pairs]
         _plot_bars(bottom, pair_names, [pair.images for pair in pairs], "c1")
         bottom.set_title("Most frequent confusions (images)")
     return figure

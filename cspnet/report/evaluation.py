@@ -99,7 +99,7 @@ def evaluate_run(
             inference_precision(recipe.precision, torch_device),
             choose_workers(workers, torch_device),
             progress=lambda images: progress(images, len(source)),
-            seen=collector,
+            on_batch=collector,
         )
     except RuntimeError as error:
         if not is_out_of_memory(error):

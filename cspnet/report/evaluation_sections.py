@@ -64,7 +64,7 @@ def _matrix(evaluation: Evaluation) -> str:
 
 def _pairs(evaluation: Evaluation) -> str:
     rows = [
-        [escape(pair.true), escape(pair.taken_for), f"{pair.images:,} of {pair.of:,}"]
+        [escape(pair.true), escape(pair.predicted), f"{pair.images:,} of {pair.of:,}"]
         for pair in worst_pairs(evaluation.confusion, evaluation.names)
     ]
     if not rows:
@@ -111,7 +111,7 @@ def _mistakes(evaluation: Evaluation) -> str:
     tiles = []
     for mistake, picture in zip(evaluation.mistakes, evaluation.pictures, strict=True):
         true = escape(evaluation.names[mistake.true])
-        predicted = escape(evaluation.names[mistake.taken_for])
+        predicted = escape(evaluation.names[mistake.predicted])
         data = base64.b64encode(encode_jpeg(picture)).decode()
         css = ' class="coarse"' if len(picture) < SMALL_IMAGE else ""
         tiles.append(

@@ -28,7 +28,7 @@ class Mistake:
 
     index: int  # in the source
     true: int  # class
-    taken_for: int  # predicted class
+    predicted: int
     probability: float  # of the predicted class, in [0, 1]
 
 
@@ -53,15 +53,17 @@ class TopMistakes:
             best.tolist(),
             strict=True,
         )
-        for probability, true, taken_for, row in rows:
-            heapq.heappush(self._heap, (probability, -(first + row), true, taken_for))
+        for probability, true, predicted_class, row in rows:
+            heapq.heappush(self._heap, (probability, -(first + row), true, predicted_class))
             if len(self._heap) > self.count:
                 heapq.heappop(self._heap)
 
     def mistakes(self) -> list[Mistake]:
         """The most confident error first; equal ones in the order of the images."""
         ordered = sorted(self._heap, reverse=True)
-        return [Mistake(-index, true, taken_for, p) for p, index, true, taken_for in ordered]
+        return [
+            Mistake(-index, true, predicted_class, p) for p, index, true, predicted_class in ordered
+        ]
 
 
 def network_view(source: Source, index: int, recipe: Recipe) -> np.ndarray:
@@ -98,7 +100,7 @@ def plot_mistakes(
             axes.axis("off")
         for axes, mistake, picture in zip(grid, mistakes, pictures, strict=False):
             axes.imshow(picture)
-            true, predicted = (shorten(names[k], 26) for k in (mistake.true, mistake.taken_for))
+            true, predicted = (shorten(names[k], 26) for k in (mistake.true, mistake.predicted))
             probability = format_percent(mistake.probability)
             axes.set_title(f"{true}\nas {predicted}, {probability}", fontsize=7)
     return figure

@@ -319,7 +319,7 @@ def validate(
         run.hardware.workers,
         weights=state.ema.tensors if state.ema else None,
         progress=check_signal,
-        world=run.processes,
+        processes=run.processes,
         monitor=monitor,
     )
 
