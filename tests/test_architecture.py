@@ -110,3 +110,12 @@ def test_map_names_every_package():
     text = (PACKAGE.parent / "docs" / "architecture.md").read_text()
     for name in ORDER:
         assert f"`{name}" in text, f"docs/architecture.md does not mention {name}"
+
+
+def test_no_import_needs_an_alias():
+    """Names are unique in the package, so that imports of it never rename them."""
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cspnet"):
+                renamed = [alias.name for alias in node.names if alias.asname]
+                assert not renamed, f"{dotted(path)} renames {renamed}"

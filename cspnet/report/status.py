@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from cspnet.errors import RecipeError
-from cspnet.recipe import load as recipes
 from cspnet.recipe.eta import format_duration, format_eta, seconds_left
+from cspnet.recipe.load import recipe_from_yaml
 from cspnet.recipe.schema import Recipe
 from cspnet.run.lock import is_locked
 from cspnet.run.reader import END_EVENTS, RunRecord
@@ -107,7 +107,7 @@ def _last_update(run: RunRecord) -> datetime:
 def _read_recipe(run: RunRecord) -> Recipe | None:
     """The recipe of the run; None if this version of cspnet cannot read it."""
     try:
-        return recipes.recipe_from_yaml(run.recipe)
+        return recipe_from_yaml(run.recipe)
     except RecipeError:
         return None
 

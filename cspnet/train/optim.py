@@ -51,7 +51,7 @@ def build_optimizer(net: Network, optim: Optim) -> torch.optim.SGD:
     return optimizer
 
 
-def apply_update(
+def step_optimizer(
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
 ) -> torch.Tensor | None:
     """Update the weights and clear the gradients.

@@ -17,8 +17,7 @@ from cspnet.recipe.schedule import learning_rate
 from cspnet.recipe.schema import Recipe
 from cspnet.run.checkpoint import FORMAT
 from cspnet.train.identity import DatasetIdentity, RunIdentity
-from cspnet.train.optim import EMA
-from cspnet.train.optim import apply_update as update
+from cspnet.train.optim import EMA, step_optimizer
 
 
 @dataclass
@@ -84,7 +83,7 @@ class TrainState:
 
     def apply_update(self) -> None:
         """Update the weights with the accumulated gradients, then the EMA; count the step."""
-        applied = update(self.optimizer, self.scaler)
+        applied = step_optimizer(self.optimizer, self.scaler)
         self.step += 1
         self.updates += 1 if applied is None else applied
         if self.ema:
