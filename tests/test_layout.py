@@ -269,7 +269,7 @@ MISTAKES = {
     address: "is a URL, not a local folder.",
     root_is_a_file: "is a file. Give one with --data DIR",
     zipped: "is an archive. Unpack it, and give the unpacked folder.",
-    closed_above: "cannot be reached: Permission denied",
+    closed_above: "cannot be accessed: Permission denied",
     closed: "cannot be read: Permission denied. Check its permissions",
     another_folder: "has no folder train/. A data root contains train/ and val/",
     nested_twice: "has no folder train/. Its folder data/ has one: give",

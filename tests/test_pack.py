@@ -6,7 +6,10 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tarfile
+import textwrap
 from functools import partial
 from pathlib import Path
 
@@ -130,6 +133,27 @@ def test_the_stream_is_that_of_the_folder(folder, tmp_path, monkeypatch):
         difference = (one.images.int() - other.images.int()).abs().float().mean()
         assert 0 < difference < 4, "the same pictures, in nearly the same pixels"
     assert len(data_root.open_validation(str(tmp_path / "scaled"), ["apple", "bear", "cat"])) == 9
+
+
+def test_the_documented_script_compares_the_two_data_sets(folder, tmp_path):
+    """The Python block in docs/data.md, run as it is."""
+    home = tmp_path / "home"
+    (home / "data").mkdir(parents=True)
+    (home / "data" / "imagenet").symlink_to(folder)
+    pack_dataset(str(folder), home / "data" / "packed", SMALL)
+    text = (ROOT / "docs" / "data.md").read_text()
+    (block,) = re.findall(r"^    python - <<'EOF'\n(.*?)^    EOF$", text, re.MULTILINE | re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-"],
+        input=textwrap.dedent(block),
+        capture_output=True,
+        text=True,
+        cwd=home,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    count, mean, largest = map(float, done.stdout.split())
+    assert count == len(data_root.open_training(str(folder))) and 0 < mean <= largest < 64
 
 
 def test_the_number_of_threads_changes_nothing(folder, tmp_path, monkeypatch):

@@ -51,7 +51,7 @@ class AugmentParams:
 
 
 def sample_params(recipe: Recipe, step: int, groups: range) -> AugmentParams:
-    """Sample the parameters of some groups of a step. Mixing partners stay within their group."""
+    """Sample the parameters of the given groups of a step. Partners stay within their group."""
     per_group = []
     for number, group in enumerate(groups):
         rng = stream.rng_for(recipe.seed, stream.GROUP_DOMAIN, step, group)
@@ -81,8 +81,8 @@ def _sample_mix(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Partners int64 [images, 3] and boxes int64 [images, 3, 4], following Darknet's src/data.c.
 
-    One random decision covers `mix.images_per_draw` consecutive images. Each of them then chooses between
-    CutMix and Mosaic. Darknet samples partners from the whole data set. Here they are three
+    One random decision covers `mix.images_per_draw` consecutive images. Each of them then chooses
+    between CutMix and Mosaic. Darknet samples partners from the whole data set. Here they are three
     distinct other images of the group, so that a sample costs one decode instead of four.
     """
     coins = rng.random(-(-images // mix.images_per_draw)) < mix.probability

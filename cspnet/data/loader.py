@@ -200,7 +200,7 @@ def training_groups(
     """Training groups in stream order, from step `start` to the end of the schedule.
 
     `groups` selects groups of each step (default: all). `monitor` is notified when workers die.
-    Raises WorkersLost if they keep dying, unless the monitor handles that.
+    Raises WorkersFailedError if they keep dying, unless the monitor handles that.
     """
     groups = range(recipe.groups) if groups is None else groups
     addresses = StepSampler(start, recipe.schedule.steps, groups)

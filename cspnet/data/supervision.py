@@ -28,7 +28,7 @@ class WorkerMonitor:
     """Counts and reports the deaths of dataloader workers.
 
     `report` receives one line per event. `give_up` receives the reason when MAX_DEATHS workers have
-    died since the last `reset`; by default it raises WorkersLost.
+    died since the last `reset`; by default it raises WorkersFailedError.
     """
 
     def __init__(

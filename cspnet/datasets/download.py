@@ -15,8 +15,8 @@ from pathlib import Path
 
 from cspnet.errors import DataError, RecipeError
 from cspnet.files import move_into_place
-from cspnet.sources import messages
 from cspnet.sources.messages import DOWNLOADABLE
+from cspnet.sources.tree import list_entries
 from cspnet.text import did_you_mean, end_sentence
 
 SPLIT_FOLDERS = ("train", "val")
@@ -80,7 +80,7 @@ def _exists(split: Path, classes: int) -> bool:
     """Whether a split exists and is complete. Raises DataError if it is incomplete."""
     if not os.path.lexists(split):
         return False
-    count = sum(entry.is_dir() for entry in messages.list_entries(split)) if split.is_dir() else 0
+    count = sum(entry.is_dir() for entry in list_entries(split)) if split.is_dir() else 0
     if count == classes:
         return True
     raise DataError(

@@ -60,14 +60,20 @@ def class_findings(name: str, source: Source) -> Iterator[Finding]:
     is_small = (counts > 0) & (counts < SMALL_CLASS_RATIO * median)
     small = [source.classes[k] for k in np.flatnonzero(is_small)]
     if small:
-        message = f"{name}: {count_and_names(small, 'class')} with less than a tenth of the median class size "
-        yield Finding("small class", "warning", f"{message}({median:g} images)", classes=small)
+        message = (
+            f"{name}: {count_and_names(small, 'class')} with less than a tenth of the median class "
+            f"size ({median:g} images)"
+        )
+        yield Finding("small class", "warning", message, classes=small)
     by_folded_name: dict[str, list[str]] = {}
     for label in source.classes:
         by_folded_name.setdefault(fold_name(label), []).append(label)
     similar = [label for labels in by_folded_name.values() if len(labels) > 1 for label in labels]
     if similar:
-        message = f"{name}: {count_and_names(similar, 'class')} with nearly identical names. Is this intended?"
+        message = (
+            f"{name}: {count_and_names(similar, 'class')} with nearly identical names. "
+            "Is this intended?"
+        )
         yield Finding("alike", "warning", message, classes=similar)
 
 

@@ -22,11 +22,12 @@ from cspnet.errors import CspnetError, DataError
 from cspnet.files import move_into_place, replace_text, temporary_path
 from cspnet.images.decode import MAX_SIDE, TooLargeError, UnreadableError, decode
 from cspnet.recipe.schema import DIGITS
-from cspnet.sources import messages
 from cspnet.sources.data_root import open_parts, require_data_folder
+from cspnet.sources.names import count_and_names
 from cspnet.sources.protocol import Source
 from cspnet.sources.tar_members import CLASSES_FILE
 from cspnet.sources.tar_set import TarSet, TarSource
+from cspnet.sources.tree import is_image
 from cspnet.text import printable
 
 SIGNATURES = {b"\x89PNG": ".png", b"RIFF": ".webp", b"BM": ".bmp", b"II*": ".tif", b"MM": ".tif"}
@@ -47,7 +48,8 @@ class PackedSample(NamedTuple):
 def limit_short_side(data: bytes, short_side: int, quality: int) -> bytes:
     """Scale an encoded image down to a shorter side of `short_side` pixels, as JPEG.
 
-    Returns the same bytes if the image is not larger. Orientation is applied. Raises Unreadable.
+    Returns the same bytes if the image is not larger. Orientation is applied. Raises
+    UnreadableError.
     """
     image = decode(data)
     height, width = image.shape[:2]
@@ -123,12 +125,13 @@ def pack_summary(
 
 
 def _require_class_names(classes: list[str]) -> None:
-    """Raise DataError unless every name can be a line of LIST."""
+    """Raise DataError unless every name can be a line of CLASSES_FILE."""
     invalid = [name for name in classes if not _is_line(name)]
     if invalid:
         raise DataError(
-            f"{messages.count_and_names(invalid, 'class')}: {CLASSES_FILE} cannot hold these names. Each must be one "
-            "line of UTF-8 without leading or trailing blanks. Rename the class folders."
+            f"{count_and_names(invalid, 'class')}: {CLASSES_FILE} cannot hold these names. Each "
+            "must be one line of UTF-8 without leading or trailing blanks. Rename the class "
+            "folders."
         )
 
 
@@ -236,7 +239,7 @@ def _pack_image(source: Source, position: int, settings: PackSettings) -> Packed
 
 def _suffix(name: str, data: bytes) -> str:
     """The suffix of an image file; for a row of a parquet file, derived from its contents."""
-    if messages.is_image(name):
+    if is_image(name):
         return os.path.splitext(name)[1].lower()
     return next((suffix for start, suffix in SIGNATURES.items() if data.startswith(start)), ".jpg")
 

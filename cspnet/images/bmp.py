@@ -23,7 +23,7 @@ def _int(data: bytes, at: int, size: int, signed: bool = False) -> int:
 def _masks(data: bytes) -> tuple[int, ...]:
     """Masks of red, green, blue and, if present, alpha; empty if OpenCV decodes the file itself.
 
-    Raises Unsupported for masks that are not contiguous.
+    Raises UnsupportedError for masks that are not contiguous.
     """
     header_size, bits, compression = _int(data, 14, 4), _int(data, 28, 2), _int(data, 30, 4)
     if header_size < 40 or bits not in (16, 32):
@@ -46,14 +46,14 @@ def _shift(mask: int) -> int:
 
 
 def bmp_info(data: bytes) -> ImageInfo:
-    """Properties of a BMP. Raises Unsupported."""
+    """Properties of a BMP. Raises UnsupportedError."""
     masks = _masks(data)
     top = max((mask >> _shift(mask) for mask in masks[:3]), default=255)
     return ImageInfo("BMP", max_value=top, alpha=len(masks) == 4 and masks[3] != 0)
 
 
 def read_bmp(data: bytes) -> np.ndarray:
-    """RGB uint8 [H, W, 3]. Raises Unreadable."""
+    """RGB uint8 [H, W, 3]. Raises UnreadableError."""
     masks = _masks(data)
     if not masks:
         return cv2.cvtColor(decode_opencv(data, cv2.IMREAD_COLOR_BGR), cv2.COLOR_BGR2RGB)

@@ -1,6 +1,6 @@
 """PNG, WebP, GIF, AVIF and JPEG 2000: the header information that decoding depends on.
 
-Each function raises Unreadable if the file is damaged before the pixel data.
+Each function raises UnreadableError if the file is damaged before the pixel data.
 """
 
 import struct

@@ -33,7 +33,7 @@ _OPAQUE = {"WEBP": chunks.webp_still, "GIF": chunks.gif_opaque}
 
 
 def read_info(data: bytes) -> ImageInfo:
-    """Properties of an image according to its header. Raises Unreadable."""
+    """Properties of an image according to its header. Raises UnreadableError."""
     name = detect_format(data)
     if name is None:
         raise UnreadableError("not a readable image")
@@ -43,7 +43,7 @@ def read_info(data: bytes) -> ImageInfo:
 def read_image(data: bytes) -> tuple[np.ndarray, int]:
     """RGB uint8 [H, W, 3] as stored, and the orientation to apply; for any format except JPEG.
 
-    OpenCV decodes to BGR, since its RGB flag does not work for all formats. Raises Unreadable.
+    OpenCV decodes to BGR, since its RGB flag does not work for all formats. Raises UnreadableError.
     """
     info = read_info(data)
     if info.format in _READERS:

@@ -23,7 +23,8 @@ from cspnet.recipe.schema import Augment, Evaluate
 
 # Dataloader workers are processes; OpenCV's threads would only compete with them for the cores.
 cv2.setNumThreads(0)
-# Silence OpenCV (level 0): its lines on stderr name no file, and Unreadable is counted and listed.
+# Silence OpenCV (level 0): its lines on stderr name no file. Unreadable images are counted and
+# listed by the callers.
 # OpenCV before 4.13 has the function in another module.
 (cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel)(0)
 
@@ -44,7 +45,7 @@ def decode(data: bytes, reduce: int = 1) -> np.ndarray:
     """Decode to RGB uint8 [H, W, 3]: upright, grey as three equal channels, without alpha.
 
     `reduce`, a key of REDUCED, divides both sides of a JPEG, rounded up, to save time; other
-    formats are decoded in full size. Raises Unreadable; if the header declares more than
+    formats are decoded in full size. Raises UnreadableError; if the header declares more than
     MAX_PIXELS, before memory is allocated. docs/data.md defines the conversions.
     """
     if not data:
@@ -58,7 +59,7 @@ def decode(data: bytes, reduce: int = 1) -> np.ndarray:
 
 
 def _require_size(data: bytes) -> None:
-    """Raise TooLarge according to the header, in some 20 µs; pass what Pillow cannot parse."""
+    """Raise TooLargeError according to the header (20 µs); accept what Pillow cannot parse."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -119,8 +120,8 @@ def train_view(
 ) -> np.ndarray:
     """A random view of an RGB image, uint8 [size, size, 3]: bilinear, black outside the image.
 
-    It is written to `out` if given. Raises Unreadable if a side has more pixels than OpenCV's warp
-    supports.
+    It is written to `out` if given. Raises UnreadableError if a side has more pixels than
+    OpenCV's warp supports.
     """
     height, width = image.shape[:2]
     if max(height, width) > MAX_SIDE:
@@ -161,7 +162,7 @@ def render_view(
 
     The pixels are those that `train_view` renders, but rows of a JPEG below the view are not
     decoded. With `reduced`, a JPEG that the view shrinks by at least 2 or 4 is decoded at half or a
-    quarter of its size: same geometry, but pixels averaged by libjpeg. Raises Unreadable as
+    quarter of its size: same geometry, but pixels averaged by libjpeg. Raises UnreadableError as
     `decode` and `train_view` do.
     """
     data, rng, rng_state, header, matrix = sampled
@@ -213,8 +214,9 @@ def evaluation_view(
 ) -> np.ndarray:
     """Resize the shorter side and take the central square, uint8 [size, size, 3].
 
-    It is written to `out` if given. Raises Unreadable for an image so long and narrow that resizing
-    could exhaust the memory: a ratio above MAX_ASPECT, or more than MAX_PIXELS after resizing.
+    It is written to `out` if given. Raises UnreadableError for an image so long and narrow that
+    resizing could exhaust the memory: a ratio above MAX_ASPECT, or more than MAX_PIXELS after
+    resizing.
     """
     height, width = image.shape[:2]
     if max(height, width) > MAX_ASPECT * min(height, width):

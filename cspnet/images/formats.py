@@ -60,13 +60,13 @@ def detect_format(data: bytes) -> str | None:
 
 
 def check_pixel_count(width: int, height: int) -> None:
-    """Raise TooLarge for more than MAX_PIXELS."""
+    """Raise TooLargeError for more than MAX_PIXELS."""
     if width * height > MAX_PIXELS:
         raise TooLargeError(TOO_LARGE)
 
 
 def decode_opencv(data: bytes, flags: int) -> np.ndarray:
-    """Decode an image with OpenCV and its imread flags. Raises Unreadable."""
+    """Decode an image with OpenCV and its imread flags. Raises UnreadableError."""
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:

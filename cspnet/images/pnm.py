@@ -41,7 +41,7 @@ class PnmHeader(NamedTuple):
 
 
 def read_pnm_header(data: bytes) -> PnmHeader:
-    """Parse the header. Raises Unreadable."""
+    """Parse the header. Raises UnreadableError."""
     variant = data[1] - ord("0")
     if variant == 7:
         header = _read_pam_header(data)
@@ -82,7 +82,7 @@ def _read_pam_header(data: bytes) -> PnmHeader:
 
 
 def pnm_info(data: bytes) -> ImageInfo:
-    """Properties of a Netpbm file. Raises Unreadable."""
+    """Properties of a Netpbm file. Raises UnreadableError."""
     header = read_pnm_header(data)
     grey, alpha = header.depth < 3, header.depth in (2, 4)
     top = 255 if header.variant in (1, 4) else header.maxval  # a bitmap has no maxval
@@ -90,7 +90,7 @@ def pnm_info(data: bytes) -> ImageInfo:
 
 
 def read_pnm(data: bytes) -> np.ndarray:
-    """RGB uint8 [H, W, 3]. Raises Unreadable if samples are missing or exceed maxval."""
+    """RGB uint8 [H, W, 3]. Raises UnreadableError if samples are missing or exceed maxval."""
     variant, width, height, depth, maxval, start = read_pnm_header(data)
     check_pixel_count(width, height)
     count = width * height * depth

@@ -33,7 +33,10 @@ DEPTHS = {  # supported bits per sample, by photometric interpretation
 
 
 class TiffPage:
-    """The first page of a TIFF. Raises Unreadable, or Unsupported if no conversion is defined."""
+    """The first page of a TIFF.
+
+    Raises UnreadableError, or UnsupportedError if no conversion is defined.
+    """
 
     def __init__(self, data: bytes):
         try:
@@ -73,7 +76,7 @@ class TiffPage:
 
 
 def tiff_info(data: bytes) -> ImageInfo:
-    """Properties of the first page. Raises Unreadable."""
+    """Properties of the first page. Raises UnreadableError."""
     page = TiffPage(data)
     return ImageInfo(
         "TIFF",
@@ -88,7 +91,7 @@ def tiff_info(data: bytes) -> ImageInfo:
 
 
 def read_tiff(data: bytes) -> np.ndarray:
-    """RGB uint8 [H, W, 3], orientation not applied. Raises Unreadable."""
+    """RGB uint8 [H, W, 3], orientation not applied. Raises UnreadableError."""
     page = TiffPage(data)
     changes = {ORIENTATION: 1}
     if page.alpha:

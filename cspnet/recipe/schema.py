@@ -282,14 +282,16 @@ class Recipe:
 @cache
 def _metadata() -> dict[str, Any]:
     """Metadata of the fields by dotted key; fields without any are left out."""
-    found = {}
+    metadata: dict[str, Any] = {}
     for entry in fields(Recipe):
         section = entry.default_factory
         if is_dataclass(section):
-            found.update({f"{entry.name}.{leaf.name}": leaf.metadata for leaf in fields(section)})
+            metadata.update(
+                {f"{entry.name}.{leaf.name}": leaf.metadata for leaf in fields(section)}
+            )
         else:
-            found[entry.name] = entry.metadata
-    return {key: metadata for key, metadata in found.items() if metadata}
+            metadata[entry.name] = entry.metadata
+    return {key: values for key, values in metadata.items() if values}
 
 
 def no_effect(recipe: Recipe, key: str) -> str:

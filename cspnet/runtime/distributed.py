@@ -164,7 +164,10 @@ def find_processes() -> Processes:
 
 @contextlib.contextmanager
 def process_group(processes: Processes, device: torch.device) -> Iterator[None]:
-    """Join torch's process group for the block. Raises Lost if another process ends or hangs."""
+    """Join torch's process group for the block.
+
+    Raises RankFailedError if another process ends or hangs.
+    """
     if processes.size == 1:
         yield
         return

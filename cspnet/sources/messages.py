@@ -45,7 +45,7 @@ def url_as_folder(root: str) -> str:
     how = f"Download it first ({hub})" if root.startswith("hf://") else "Download it first"
     return (
         f"{root} is a URL, not a local folder. {how}, and give the folder with the download; "
-        "`cspnet data` downloads some known data sets."
+        "`cspnet prepare` downloads well-known data sets."
     )
 
 
@@ -53,7 +53,8 @@ def not_a_folder(path: Path, give: str = GIVE_DATA) -> str:
     """For a data folder that is not a folder; `give` says how to give another one."""
     advice = f"{give}."
     if path.name in DOWNLOADABLE:
-        advice += f" To create it: `{command_line('cspnet', 'data', path.name, '--to', 'DIR')}`."
+        command = command_line("cspnet", "prepare", path.name, "--output", "DIR")
+        advice += f" To create it: `{command}`."
     what = "is a file"
     try:
         os.stat(path)
@@ -115,7 +116,7 @@ def _alternative(folder: Path, names: tuple[str, ...], prefixes: tuple[str, ...]
     if archives:
         how = "."
         if any(name.startswith("ILSVRC2012") for name in archives):
-            how = f", with `{command_line('cspnet', 'data', 'imagenet', '--to', folder)}`."
+            how = f", with `{command_line('cspnet', 'prepare', 'imagenet', '--output', folder)}`."
         return f"It contains {count_and_names(archives, 'archive')}: unpack{how}"
     return f"{ROOT_LAYOUT}; {folder_listing(folder)}"
 

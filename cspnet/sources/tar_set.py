@@ -241,7 +241,7 @@ def _warn(text: str) -> None:
 
 
 def _build_index(tars: TarSet, stamp: dict, progress: Callable[[int, int], None]) -> TarIndex:
-    """Read the headers of all tar files. Raises Unfit with all problems in them."""
+    """Read the headers of all tar files. Raises TarError with all problems in them."""
     if not any(size for _, size, _ in stamp["shards"]):
         raise DataError(messages.no_class_folders(tars.index.parent))
     scans = []

@@ -92,7 +92,7 @@ def test_without_cgroups_the_affinity_counts(tmp_path, monkeypatch):
     assert cpu.available_cores(tmp_path / "none") == os.cpu_count()
 
 
-def test_a_place_of_a_mount_may_have_blanks(system, tmp_path):
+def test_mount_paths_with_blanks(system, tmp_path):
     (tmp_path / "with blank").mkdir()
     (tmp_path / "with blank" / "cpu.max").write_text("200000 100000\n")
     assert system([("cgroup2", "", "/", "with\\040blank")], ["0::/"], {}) == 2
