@@ -1,4 +1,4 @@
-"""The commands as a user types them, the first ones in processes of their own."""
+"""The commands as a user types them, the first ones in new processes."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def trained(tmp_path_factory):
     return base / "run", done.stdout
 
 
-def test_training_prints_the_recipe_and_the_way_on(trained):
+def test_training_prints_the_recipe_and_the_next_commands(trained):
     run, output = trained
     assert "activation: mish" in output and "validation at step 7: top-1" in output
     assert "fp32 (the device is a CPU)" in output
@@ -58,14 +58,14 @@ def test_eval_prints_the_top1_of_the_last_validation(trained, process, tmp_path)
     assert scores["loss"] == pytest.approx(last["loss"], rel=1e-6)
 
 
-def test_umbrella_command_is_the_same(process, command, tmp_path):
-    done = process("main", "train", "--recipe", "digits", "--check", "batch=128", cwd=tmp_path)
+def test_the_subcommand_is_the_same(process, command, tmp_path):
+    done = process("main", "train", "--recipe", "digits", "--dry-run", "batch=128", cwd=tmp_path)
     assert done.returncode == 0 and "batch: 128" in done.stdout
-    assert not list(tmp_path.iterdir()), "--check touches nothing"
+    assert not list(tmp_path.iterdir()), "--dry-run writes nothing"
     assert "train" in (help_ := command("main", "--help").stdout) and "eval" in help_
 
 
-def test_version_names_what_a_bug_report_needs(command):
+def test_the_version_includes_what_a_bug_report_needs(command):
     done = command("main", "--version")
     assert done.returncode == 0
     assert done.stdout.startswith(f"cspnet {cspnet.__version__} (torch {torch.__version__}")
@@ -78,9 +78,9 @@ def test_resume_needs_only_the_folder(trained, command, tmp_path):
     assert "step 7, complete" in done.stdout
 
 
-def test_train_py_hands_over(tmp_path):
+def test_train_py_runs_the_command(tmp_path):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), "-r", "digits", "--check"],
+        [sys.executable, str(ROOT / "train.py"), "-r", "digits", "--dry-run"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -89,7 +89,7 @@ def test_train_py_hands_over(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, told",
+    "arguments, message",
     [
         (["--recipe", "digitz"], "Did you mean 'digits'"),
         (["--recipe", "no/such.yaml"], "recipe 'no/such.yaml' is neither a file nor"),
@@ -103,17 +103,17 @@ def test_train_py_hands_over(tmp_path):
         (["-r", "digits", "--output", "file/run"], "cannot be written: Not a directory"),
         (["-r", "digits", "--data", ""], "has no folder train/"),
         (["-r", "digits", "precision=fp16", "--device", "cpu"], "precision is fp16"),
-        (["-r", "digits", "--output", "file"], "is a file: name a folder"),
+        (["-r", "digits", "--output", "file"], "is a file: give a folder"),
         (["--resume"], "no recipe: give --recipe NAME"),
         (["-r", "digits", "--learning-rate", "1"], "recipe field: optim.learning_rate=1"),
     ],
 )
-def test_wrong_use_of_train(command, tmp_path, arguments, told):
+def test_wrong_use_of_train(command, tmp_path, arguments, message):
     (tmp_path / "file").write_text("precious")
     done = command("main_train", *arguments, cwd=tmp_path)
     assert done.returncode == 2
-    message = re.sub(r"[\s│]+", " ", done.stderr)
-    assert told in message and "Traceback" not in done.stderr
+    printed = re.sub(r"[\s│]+", " ", done.stderr)
+    assert message in printed and "Traceback" not in done.stderr
     assert done.stdout == ""
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "precious"
@@ -123,18 +123,18 @@ def test_wrong_use_of_eval(command, trained, folder, tmp_path):
     best = trained[0] / "checkpoints" / "best.pt"
     torn = tmp_path / "torn.pt"
     torn.write_bytes(best.read_bytes()[:-1000])
-    for checkpoint, data, told in (
+    for checkpoint, data, message in (
         (tmp_path / "none.pt", "digits", "does not exist"),
         (torn, "digits", "truncated, damaged, or not a checkpoint"),
         (best, "nowhere", "does not exist"),
         (best, folder, "lacks 10 classes (0, 1, 2, 3, 4 …); it has 3 classes (apple, bear, cat)"),
     ):
         done = command("main_eval", "--checkpoint", checkpoint, "--data", data)
-        assert done.returncode == 2 and told in done.stderr, done.stderr
+        assert done.returncode == 2 and message in done.stderr, done.stderr
         assert "Traceback" not in done.stderr
 
 
-def test_a_torn_checkpoint_is_not_resumed_nor_overwritten(command, trained, tmp_path):
+def test_a_truncated_checkpoint_is_neither_resumed_nor_overwritten(command, trained, tmp_path):
     shutil.copytree(trained[0], tmp_path / "run")
     files = sorted((tmp_path / "run" / "checkpoints").glob("*.pt"))
     for path in files:
@@ -146,7 +146,9 @@ def test_a_torn_checkpoint_is_not_resumed_nor_overwritten(command, trained, tmp_
     assert all(path.read_bytes() == b"torn" for path in files)
 
 
-def test_a_torn_last_checkpoint_is_told_and_the_one_before_taken(command, trained, tmp_path):
+def test_a_truncated_last_checkpoint_is_reported_and_the_previous_one_used(
+    command, trained, tmp_path
+):
     shutil.copytree(trained[0], tmp_path / "run")
     last = tmp_path / "run" / "checkpoints" / "last.pt"
     (tmp_path / "run" / "checkpoints" / "best.pt").unlink()
@@ -179,8 +181,8 @@ def test_the_checkpoint_is_plain_and_timm_reads_it(trained):
 
 
 @pytest.mark.slow
-def test_a_second_ctrl_c_leaves_at_once(tmp_path):
-    """Exit code 130, no traceback, the last checkpoint as it was, no worker left behind."""
+def test_a_second_ctrl_c_ends_the_run_immediately(tmp_path):
+    """Exit code 130, no traceback, the last checkpoint unchanged, no remaining worker."""
     call = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)

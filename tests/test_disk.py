@@ -143,12 +143,14 @@ def test_a_best_that_found_the_disk_full_is_not_the_best(tiny, disk, undisturbed
     assert numbers(metrics(disk / "run")) == numbers(metrics(undisturbed(recipe)))
 
 
-def test_stop_when_full_exits_75_and_the_resumed_run_ends_as_the_undisturbed(
+def test_stop_on_full_disk_exits_75_and_the_resumed_run_ends_as_the_undisturbed(
     tiny, disk, train, undisturbed
 ):
-    code, _, errors = train(tiny(), "--stop-when-full", changes={4: 2 * MB})
+    code, _, errors = train(tiny(), "--stop-on-full-disk", changes={4: 2 * MB})
     assert code == 75 and last(disk / "run")["step"] == 3
-    assert re.search(r"No space left: 2 MB free, 5 needed.*\n--stop-when-full: free some", errors)
+    assert re.search(
+        r"No space left: 2 MB free, 5 needed.*\n--stop-on-full-disk: free some", errors
+    )
     code, _, errors = train(tiny(), "--resume")
     assert code == 2 and re.fullmatch(r"error: .* lacks \d+ MB .*, 5 MB each: .*\n", errors)
     set_free(disk, None)
@@ -214,7 +216,7 @@ def test_a_disk_that_fills_up_after_the_last_save(tiny, disk, train, monkeypatch
 @pytest.mark.slow
 def test_what_a_kill_left_does_not_count_against_the_resume(tiny, disk, train, undisturbed):
     """On a disk with room for the four files of a run, and for not much more."""
-    code, _, _ = train(tiny(), "--stop-when-full", changes={4: 0})
+    code, _, _ = train(tiny(), "--stop-on-full-disk", changes={4: 0})
     assert code == 75
     set_free(disk, None)
     half_written = disk / "run" / "checkpoints" / ".last.pt.tmp"
@@ -237,7 +239,7 @@ def limit(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("options, code", [((), 1), (("--stop-when-full",), 75)])
+@pytest.mark.parametrize("options, code", [((), 1), (("--stop-on-full-disk",), 75)])
 def test_a_limit_on_the_size_of_a_file(tiny, train, undisturbed, tmp_path, options, code):
     output = tmp_path / "disk" / "run"
     with limit(2 * MB):

@@ -146,3 +146,22 @@ def test_a_key_in_a_file_is_answered_with_the_field(tmp_path):
 def test_hints_name_fields_that_exist():
     assert aliased_fields() <= KNOWN
     assert alias_hint("optim.learning_rate") == "" and alias_hint("no_such_name") == ""
+
+
+@pytest.mark.parametrize(
+    "line, option, new",
+    [
+        ("cspnet-train -r digits --passes 4", "--passes", "--micro-batch, in images"),
+        ("cspnet plan -r digits --passes=auto", "--passes", "--micro-batch, in images"),
+        ("cspnet-train -r digits --memory fit", "--memory", "--recompute none, light or full"),
+        ("cspnet-train -r digits --check", "--check", "--dry-run"),
+        ("cspnet-train -r digits --stop-when-full", "--stop-when-full", "--stop-on-full-disk"),
+        ("cspnet preview -r digits --out a.png", "--out", "--output"),
+        ("cspnet prepare cifar10 --to data", "--to", "--output"),
+        ("cspnet pack data --short 256", "--short", "--short-side"),
+        ("cspnet export --checkpoint a.pt --cut 105", "--cut", "--first-layers"),
+        ("cspnet report run --record-only", "--record-only", "--no-evaluate"),
+    ],
+)
+def test_a_renamed_option_is_answered_with_the_new_one(told, line, option, new):
+    assert told(line) == f"error: no such option: {option}; it was renamed: use {new}\n"

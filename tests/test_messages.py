@@ -102,7 +102,7 @@ def test_the_command_that_unpacks_imagenet(tmp_path):
     root = tmp_path / "my data"
     root.mkdir()
     (root / "ILSVRC2012_img_train.tar").touch()
-    assert copied(messages.no_training_folder(root))[-2:] == ["--to", str(root)]
+    assert copied(messages.no_training_folder(root))[-2:] == ["--output", str(root)]
 
 
 def test_the_command_that_makes_an_index(folder, capsys):

@@ -1,4 +1,4 @@
-"""What a person may plausibly mistype, and what comes: one message, exit code 2, no file."""
+"""Plausible mistakes of users: each gives one message and exit code 2, and writes no file."""
 
 import contextlib
 import re
@@ -116,7 +116,7 @@ MISTAKES = [
     (f"{TRAIN} --data s3://bucket/imagenet", "s3://bucket/imagenet is a URL, not a local folder"),
     (f"{TRAIN} --data hf://datasets/imagenet-1k", "is a URL, not a local folder"),
     (f"{TRAIN} data.root=gs://bucket", "gs://bucket is a URL, not a local folder"),
-    (f"{TRAIN} --data imagenette", "cspnet data imagenette"),
+    (f"{TRAIN} --data imagenette", "cspnet prepare imagenette"),
     (f"{EVAL} --data https://host/set", "https://host/set is a URL, not a local folder"),
     (f"{EVAL} --data data", "it has 3 classes (apple, bear, cat)"),
     (f"{EVAL} --data data/train", "contains the training images"),
@@ -126,7 +126,7 @@ MISTAKES = [
     ("cspnet check hf://imagenet", "hf://imagenet is a URL, not a local folder"),
     ("cspnet check void", "void is empty"),
     ("cspnet check data --workers -1", "--workers -1: must be 0 (none) or more"),
-    ("cspnet check data --json void", "--json void: must be a file in a folder that exists"),
+    ("cspnet check data --json void", "--json void: must be a file in an existing folder"),
     ("cspnet index nowhere", "the data folder nowhere does not exist"),
     ("cspnet pack nowhere --output packed", "the data folder nowhere does not exist"),
     ("cspnet pack data --output data", "data"),
@@ -149,7 +149,10 @@ MISTAKES = [
     # Where it runs
     ("cspnet plan --recipe digits --gpu gtx970", "--gpu gtx970: there are figures for rtx2070"),
     ("cspnet plan --recipe digits --gpu 2070 --workers 4", "nothing: leave out --workers"),
-    ("cspnet plan --recipe digits --gpu 2070 precision=bf16", "precision is bf16: of GeForce RTX"),
+    (
+        "cspnet plan --recipe digits --gpu 2070 precision=bf16",
+        "precision is bf16, but the figures for",
+    ),
     (f"{TRAIN} --device gpu", "--device gpu: must be auto, cpu, cuda or cuda:N"),
     (f"{TRAIN} --device 0", "--device 0: must be auto, cpu, cuda or cuda:N"),
     (f"{TRAIN} --device cuda:x", "must be auto, cpu, cuda or cuda:N"),
@@ -170,10 +173,10 @@ MISTAKES = [
     (f"{TRAIN} --max-hours nan", "Invalid value for '--max-hours'"),
     # The run folder
     (f"{TRAIN} --output /proc/run", "/proc/run"),
-    (f"{TRAIN} --output file", "--output file is a file: name a folder"),
+    (f"{TRAIN} --output file", "--output file is a file: give a folder"),
     (f"{TRAIN} --output file/run", "cannot be written: Not a directory"),
     (f"{TRAIN} --output data", "the run folder data is not empty"),
-    (f"{TRAIN} --output run", "the run folder run is not empty: --resume continues the run in it"),
+    (f"{TRAIN} --output run", "the run folder run is not empty: continue its run with --resume"),
     ("cspnet-train --resume --output void", "--output void is not a run folder"),
     ("cspnet-train --resume --output nowhere", "--output nowhere is no folder"),
     (f"{TRAIN} --resume --output data", "data is not a run folder"),
@@ -191,11 +194,14 @@ MISTAKES = [
     ("cspnet-eval --checkpoint x.weights --data digits", "the file x.weights does not exist"),
     ("cspnet-eval --checkpoint timm:nope --data digits", "timm has no network of this name"),
     # Results
-    (f"{EVAL} --data digits --json void", "--json void: must be a file in a folder that exists"),
-    (f"{EVAL} --data digits --json no/a.json", "--json no/a.json: must be a file in a folder"),
+    (f"{EVAL} --data digits --json void", "--json void: must be a file in an existing folder"),
+    (
+        f"{EVAL} --data digits --json no/a.json",
+        "--json no/a.json: must be a file in an existing folder",
+    ),
     (f"{EVAL} --data digits --batch 0", "Invalid value for '--batch'"),
-    (f"{PREDICT} --json void", "--json void: must be a file in a folder that exists"),
-    (f"{PREDICT} --json a.txt --csv a.txt", "--json and --csv both go to a.txt"),
+    (f"{PREDICT} --json void", "--json void: must be a file in an existing folder"),
+    (f"{PREDICT} --json a.txt --csv a.txt", "--json and --csv name the same file a.txt"),
     (f"{PREDICT} --top 0", "Invalid value for '--top'"),
     (PREDICT.replace("photo.jpg", "none.jpg"), "no such file or folder: none.jpg"),
     (PREDICT.replace("photo.jpg", "void"), "void contains no image"),
@@ -229,7 +235,7 @@ MISTAKES = [
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A working folder with what a person may have in it."""
+    """A working folder with files that a user may have."""
     import torch
 
     home = tmp_path_factory.mktemp("home")
@@ -269,8 +275,8 @@ def listing(folder) -> dict[str, tuple[int, int]]:
     return {str(p.relative_to(folder)): (p.stat().st_size, p.stat().st_mtime_ns) for p in paths}
 
 
-@pytest.mark.parametrize("line, told", MISTAKES, ids=[line for line, _ in MISTAKES])
-def test_a_mistake_is_told(home, line, told, capsys, monkeypatch):
+@pytest.mark.parametrize("line, message", MISTAKES, ids=[line for line, _ in MISTAKES])
+def test_a_mistake_has_its_message(home, line, message, capsys, monkeypatch):
     monkeypatch.chdir(home)
     monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.setenv("NO_COLOR", "1")
@@ -279,16 +285,16 @@ def test_a_mistake_is_told(home, line, told, capsys, monkeypatch):
     output, errors = capsys.readouterr()
     assert output == "", "the error comes before any other output"
     assert "Traceback" not in errors
-    message = re.sub(r"[\s│]+", " ", errors)
-    assert told in message, message
-    assert not re.search(r"(?<!\.)\.\.(?![./])", message), "two full stops"
+    printed = re.sub(r"[\s│]+", " ", errors)
+    assert message in printed, printed
+    assert not re.search(r"(?<!\.)\.\.(?![./])", printed), "two full stops"
     # One box of the command line's parser, or one message of ours.
     assert len(re.findall(r"^(?:error: |╭─ Error)", errors, re.MULTILINE)) == 1
     assert listing(home) == before, "something was written"
 
 
 @pytest.mark.parametrize("line", ["cspnet", "cspnet check", "cspnet prepare", "cspnet-eval"])
-def test_without_a_word_it_helps(line, capsys):
+def test_without_arguments_the_help_is_printed(line, capsys):
     assert call(line) == 2
     output = capsys.readouterr()
     assert "Usage: " in output.out + output.err

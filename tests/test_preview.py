@@ -25,7 +25,7 @@ def tile(page, number, size, factor):
 def test_the_sheet_shows_the_very_tensor_of_the_step(tiny, folder, tmp_path, command):
     done = command(
         "main",
-        *("preview", "--recipe", "digits", "--data", folder, "--step", 3, "--out", "look.png"),
+        *("preview", "--recipe", "digits", "--data", folder, "--step", 3, "--output", "look.png"),
         *(o for o in TINY if "norm" not in o),
         "model.classes=3",
         cwd=tmp_path,
@@ -76,8 +76,8 @@ def test_rows_before_and_after_the_attack(tiny, tmp_path):
 
 def test_preview_of_nonsense(command, tmp_path):
     for arguments, told in (
-        (["--out", "no/such/x.png"], "must be a .png file in an existing folder"),
-        (["--out", "x.jpg"], "must be a .png file"),
+        (["--output", "no/such/x.png"], "must be a .png file in an existing folder"),
+        (["--output", "x.jpg"], "must be a .png file"),
         (["--step", "600"], "the last one is 599"),
         (["--data", "nowhere"], "does not exist"),
         (["--checkpoint", "none.pt"], "does not exist"),

@@ -189,7 +189,7 @@ def test_the_preview_needs_a_known_order_too(tmp_path, command):
     root = folders(tmp_path / "data", TWELVE, images=2)
     call = (
         *("main", "preview", "--recipe", "digits", "--data", root, "--device", "cpu"),
-        *("--checkpoint", tmp_path / "net.pth", "--out", tmp_path / "p.png"),
+        *("--checkpoint", tmp_path / "net.pth", "--output", tmp_path / "p.png"),
         *("model.classes=auto", "batch=8", "group=8"),
     )
     done = command(*call)

@@ -69,8 +69,8 @@ def train_command(
         float | None,
         typer.Option(min=0, help="Save and exit with 75 after so long.", show_default="none"),
     ] = None,
-    stop_when_full: Annotated[
-        bool, typer.Option("--stop-when-full", help="Exit with 75 when the disk is full.")
+    stop_on_full_disk: Annotated[
+        bool, typer.Option("--stop-on-full-disk", help="Exit with 75 when the disk is full.")
     ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Resume although the settings differ.")
@@ -78,15 +78,15 @@ def train_command(
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Tell only what is wrong, and the end.")
     ] = False,
-    check: Annotated[
-        bool, typer.Option("--check", help="Print the resolved recipe and touch nothing.")
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved recipe and exit.")
     ] = False,
 ) -> None:
     """Train by a recipe: cspnet-train --recipe cspdarknet53-omega --data DIR [KEY=VALUE ...]"""
     from cspnet.console import tolerate_lost_output
     from cspnet.recipe import load as recipes
 
-    if not check:
+    if not dry_run:
         tolerate_lost_output()
     if max_restarts() and not resume:
         raise RecipeError("torchrun's --max-restarts needs --resume, to go on with the run")
@@ -109,7 +109,7 @@ def train_command(
         )
     resolved = recipes.load_recipe(path, overrides or [], data)
     text = f"# resolved recipe, from {path}\n{recipes.recipe_to_yaml(resolved)}"
-    if check:
+    if dry_run:
         if is_rank_zero():
             print(text)
         return
@@ -132,7 +132,7 @@ def train_command(
         max_hours=max_hours,
         force=force,
         recipe_file=path,
-        stop_when_full=stop_when_full,
+        stop_on_full_disk=stop_on_full_disk,
     )
     console = Console(soft_wrap=True, markup=False, highlight=False)
     run_output = RunOutput(warning_console() if quiet else console)
@@ -161,7 +161,7 @@ def preview_command(
     recipe: Annotated[str, RecipeName],
     overrides: Overrides = None,
     data: DataRoot = None,
-    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("preview.png"),
+    output: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("preview.png"),
     step: Annotated[int, typer.Option(min=0, help="Optimizer step to show.")] = 0,
     checkpoint: Annotated[
         str | None, typer.Option(help="Weights for the attack; fresh ones otherwise.")
@@ -188,10 +188,10 @@ def preview_command(
 
     path = recipes.find_recipe(recipe)
     resolved = recipes.load_recipe(path, overrides or [], data)
-    require_png(out)
+    require_png(output)
     if step >= resolved.schedule.steps:
         raise RecipeError(f"--step {step:,}: the last one is {resolved.schedule.steps - 1:,}")
-    options = RunOptions(out.parent, device=device, workers=0)
+    options = RunOptions(output.parent, device=device, workers=0)
     run = prepare(resolved, options, Console(quiet=True), list_data=False)
     classes = run.train_set.classes
     if checkpoint:
@@ -213,12 +213,12 @@ def preview_command(
         )
         * bool(resolved.adversarial.step_size),
     )
-    schedule = out.with_name(f"{out.stem}-schedule.png")
+    schedule = output.with_name(f"{output.stem}-schedule.png")
     try:
-        write_png(out, page)
+        write_png(output, page)
         save_schedule(resolved, schedule)
     except OSError as error:
-        raise RecipeError(f"--out {out} cannot be written: {error.strerror}") from None
+        raise RecipeError(f"--output {output} cannot be written: {error.strerror}") from None
     for remark in trained.remarks if checkpoint else told:
         print(remark)
-    print(f"{out} and {schedule} written")
+    print(f"{output} and {schedule} written")

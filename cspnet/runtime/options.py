@@ -25,4 +25,4 @@ class RunOptions:
     max_hours: float | None = None
     recipe_file: Path | None = None  # that the recipe was read from
     force: bool = False  # resume although settings differ
-    stop_when_full: bool = False  # a full disk stops the run instead of pausing its saves
+    stop_on_full_disk: bool = False  # a full disk stops the run instead of pausing its saves

@@ -229,7 +229,7 @@ def save(
 
     `validated` marks the current step as validated; until that is saved, a resumed run validates it
     again. A full disk only skips the save, unless the run ends here, a stop was `requested`, or
-    --stop-when-full is given.
+    --stop-on-full-disk is given.
     """
     if not is_finite(state) or (int(state.bad_step) >= 0 and not state.scaler.is_enabled()):
         raise broken(run, state)
@@ -251,9 +251,9 @@ def save(
         state.best_top1 = before[0]  # that of best.pt
         if requested or state.step == run.recipe.schedule.steps:
             raise
-        if run.options.stop_when_full:
+        if run.options.stop_on_full_disk:
             raise StoppedError(
-                f"{error}\n--stop-when-full: free some space, then --resume"
+                f"{error}\n--stop-on-full-disk: free some space, then --resume"
             ) from None
         reporter.save_failed(error)
     except BaseException:
