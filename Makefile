@@ -1,4 +1,4 @@
-# Each target sets up what it needs; all of them work in a fresh clone and twice in a row.
+# Each target installs what it needs, and can run in a fresh clone or repeatedly.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -11,28 +11,30 @@ help:  ## show this list
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test]'
 	touch $@
 
-demo: .venv/ready  ## train on the embedded digits (minutes on two cores), then evaluate
+demo: .venv/ready  ## train on the embedded digits (minutes on two cores), evaluate, write a report
 	$(BIN)/cspnet-train --recipe digits --output runs/demo --resume
 	$(BIN)/cspnet-eval --checkpoint runs/demo/checkpoints/last.pt --data digits
 	$(BIN)/cspnet report runs/demo
-	@echo "next: open that page; $(BIN)/cspnet status runs/demo; $(BIN)/cspnet --help"
+	@echo "next: open that report; $(BIN)/cspnet status runs/demo; $(BIN)/cspnet --help"
 
-demo-clean:  ## forget the demo's run, so that the next `make demo` trains again
+demo-clean:  ## delete the demo run, so that `make demo` trains again
 	rm -rf runs/demo
 
-lint: .venv/ready  ## ruff: style and imports
+lint: .venv/ready  ## ruff check, ruff format --check and mypy
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
-test: lint  ## lint and the whole suite without a GPU
+test: lint  ## lint, and all tests that run in minutes without a GPU
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-slow: .venv/ready  ## the tests that take minutes
+test-slow: .venv/ready  ## tests that take long
 	$(BIN)/python -m pytest -m slow
 
 test-gpu: .venv/ready  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
-bench: .venv/ready  ## the benchmarks that a CPU can run, as JSON in results/ (minutes; with DATA=ROOT, more of them, hours)
+bench: .venv/ready  ## benchmarks for a CPU, JSON in results/ (minutes; more of them with DATA=ROOT: hours)
 	mkdir -p results
 	$(BIN)/python benchmarks/memory.py --json results/memory.json
 	$(BIN)/python benchmarks/step.py --json results/step.json
@@ -44,5 +46,5 @@ ifdef DATA
 	$(BIN)/python benchmarks/parity.py --data $(DATA) --json results/parity.json
 endif
 
-bench-gpu: .venv/ready  ## every figure that wants a GPU, as JSON in results/ (9 minutes on a card of 40 GB or more, else 27); DATA=ROOT
-	$(BIN)/python benchmarks/gpu.py --out results $(if $(DATA),--data $(DATA))
+bench-gpu: .venv/ready  ## benchmarks for a GPU, JSON in results/ (9 minutes with 40 GB or more, else 27); DATA=ROOT
+	$(BIN)/python benchmarks/gpu.py --output results $(if $(DATA),--data $(DATA))

@@ -1,6 +1,6 @@
 """Train with two source trees and compare the results bit for bit: the check of a refactoring.
 
-    python benchmarks/compare_commits.py BEFORE AFTER [--only NAME ...] [--keep FOLDER]
+    python benchmarks/compare_commits.py BEFORE AFTER [--only NAME ...] [--output FOLDER]
 
 BEFORE and AFTER are checkouts, for example of `git worktree add`. Each run below is trained with
 both: every tensor and number in last.pt and best.pt must be equal, and so must the lines of
@@ -9,7 +9,6 @@ two are translated by the tables below; entries of checkpoints that were renamed
 content. Exits with 1 if anything differs.
 """
 
-import argparse
 import subprocess
 import sys
 import tempfile
@@ -18,13 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness import argument_parser
+from run_folders import golden, is_equal, leaf_differences, metrics_differences
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from tests import golden  # noqa: E402
-
-# Section and field, before and after. Spelt apart, so that a search for a key does not find them.
+# Section and field, before and after; without dots, so that a search for a key does not find them.
 KEYS = """
 average decay            ema decay
 mix share                mix images_per_draw
@@ -46,11 +42,13 @@ VALUES = {
     "objective": {"nothing": "suppress", "label": "mislead"},
     "interpolation": {"corners": "align_corners"},
 }
-TYPED = [tuple(line.split()) for line in KEYS.strip().splitlines()]
-BEFORE_TO_AFTER = {f"{a}.{b}": f"{c}.{d}" for a, b, c, d in TYPED}
+BEFORE_TO_AFTER = {
+    f"{a}.{b}": f"{c}.{d}" for a, b, c, d in map(str.split, KEYS.strip().splitlines())
+}
 AFTER_TO_BEFORE = {after: before for before, after in BEFORE_TO_AFTER.items()}
 
-SCHEMA = """
+# Prints the keys of the recipe.
+LIST_KEYS = """
 import importlib
 for module in ("schema", "recipe.schema"):
     try:
@@ -67,7 +65,7 @@ for field in fields(Recipe()):
 @dataclass(frozen=True)
 class Run:
     overrides: tuple[str, ...] = ()
-    micro_batch: int = 0  # groups that go through the network at once; 0: do not say
+    micro_batch: int = 0  # in groups; 0 leaves the option out
     options: tuple[str, ...] = ()
     processes: int = 1
     killed: bool = False
@@ -87,12 +85,12 @@ RUNS = {
     "timm": Run(("model.name=timm/resnet18", "data.size=64", "data.start_size=32")),
     "no-ema": Run(("average.decay=0", "model.name=cspresnext50", "log_every=3", "save_every=2")),
 }
-TIMM_HAS_NOT = ("model.width=", "model.norm_momentum=", "model.norm_eps=")
+UNKNOWN_TO_TIMM = ("model.width=", "model.norm_momentum=", "model.norm_eps=")
 
 
 @dataclass(frozen=True)
 class Tree:
-    """A checkout, and the names that it knows."""
+    """A checkout, with its recipe keys and options."""
 
     path: Path
     keys: frozenset[str]
@@ -100,18 +98,18 @@ class Tree:
 
     @classmethod
     def open(cls, path: Path) -> "Tree":
-        def ask(code: str) -> str:
+        def output_of(code: str) -> str:
             environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(path), "COLUMNS": "200"}
             command = [sys.executable, "-c", code, "--help"]
             return subprocess.run(
                 command, cwd=path, env=environment, check=True, capture_output=True, text=True
             ).stdout
 
-        text = ask("from cspnet.cli import main_train; main_train()")
-        return cls(path, frozenset(ask(SCHEMA).split()), text)
+        options = output_of("from cspnet.cli import main_train; main_train()")
+        return cls(path, frozenset(output_of(LIST_KEYS).split()), options)
 
     def override(self, text: str) -> str:
-        """An override with its key and value as this tree spells them."""
+        """The override with the names of this tree."""
         key, _, value = text.partition("=")
         if key not in self.keys:
             key = BEFORE_TO_AFTER.get(key) or AFTER_TO_BEFORE[key]
@@ -123,6 +121,7 @@ class Tree:
         return f"{key}={values.get(value, value)}"
 
     def micro_batch(self, groups: int, group: int) -> tuple[str, str]:
+        """The option for a micro-batch of that many groups."""
         if "--micro-batch" in self.options:
             return "--micro-batch", str(groups * group)
         return "--passes", str(groups)
@@ -130,7 +129,7 @@ class Tree:
     def train(self, run: Run, output: Path) -> None:
         overrides = [*golden.RECIPE, *run.overrides]
         if any(text.startswith("model.name=timm/") for text in overrides):
-            overrides = [text for text in overrides if not text.startswith(TIMM_HAS_NOT)]
+            overrides = [text for text in overrides if not text.startswith(UNKNOWN_TO_TIMM)]
         overrides = [self.override(text) for text in overrides]
         options = run.options
         if run.micro_batch:
@@ -143,36 +142,20 @@ class Tree:
         golden.train(self.path, output, overrides, options, run.processes)
 
 
-def is_equal(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return (
-            isinstance(other, torch.Tensor)
-            and one.dtype == other.dtype
-            and one.shape == other.shape
-            # As bytes: NaN equals NaN, and 0 is not -0.
-            and one.contiguous()
-            .view(-1)
-            .view(torch.uint8)
-            .equal(other.contiguous().view(-1).view(torch.uint8))
-        )
-    return type(one) is type(other) and one == other
+def numbers(file: Path) -> dict[str, Any]:
+    """Tensors and numbers of a checkpoint by path, without the format version."""
+    content = torch.load(file, map_location="cpu", weights_only=True)
+    return {
+        key: value
+        for key, value in golden.leaves(content).items()
+        if isinstance(value, torch.Tensor | int | float) and key != "format"
+    }
 
 
 def compare_checkpoints(before: Path, after: Path) -> list[str]:
     """Differences between the tensors and numbers of two checkpoints."""
-    entries = []
-    for file in (before, after):
-        found = golden.leaves(torch.load(file, map_location="cpu", weights_only=True))
-        entries.append(
-            {k: v for k, v in found.items() if isinstance(v, torch.Tensor | int | float)}
-        )
-    one, other = entries
-    one.pop("format", None), other.pop("format", None)
-    lines = [
-        f"{before.name}: {key} differs: {describe(one[key], other[key])}"
-        for key in one
-        if key in other and not is_equal(one[key], other[key])
-    ]
+    one, other = (numbers(file) for file in (before, after))
+    lines = leaf_differences(one, other, before.name)
     unpaired = {key: value for key, value in other.items() if key not in one}
     for key in [key for key in one if key not in other]:
         match = next((k for k, v in unpaired.items() if is_equal(one[key], v)), None)
@@ -183,44 +166,28 @@ def compare_checkpoints(before: Path, after: Path) -> list[str]:
     return lines + [f"{before.name}: {key} is new" for key in unpaired]
 
 
-def describe(one: Any, other: Any) -> str:
-    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
-        return f"{one} and {other}"
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return f"{one.dtype} {tuple(one.shape)} and {other.dtype} {tuple(other.shape)}"
-    distance = (one.double() - other.double()).norm() / one.double().norm()
-    return f"by {float(distance):.3g} of its norm"
-
-
 def compare(before: Path, after: Path) -> list[str]:
     """Differences between two run folders."""
     lines = []
     for name in ("last.pt", "best.pt"):
         lines += compare_checkpoints(before / "checkpoints" / name, after / "checkpoints" / name)
-    one, other = golden.metrics(before), golden.metrics(after)
-    if len(one) != len(other):
-        lines.append(f"metrics.jsonl: {len(one)} and {len(other)} lines")
-    for ours, theirs in zip(one, other, strict=False):
-        keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
-        place = f"metrics.jsonl: {ours['split']} at step {ours['step']}"
-        lines += [f"{place}: {key}: {ours.get(key)} and {theirs.get(key)}" for key in keys]
-    return lines
+    return lines + metrics_differences(before, after)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argument_parser(__doc__, device=False, json=False)
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="NAME")
-    parser.add_argument("--keep", type=Path, help="folder for the runs; the default is temporary")
-    arguments = parser.parse_args()
-    trees = [Tree.open(arguments.before.resolve()), Tree.open(arguments.after.resolve())]
+    parser.add_argument("--output", type=Path, help="folder for the runs; temporary by default")
+    options = parser.parse_args()
+    trees = [Tree.open(options.before.resolve()), Tree.open(options.after.resolve())]
     failed = 0
     with tempfile.TemporaryDirectory() as temporary:
-        for name in arguments.only:
+        for name in options.only:
             folders = []
             for side, tree in zip(("before", "after"), trees, strict=True):
-                folder = (arguments.keep or Path(temporary)).resolve() / side / name
+                folder = (options.output or Path(temporary)).resolve() / side / name
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 tree.train(RUNS[name], folder)
                 folders.append(folder)

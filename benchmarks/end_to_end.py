@@ -1,103 +1,115 @@
-"""Images/s of a run with its loader over those of the same run fed from memory, interleaved.
+"""Throughput of a run with its dataloader, relative to the same run fed from memory.
 
     python benchmarks/end_to_end.py --data data/imagenet [--recipe cspdarknet53-omega --json FILE]
 
-One run of the real loop. Its stream of images alternates: a window of steps from the loader, a
-window of steps that all take the same decoded group, which costs nothing. Where workers make groups
-ahead, a window from the loader comes in between that does not count: it uses up what they made
-while nobody asked. The record of the run has a line for each window; the first of each kind is
-dropped. The ratio tells what reading, decoding and handing over cost the run; 1 is nothing.
+One run of the real training loop whose stream of groups alternates: a window of steps from the
+dataloader, then a window of steps that reuse one decoded group. If workers prefetch, an additional
+window from the dataloader, which is not measured, uses up what they prefetched during the window
+from memory. A line of metrics covers one window; the first window of each kind is dropped. A ratio
+of 1 means that reading, decoding and copying cost the run nothing.
 """
 
-import argparse
-import json
-import statistics
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
-from pathlib import Path
 from unittest import mock
 
-from common import about, write
-from rich.console import Console
+from harness import (
+    Windows,
+    argument_parser,
+    new_record,
+    temporary_run,
+    training_metrics,
+    use_defaults,
+    write_record,
+)
 
 from cspnet.data.loader import Batch, TrainGroups, prefetch_factor, training_groups
-from cspnet.recipe import load as recipes
+from cspnet.recipe.load import find_recipe, load_recipe
 from cspnet.runtime.device import choose_workers, setup_device
-from cspnet.runtime.options import RunOptions
+from cspnet.runtime.signals import StopRequest
 from cspnet.train import loop
+from cspnet.train.start import start
 
 
-def alternating(window: int, real_ones: int) -> object:
-    """`training_groups` with, after some windows of steps, one of one group again and again."""
+def alternating_groups(window: int, loader_windows: int):
+    """A replacement for `training_groups` with windows of `window` steps.
 
-    def groups(source, recipe, start: int, workers: int, pin: bool, *how) -> Iterator[Batch]:
-        ahead = workers * prefetch_factor(recipe.groups, workers)
-        if ahead > window * recipe.groups:
+    `loader_windows` windows come from the dataloader, then one repeats a single group.
+    """
+
+    def groups(source, recipe, step: int, workers: int, pin: bool, *others) -> Generator[Batch]:
+        prefetched = workers * prefetch_factor(recipe.groups, workers)
+        if prefetched > window * recipe.groups:
             raise ValueError(
-                f"--window {window}: {workers} workers make more groups ahead, {ahead}"
+                f"--window {window}: must be longer than the {prefetched} groups that {workers} "
+                "workers prefetch"
             )
-        kept = TrainGroups(source, recipe)[0, 0]
+        repeated = TrainGroups(source, recipe)[0, 0]
         if pin:
-            kept = kept._replace(images=kept.images.pin_memory(), labels=kept.labels.pin_memory())
-        with closing(training_groups(source, recipe, start, workers, pin, *how)) as real:
+            images, labels = repeated.images.pin_memory(), repeated.labels.pin_memory()
+            repeated = repeated._replace(images=images, labels=labels)
+        with closing(training_groups(source, recipe, step, workers, pin, *others)) as loaded:
             while True:
-                for _ in range(real_ones * window * recipe.groups):
-                    yield next(real)
+                for _ in range(loader_windows * window * recipe.groups):
+                    yield next(loaded)
                 for _ in range(window * recipe.groups):
-                    yield kept
+                    yield repeated
 
     return groups
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", required=True)
+    parser = argument_parser(__doc__, data=True)
     parser.add_argument("--recipe", default="cspdarknet53-omega")
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--workers", type=int)
-    parser.add_argument("--window", type=int, help="steps; on a GPU 50, else 2")
-    parser.add_argument("--windows", type=int, default=4, help="of each kind, beside the first")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--window", type=int, help="steps per window: 2 on a CPU, else 50")
+    parser.add_argument("--windows", type=int, default=4, help="of each kind, after the first")
     parser.add_argument("overrides", nargs="*", help="of the recipe")
     options = parser.parse_args()
-    device = setup_device(options.device)
-    small = device.type == "cpu"
-    real_ones = 2 if choose_workers(options.workers, device) else 1
-    window = options.window or (2 if small else 50)
-    size = ["batch=16", "group=8"] if small else []
-    steps = (real_ones + 1) * window * (options.windows + 1)
-    given = [f"log_every={window}", f"schedule.steps={steps}", "save_every=1000000"]
-    recipe = recipes.load_recipe(
-        recipes.find_recipe(options.recipe), [*size, *given, *options.overrides], options.data
+    on_cpu = setup_device(options.device).type == "cpu"
+    use_defaults(options, on_cpu, window=(2, 50))
+    loader_windows = 2 if choose_workers(options.workers, setup_device(options.device)) else 1
+    period = loader_windows + 1
+    steps = period * options.window * (options.windows + 1)
+    recipe = load_recipe(
+        find_recipe(options.recipe),
+        [
+            *(["batch=16", "group=8"] if on_cpu else []),
+            *(f"log_every={options.window}", f"schedule.steps={steps}"),
+            *("save_every=1000000", "evaluate.every=1000000", *options.overrides),
+        ],
+        options.data,
     )
-    record = about(options)
-    with tempfile.TemporaryDirectory() as folder:
-        run_options = RunOptions(
-            Path(folder) / "run", device=options.device, workers=options.workers
-        )
-        with (
-            mock.patch.object(loop, "training_groups", alternating(window, real_ones)),
-            mock.patch.object(loop, "is_validation_due", lambda recipe, step: False),
-        ):
-            loop.train(recipe, run_options, Console(soft_wrap=True))
-        text = (run_options.output / "metrics.jsonl").read_text()
-    lines = [line for line in map(json.loads, text.splitlines()) if line["split"] == "train"]
-    kinds = {
-        "loader": lines[2 * real_ones :: real_ones + 1],
-        "memory": lines[2 * real_ones + 1 :: real_ones + 1],
+    record = new_record(options)
+    groups = alternating_groups(options.window, loader_windows)
+    with (
+        temporary_run(recipe, device=options.device, workers=options.workers) as run,
+        mock.patch.object(loop, "training_groups", groups),
+    ):
+        loop.train_loop(run, start(run), StopRequest())
+        lines = training_metrics(run)
+    measured = {
+        "loader": lines[2 * loader_windows :: period],
+        "memory": lines[2 * loader_windows + 1 :: period],
     }
-    speeds = {k: [line["images_per_second"] for line in of_it] for k, of_it in kinds.items()}
-    ratios = [a / b for a, b in zip(speeds["loader"], speeds["memory"], strict=True)]
-    wait = statistics.median(line["data_wait"] for line in kinds["loader"])
+    speeds = {
+        kind: Windows([line["images_per_second"] for line in kind_lines])
+        for kind, kind_lines in measured.items()
+    }
+    ratios = speeds["loader"].ratios_to(speeds["memory"])
+    data_wait = Windows([line["data_wait"] for line in measured["loader"]]).median
     for kind, windows in speeds.items():
-        low, high = min(windows), max(windows)
-        print(f"from the {kind}: {statistics.median(windows):.2f} images/s ({low:.2f}–{high:.2f})")
+        print(f"from the {kind}: {windows.median:.2f} images/s ({windows.spread()})")
     print(
-        f"ratio of neighbouring windows {statistics.median(ratios):.3f} "
-        f"({min(ratios):.3f}–{max(ratios):.3f}); {100 * wait:.1f} % of the time waiting for data"
+        f"ratio of neighbouring windows {ratios.median:.3f} ({ratios.spread(3)}); "
+        f"{100 * data_wait:.1f} % of the time spent waiting for data"
     )
-    write(options.json, {**record, "images_per_second": speeds, "ratios": ratios, "wait": wait})
+    record |= {
+        "images_per_second": {kind: windows.values for kind, windows in speeds.items()},
+        "ratios": ratios.values,
+        "data_wait": data_wait,
+    }
+    write_record(options.json, record)
 
 
 if __name__ == "__main__":

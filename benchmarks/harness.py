@@ -12,7 +12,8 @@ import os
 import platform
 import random
 import statistics
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -21,14 +22,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 
+from cspnet.recipe.schema import Recipe
+from cspnet.runtime.options import RunOptions
+from cspnet.train.setup import Run, prepare
+
+ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("cspnet", "torch", "torchvision", "timm", "pillow", "opencv-python-headless", "numpy")
 
 
 def argument_parser(
-    doc: str, *, device: bool = True, precision: tuple[str, ...] = (), data: bool = False
+    doc: str,
+    *,
+    device: bool = True,
+    precision: tuple[str, ...] = (),
+    data: bool = False,
+    json: bool = True,
 ) -> argparse.ArgumentParser:
-    """A parser with --json, and where asked for --device, --precision and a required --data."""
+    """A parser with the requested ones of --device, --precision, --data (required) and --json."""
     parser = argparse.ArgumentParser(
         description=doc.partition("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -38,7 +50,8 @@ def argument_parser(
         parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     if precision:
         parser.add_argument("--precision", default="auto", choices=("auto", *precision))
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    if json:
+        parser.add_argument("--json", type=Path, help="write all figures to this file")
     return parser
 
 
@@ -121,6 +134,28 @@ class RepeatedSource:
 
     def name(self, index: int) -> str:
         return self._source.name(index % len(self._source))
+
+
+@contextlib.contextmanager
+def temporary_run(recipe: Recipe, **options: Any) -> Iterator[Run]:
+    """Set up a run in a temporary folder, with a validation set of one image.
+
+    `options` are those of RunOptions, apart from the folder.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        yield prepare(
+            recipe,
+            RunOptions(Path(folder) / "run", **options),
+            Console(quiet=True),
+            list_data=False,
+            select_val=lambda source: RepeatedSource(source, 1),
+        )
+
+
+def training_metrics(run: Run) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl about training steps."""
+    lines = map(json.loads, run.folder.metrics_file.read_text().splitlines())
+    return [line for line in lines if line["split"] == "train"]
 
 
 def synchronizer(device: torch.device) -> Callable[[], None]:

@@ -56,7 +56,7 @@ def measure(nets: dict[str, nn.Module], images: torch.Tensor, options) -> dict[s
     synchronize = synchronizer(images.device)
 
     def time_calls(net: nn.Module, calls: int) -> float:
-        """Seconds of so many calls."""
+        """Duration in seconds of `calls` calls."""
         synchronize()
         start = time.perf_counter()
         for _ in range(calls):

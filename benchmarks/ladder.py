@@ -20,31 +20,31 @@ from harness import argument_parser, new_record, write_record
 RUNGS = ("plain", "gamma", "omega", "sat")
 
 
-def overrides(arguments: argparse.Namespace, seed: int) -> list[str]:
-    """Overrides that shrink the published recipes, the same for each of them."""
+def overrides(options: argparse.Namespace, seed: int) -> list[str]:
+    """Overrides that shrink the published recipes, the same for all."""
     return [
-        f"data.image_size={arguments.size}",
-        f"model.width={arguments.width}",
-        f"schedule.steps={arguments.steps}",
-        f"schedule.warmup_steps={arguments.steps // 10}",
-        f"evaluate.every={arguments.steps}",
+        f"data.image_size={options.size}",
+        f"model.width={options.width}",
+        f"schedule.steps={options.steps}",
+        f"schedule.warmup_steps={options.steps // 10}",
+        f"evaluate.every={options.steps}",
         "save_every=100",
         "log_every=20",
         f"seed={seed}",
     ]
 
 
-def run(rung: str, seed: int, arguments: argparse.Namespace) -> None:
-    folder = arguments.output / f"{rung}-{seed}"
+def run(rung: str, seed: int, options: argparse.Namespace) -> None:
+    folder = options.output / f"{rung}-{seed}"
     command = [
         *(sys.executable, "-c", "from cspnet.cli import main_train as m; m()"),
-        *("--recipe", f"cspdarknet53-{rung}", "--data", arguments.data, "--output", str(folder)),
-        *("--resume", "--device", arguments.device, "--workers", str(arguments.workers)),
-        *overrides(arguments, seed),
+        *("--recipe", f"cspdarknet53-{rung}", "--data", options.data, "--output", str(folder)),
+        *("--resume", "--device", options.device, "--workers", str(options.workers)),
+        *overrides(options, seed),
     ]
-    threads = {"OMP_NUM_THREADS": "1"} if arguments.device == "cpu" else {}
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    with open(arguments.output / f"{rung}-{seed}.log", "a") as log:
+    threads = {"OMP_NUM_THREADS": "1"} if options.device == "cpu" else {}
+    options.output.mkdir(parents=True, exist_ok=True)
+    with open(options.output / f"{rung}-{seed}.log", "a") as log:
         subprocess.run(command, check=True, stdout=log, stderr=log, env={**os.environ, **threads})
 
 
@@ -63,19 +63,19 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="parallel runs")
     parser.add_argument("--output", type=Path, default=Path("runs/ladder"))
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     # Seed by seed, so that an unfinished ablation already compares all recipes.
-    tasks = [(rung, seed) for seed in range(arguments.seeds) for rung in RUNGS]
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(lambda task: run(*task, arguments), tasks))
+    tasks = [(rung, seed) for seed in range(options.seeds) for rung in RUNGS]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(lambda task: run(*task, options), tasks))
     table = {}
     for rung in RUNGS:
-        top1 = [last_top1(arguments.output / f"{rung}-{s}") for s in range(arguments.seeds)]
+        top1 = [last_top1(options.output / f"{rung}-{s}") for s in range(options.seeds)]
         spread = statistics.stdev(top1) if len(top1) > 1 else 0.0
         table[rung] = {"top1": top1, "mean": statistics.mean(top1), "stdev": spread}
         print(f"{rung:6} {statistics.mean(top1):6.2f} ± {spread:.2f} %   {top1}")
-    record = new_record(arguments) | {"rungs": table}
-    write_record(arguments.json or arguments.output / "ladder.json", record)
+    record = new_record(options) | {"rungs": table}
+    write_record(options.json or options.output / "ladder.json", record)
 
 
 if __name__ == "__main__":

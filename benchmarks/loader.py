@@ -1,78 +1,67 @@
-"""Loading ours, timm's and torchvision's way: finished crops a second from the same files.
+"""Dataloaders of cspnet, timm and torchvision: crops per second from the same files.
 
     python benchmarks/loader.py --data data/imagenet [--workers 2 --seconds 6 --rounds 4]
 
-Each pipeline ends with a batch in the main process, decoded, cropped and flipped, ready to go to a
-device. Windows of all pipelines follow each other in random order, round by round; each starts its
-workers anew and is timed once what they had made ahead is used up, and the first round is dropped.
-Ratios are of windows of one round. Beside the clock stands the processor time of all processes for
-a crop, which other programs on the machine disturb far less.
+Each pipeline ends with a batch in the main process: decoded, cropped, flipped and ready for the
+device. Each window starts new workers and is timed once the prefetched batches are used up. The
+order of the pipelines is random in each round, and the first round is dropped. The CPU time per
+crop, of all processes, depends less on other programs than the throughput does.
 """
 
-import argparse
 import contextlib
 import multiprocessing
 import os
-import random
-import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import PIL.Image
 import timm.data
 import torch
 import torchvision.io
-from common import about, write
+from harness import (
+    RepeatedSource,
+    Windows,
+    argument_parser,
+    interleave,
+    new_record,
+    write_record,
+)
 from torchvision.transforms import v2
 
 from cspnet.data.loader import evaluation_batches, training_groups
 from cspnet.images import decode
-from cspnet.recipe import load as recipes
+from cspnet.recipe.load import find_recipe, load_recipe
 from cspnet.recipe.schema import Evaluate
 from cspnet.sources.data_root import DataRoot
 from cspnet.sources.folder import Folder
 
-ENDLESS = 100_000  # images, by repetition: no pipeline comes to the end of an epoch in a window
-CROP = 0.887  # timm's for cspdarknet53
-OURS = "ours"
+ENDLESS = 100_000  # images, by repetition: no epoch ends within a window
+CROP_PCT = 0.887  # timm's default for cspdarknet53
 CPU = torch.device("cpu")
-AHEAD = 12  # batches before a window begins: more than any pipeline makes ahead
+AHEAD = 12  # batches before a window; more than any pipeline prefetches
+
+Batches = Callable[[int], Iterator]  # from a number of workers; a batch is (images, labels, ...)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Pipeline:
-    name: str
-    does: str
-    batches: Callable[[int], Iterator]  # by the number of workers; labels are a batch's second part
-    rates: list[float] = field(default_factory=list)  # crops/s, a window each
-    costs: list[float] = field(default_factory=list)  # ms of processor time for a crop
+    description: str
+    batches: Batches
 
 
-class Repeated:
-    """A source of ours, again and again."""
-
-    def __init__(self, source: Folder):
-        self.source, self.classes = source, source.classes
-        self.labels = np.resize(source.labels, ENDLESS)
-
-    def __len__(self) -> int:
-        return ENDLESS
-
-    def read(self, index: int) -> tuple[bytes, int]:
-        return self.source.read(index % len(self.source))
-
-    def name(self, index: int) -> str:
-        return self.source.name(index % len(self.source))
+class Window(NamedTuple):
+    rate: float  # crops/s
+    cpu_ms: float  # per crop, of all processes
 
 
-class Tensors(torch.utils.data.Dataset):
-    """torchvision's way: libjpeg-turbo into a tensor, transforms of tensors."""
+class TensorDataset(torch.utils.data.Dataset):
+    """torchvision's way: libjpeg-turbo decodes into a tensor, transforms of tensors follow."""
 
-    def __init__(self, source: Folder, transform):
+    def __init__(self, source: Folder, transform: v2.Transform):
         self.source, self.transform = source, transform
 
     def __len__(self) -> int:
@@ -85,20 +74,21 @@ class Tensors(torch.utils.data.Dataset):
         return self.transform(image), int(self.source.labels[index])
 
 
-def ours(source: Folder, batch: int, size: int, *overrides: str) -> Callable[[int], Iterator]:
-    small = [f"batch={4 * batch}", f"group={batch}", f"data.image_size={size}", *overrides]
-    recipe = recipes.load_recipe(recipes.find_recipe("cspdarknet53-omega"), small)
+def cspnet_training(source: Folder, batch: int, size: int, *overrides: str) -> Batches:
+    sizes = [f"batch={4 * batch}", f"group={batch}", f"data.image_size={size}"]
+    recipe = load_recipe(find_recipe("cspdarknet53-omega"), [*sizes, *overrides])
     return lambda workers: training_groups(source, recipe, 0, workers, pin=False)
 
 
-def ours_for_validation(source, batch: int, size: int, how: Evaluate) -> Callable[[int], Iterator]:
-    return lambda workers: evaluation_batches(Repeated(source), batch, size, how, workers, False)
+def cspnet_validation(source: Folder, batch: int, size: int, how: Evaluate) -> Batches:
+    repeated = RepeatedSource(source, ENDLESS)
+    return lambda workers: evaluation_batches(repeated, batch, size, how, workers, pin=False)
 
 
-def timms(
-    folder: Path, batch: int, size: int, train: bool, on_device: bool = False, **options
-) -> Callable[[int], Iterator]:
-    """timm's loader; without its last stage, which makes normalised floats on the device."""
+def timm_batches(
+    folder: Path, batch: int, size: int, train: bool, normalized: bool = False, **options
+) -> Batches:
+    """timm's loader, without its last stage unless `normalized`, which returns float32."""
 
     def batches(workers: int) -> Iterator:
         dataset = timm.data.ImageDataset(str(folder))
@@ -113,234 +103,209 @@ def timms(
             device=CPU,
             **options,
         )
-        yield from loader if on_device else loader.loader
+        yield from loader if normalized else loader.loader
 
     return batches
 
 
-def torchvisions(
+def torchvision_batches(
     source: Folder, batch: int, train: bool, transform: v2.Transform
-) -> Callable[[int], Iterator]:
+) -> Batches:
     def batches(workers: int) -> Iterator:
         yield from torch.utils.data.DataLoader(
-            Tensors(source, transform), batch, shuffle=train, num_workers=workers
+            TensorDataset(source, transform), batch, shuffle=train, num_workers=workers
         )
 
     return batches
 
 
-def of_training(root: str, batch: int, size: int) -> list[Pipeline]:
+def training_pipelines(root: str, batch: int, size: int) -> dict[str, Pipeline]:
+    """Pipelines by name; cspnet's is the first."""
     folder = DataRoot(root).train_folder
     source = Folder(folder)
-    flip = "RandomResizedCrop, flip"
-    tensors = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
-    return [
-        Pipeline(
-            OURS,
+    crop = "RandomResizedCrop, flip"
+    transform = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
+    return {
+        "cspnet": Pipeline(
             "OpenCV, recipe omega: scale, aspect, rotation, crop, flip in one warp → uint8",
-            ours(source, batch, size),
+            cspnet_training(source, batch, size),
         ),
-        Pipeline(
-            "ours, reduced_decode",
-            "the same, JPEGs reduced by libjpeg where the view shrinks them by 2 or more → uint8",
-            ours(source, batch, size, "data.reduced_decode=true"),
+        "cspnet, reduced decode": Pipeline(
+            "the same with data.reduced_decode=true → uint8",
+            cspnet_training(source, batch, size, "data.reduced_decode=true"),
         ),
-        Pipeline(
-            "timm",
-            f"timm's defaults: PIL, {flip}, colour jitter 0.4 → uint8",
-            timms(folder, batch, size, True),
+        "timm": Pipeline(
+            f"timm's defaults: PIL, {crop}, colour jitter 0.4 → uint8",
+            timm_batches(folder, batch, size, True),
         ),
-        Pipeline(
-            "timm, no jitter",
-            f"PIL, {flip} → uint8: as ours, which leaves colour to the device",
-            timms(folder, batch, size, True, color_jitter=None),
+        "timm, no jitter": Pipeline(
+            f"PIL, {crop} → uint8; comparable to cspnet, which changes colours on the device",
+            timm_batches(folder, batch, size, True, color_jitter=None),
         ),
-        Pipeline(
-            "timm, to the end",
-            "timm's defaults and its last stage here on the CPU → normalised float32",
-            timms(folder, batch, size, True, on_device=True),
+        "timm, normalized": Pipeline(
+            "timm's defaults and its last stage on the CPU → normalized float32",
+            timm_batches(folder, batch, size, True, normalized=True),
         ),
-        Pipeline(
-            "torchvision v2",
-            f"decode_jpeg, {flip} of tensors → uint8",
-            torchvisions(source, batch, True, tensors),
+        "torchvision v2": Pipeline(
+            f"decode_jpeg, {crop} of tensors → uint8",
+            torchvision_batches(source, batch, True, transform),
         ),
-    ]
+    }
 
 
-def of_validation(root: str, batch: int, size: int) -> list[Pipeline]:
+def validation_pipelines(root: str, batch: int, size: int) -> dict[str, Pipeline]:
+    """Pipelines by name; cspnet's is the first."""
     folder = DataRoot(root).val_folder
     source = Folder(folder)
-    view = f"shorter side to {int(size / CROP)}, antialiased, central {size}²"
-    tensors = v2.Compose([v2.Resize(int(size / CROP), antialias=True), v2.CenterCrop(size)])
-    antialias = Evaluate(crop_pct=CROP, interpolation="antialias")
-    return [
-        Pipeline(
-            OURS,
+    resized = int(size / CROP_PCT)
+    view = f"shorter side to {resized}, antialiased, central {size}²"
+    transform = v2.Compose([v2.Resize(resized, antialias=True), v2.CenterCrop(size)])
+    antialiased = Evaluate(crop_pct=CROP_PCT, interpolation="antialias")
+    timm_view = {"crop_pct": CROP_PCT, "interpolation": "bilinear"}
+    return {
+        "cspnet": Pipeline(
             f"OpenCV, torch's resize; {view} → uint8",
-            ours_for_validation(source, batch, size, antialias),
+            cspnet_validation(source, batch, size, antialiased),
         ),
-        Pipeline(
-            "ours, Darknet's view",
+        "cspnet, Darknet's view": Pipeline(
             f"OpenCV; shorter side to {size}, corner-aligned, central {size}² → uint8",
-            ours_for_validation(source, batch, size, Evaluate()),
+            cspnet_validation(source, batch, size, Evaluate()),
         ),
-        Pipeline(
-            "timm",
-            f"PIL; {view} → uint8",
-            timms(folder, batch, size, False, crop_pct=CROP, interpolation="bilinear"),
+        "timm": Pipeline(
+            f"PIL; {view} → uint8", timm_batches(folder, batch, size, False, **timm_view)
         ),
-        Pipeline(
-            "torchvision v2",
-            f"decode_jpeg; {view} → uint8",
-            torchvisions(source, batch, False, tensors),
+        "torchvision v2": Pipeline(
+            f"decode_jpeg; {view} → uint8", torchvision_batches(source, batch, False, transform)
         ),
-    ]
+    }
 
 
-def window(pipeline: Pipeline, workers: int, seconds: float) -> None:
-    """Times a pipeline of its own workers, once it is under way."""
+def time_window(pipeline: Pipeline, workers: int, seconds: float) -> Window:
+    """Time a pipeline with new workers, after the batches that they prefetch."""
     with contextlib.closing(pipeline.batches(workers)) as batches:
         for _ in islice(batches, AHEAD):
             pass
-        crops = 0
-        before, start = processor_seconds(), time.perf_counter()
-        while (passed := time.perf_counter() - start) < seconds:
+        crops, cpu, start = 0, cpu_seconds(), time.perf_counter()
+        while (elapsed := time.perf_counter() - start) < seconds:
             crops += len(next(batches)[1])
-        spent = processor_seconds() - before
-    pipeline.rates.append(crops / passed)
-    pipeline.costs.append(1000 * spent / crops)
+        cpu = cpu_seconds() - cpu
+    return Window(crops / elapsed, 1000 * cpu / crops)
 
 
-def processor_seconds() -> float:
-    """Of this process and of its workers, so far."""
+def cpu_seconds() -> float:
+    """CPU time of this process and its workers until now."""
     ticks = 0
     for child in multiprocessing.active_children():
         fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])  # in user mode, in the kernel
+        ticks += int(fields[11]) + int(fields[12])  # user and system time
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
-def measure(pipelines: list[Pipeline], workers: int, seconds: float, rounds: int) -> None:
-    """Rounds of a window each, in random order; the first round is dropped."""
-    for number in range(rounds + 1):
-        for pipeline in random.sample(pipelines, len(pipelines)):
-            window(pipeline, workers, seconds)
-        if not number:
-            for pipeline in pipelines:
-                pipeline.rates.clear(), pipeline.costs.clear()
+def decodes_per_crop(pipeline: Pipeline) -> float:
+    """Images decoded per crop, counted in this process."""
+    functions = ((decode.cv2, "imdecode"), (PIL.Image, "open"), (torchvision.io, "decode_jpeg"))
+    count = 0
 
-
-def decodes(pipeline: Pipeline) -> float:
-    """Images decoded for a crop, counted in this process."""
-    places = ((decode.cv2, "imdecode"), (PIL.Image, "open"), (torchvision.io, "decode_jpeg"))
-    counted = 0
-
-    def counting(function: Callable) -> Callable:
+    def counted(function: Callable) -> Callable:
         def call(*arguments, **options):
-            nonlocal counted
-            counted += 1
+            nonlocal count
+            count += 1
             return function(*arguments, **options)
 
         return call
 
-    originals = [getattr(*place) for place in places]
+    originals = [getattr(module, name) for module, name in functions]
     try:
-        for place, original in zip(places, originals, strict=True):
-            setattr(*place, counting(original))
+        for (module, name), original in zip(functions, originals, strict=True):
+            setattr(module, name, counted(original))
         with contextlib.closing(pipeline.batches(0)) as batches:
-            next(batches)  # what is made ahead of it does not count
-            counted = 0
-            crops = sum(len(loaded[1]) for loaded in islice(batches, 4))
+            next(batches)  # includes what is decoded ahead
+            count = 0
+            crops = sum(len(batch[1]) for batch in islice(batches, 4))
     finally:
-        for place, original in zip(places, originals, strict=True):
-            setattr(*place, original)
-    return counted / crops
+        for (module, name), original in zip(functions, originals, strict=True):
+            setattr(module, name, original)
+    return count / crops
 
 
-def growth(source: Folder, batch: int, size: int, workers: int, epochs: int) -> list[list[float]]:
-    """MB that each worker of ours holds by itself after each epoch; shared pages count in part."""
-    with contextlib.closing(ours(source, batch, size)(workers)) as batches:
-        held = []
+def worker_memory(
+    source: Folder, batch: int, size: int, workers: int, epochs: int
+) -> list[list[float]]:
+    """Memory of each worker of cspnet after each epoch: PSS in MB, which divides shared pages."""
+    memory = []
+    with contextlib.closing(cspnet_training(source, batch, size)(workers)) as batches:
         for _ in range(epochs):
             for _ in islice(batches, -(-len(source) // batch)):
                 pass
-            rollups = [
-                Path(f"/proc/{child.pid}/smaps_rollup").read_text()
-                for child in multiprocessing.active_children()
-            ]
-            pss = [next(r for r in text.splitlines() if r[:4] == "Pss:") for text in rollups]
-            held.append([int(line.split()[1]) / 1024 for line in pss])
-    return held
+            memory.append([pss_mb(child.pid) for child in multiprocessing.active_children()])
+    return memory
 
 
-def table(title: str, pipelines: list[Pipeline]) -> list[dict]:
-    """Prints the medians of each pipeline and what ours is to it; the same as records."""
+def pss_mb(process: int | None) -> float:
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+
+
+def summarize(pipelines: dict[str, Pipeline], windows: dict[str, list[Window]]) -> list[dict]:
+    """Print a line per pipeline; return the figures."""
+    rates = {name: Windows([window.rate for window in windows[name]]) for name in pipelines}
+    costs = {name: Windows([window.cpu_ms for window in windows[name]]) for name in pipelines}
     records = []
-    print(f"\n{title}")
-    print(f"{'':22}{'crops/s':>8} {'min–max':>13} {'CPU ms':>7} {'decodes':>8}   ours to it: CPU")
-    for pipeline in pipelines:
-        first = pipelines[0]
-        ratios = [a / b for a, b in zip(first.rates, pipeline.rates, strict=True)]
-        cheaper = [b / a for a, b in zip(first.costs, pipeline.costs, strict=True)]
+    print(f"{'':24}{'crops/s':>8} {'range':>13} {'CPU ms':>7} {'decodes':>8}   cspnet vs. it: CPU")
+    for name, pipeline in pipelines.items():
+        faster = rates["cspnet"].ratios_to(rates[name])
+        cheaper = costs[name].ratios_to(costs["cspnet"])
         record = {
-            "name": pipeline.name,
-            "does": pipeline.does,
-            "crops_per_second": pipeline.rates,
-            "cpu_ms_per_crop": pipeline.costs,
-            "decodes_per_crop": decodes(pipeline),
-            "ours_times_faster": ratios,
-            "ours_times_less_cpu": cheaper,
+            "name": name,
+            "description": pipeline.description,
+            "crops_per_second": rates[name].values,
+            "cpu_ms_per_crop": costs[name].values,
+            "decodes_per_crop": decodes_per_crop(pipeline),
+            "cspnet_times_faster": faster.values,
+            "cspnet_times_less_cpu": cheaper.values,
         }
         records.append(record)
-        rate, cost = statistics.median(pipeline.rates), statistics.median(pipeline.costs)
-        spread = f"{min(pipeline.rates):.0f}–{max(pipeline.rates):.0f}"
         print(
-            f"{pipeline.name:22}{rate:8.0f} {spread:>13} {cost:7.2f} "
-            f"{record['decodes_per_crop']:8.2f}   {statistics.median(ratios):.2f}× "
-            f"({min(ratios):.2f}–{max(ratios):.2f}), {statistics.median(cheaper):.2f}×"
+            f"{name:24}{rates[name].median:8.0f} {rates[name].spread(0):>13} "
+            f"{costs[name].median:7.2f} {record['decodes_per_crop']:8.2f}   "
+            f"{faster.median:.2f}× ({faster.spread()}), {cheaper.median:.2f}×"
         )
-    for pipeline in pipelines:
-        print(f"  {pipeline.name}: {pipeline.does}")
+    for name, pipeline in pipelines.items():
+        print(f"  {name}: {pipeline.description}")
     return records
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, help="folder with train/ and val/")
+    parser = argument_parser(__doc__, device=False, data=True)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=32, help="images that are handed over at once")
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--seconds", type=float, default=6, help="of a window")
-    parser.add_argument("--rounds", type=int, default=4, help="beside the first, which is dropped")
-    parser.add_argument(
-        "--epochs", type=int, default=5, help="in which the workers' memory is read"
-    )
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    arguments = parser.parse_args()
-    root, batch, size, workers = (
-        *(arguments.data, arguments.batch),
-        *(arguments.size, arguments.workers),
-    )
-    load = os.getloadavg()
-    record = about(arguments)
-    print(
-        f"{record['machine']}; {workers} workers, batches of {batch}, {size}²; load {load[0]:.1f}"
-    )
+    parser.add_argument("--seconds", type=float, default=6, help="length of a window")
+    parser.add_argument("--rounds", type=int, default=4, help="after one dropped round")
+    parser.add_argument("--epochs", type=int, default=5, help="after which memory is measured")
+    options = parser.parse_args()
+    root, batch, size, workers = options.data, options.batch, options.size, options.workers
+    record = new_record(options)
+    print(f"{record['machine']}; {workers} workers, batch {batch}, {size}²; load {record['load']}")
     for kind, pipelines in (
-        ("training", of_training(root, batch, size)),
-        ("validation", of_validation(root, batch, size)),
+        ("training", training_pipelines(root, batch, size)),
+        ("validation", validation_pipelines(root, batch, size)),
     ):
-        measure(pipelines, workers, arguments.seconds, arguments.rounds)
-        record[kind] = table(f"{kind}, medians of {arguments.rounds} windows", pipelines)
+        variants = {
+            name: lambda pipeline=pipeline: time_window(pipeline, workers, options.seconds)
+            for name, pipeline in pipelines.items()
+        }
+        windows = interleave(variants, options.rounds, dropped=1, shuffle=True)
+        print(f"\n{kind}, medians of {options.rounds} windows")
+        record[kind] = summarize(pipelines, windows)
     source = Folder(DataRoot(root).train_folder)
-    record["workers_mb"] = growth(source, batch, size, workers, arguments.epochs)
-    print(f"\nmemory of our workers after each epoch of {len(source):,} images, MB (PSS):")
-    for held in record["workers_mb"]:
-        print("  " + "  ".join(f"{megabytes:.1f}" for megabytes in held))
-    record["load_before_and_after"] = [load, os.getloadavg()]
-    print(f"load of the machine, before and after: {load[0]:.1f}, {os.getloadavg()[0]:.1f}")
-    write(arguments.json, record)
+    record["workers_mb"] = worker_memory(source, batch, size, workers, options.epochs)
+    print(f"\nmemory of cspnet's workers after each epoch of {len(source):,} images, MB (PSS):")
+    for memory in record["workers_mb"]:
+        print("  " + "  ".join(f"{megabytes:.1f}" for megabytes in memory))
+    record["load_after"] = round(os.getloadavg()[0], 2)
+    print(f"load average before and after: {record['load']}, {record['load_after']}")
+    write_record(options.json, record)
 
 
 if __name__ == "__main__":

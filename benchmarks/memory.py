@@ -60,7 +60,7 @@ def compiled(
 
 
 def saved_bytes(forward: torch.fx.GraphModule, outputs: int, image_shape: tuple[int, ...]) -> int:
-    """Bytes of image-dependent tensors that a forward graph returns beside its `outputs`."""
+    """Bytes of image-dependent tensors that a forward graph returns in addition to its outputs."""
     dependent, storages = set(), {}
     for node in forward.graph.nodes:
         is_input = node.op == "placeholder" and tuple(node.meta["val"].shape) == image_shape
@@ -87,10 +87,10 @@ def main() -> None:
     options = parser.parse_args()
     start = time.perf_counter()
 
-    def ours() -> nn.Module:
+    def build_cspnet() -> nn.Module:
         return create(options.net, group=options.group)
 
-    def timms() -> nn.Module:
+    def build_timm() -> nn.Module:
         return timm.create_model(options.net, act_layer="mish")
 
     names = {budget: name for name, budget in ACTIVATION_BUDGETS.items()}
@@ -105,16 +105,21 @@ def main() -> None:
 
     print(f"{options.net}, {options.size}×{options.size}, MB (10^6 bytes) per image")
     one, several = options.group, options.group * options.groups
-    add("timm", "eager", 1, eager_activation_bytes(timms, one, options.size))
+    add("timm", "eager", 1, eager_activation_bytes(build_timm, one, options.size))
     # A single group equals the micro-batch, so no group size is set.
     add(
         "cspnet", "eager", 1, eager_activation_bytes(lambda: create(options.net), one, options.size)
     )
-    add("cspnet", "eager", options.groups, eager_activation_bytes(ours, several, options.size))
+    add(
+        "cspnet",
+        "eager",
+        options.groups,
+        eager_activation_bytes(build_cspnet, several, options.size),
+    )
     for net, build, images, budgets_of_net in (
-        ("timm", timms, one, [1.0]),
-        ("cspnet", ours, one, budgets),
-        ("cspnet", ours, several, budgets),
+        ("timm", build_timm, one, [1.0]),
+        ("cspnet", build_cspnet, one, budgets),
+        ("cspnet", build_cspnet, several, budgets),
     ):
         results = compiled(build, images, options.size, budgets_of_net, options.device)
         for budget, (bytes_saved, recomputed) in zip(budgets_of_net, results, strict=True):

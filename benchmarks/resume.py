@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/resume.py [--images 100000000 --rounds 7 --json FILE]
 
 The embedded digits and a tiny network on a CPU with two workers, so that the time to the first step
-dominates. The checkpoint of an early step (`near`) is also rewritten with a step number that many
-images later (`far`). Kinds are interleaved. Then the images decoded until the end of the first step
-are counted once per kind, including those that workers prefetch.
+dominates. The checkpoint of an early step (`near`) is also rewritten with a step number --images
+later (`far`). Kinds are interleaved. Then the images decoded until the end of the first step are
+counted once per kind, including those that workers prefetch.
 """
 
 import os
@@ -17,11 +17,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from harness import argument_parser, new_record, write_record
+from harness import ROOT, argument_parser, new_record, write_record
 
 from cspnet.run.checkpoint import load_checkpoint, write_checkpoint
 
-ROOT = Path(__file__).parent.parent
 BATCH, GROUP = 16, 8
 KINDS = ("fresh", "near", "far")
 
@@ -45,7 +44,7 @@ main_train()
 
 
 def train(folder: Path, images: int, workers: int, notes: str = "") -> subprocess.Popen:
-    """Start `cspnet-train --resume` of a run of twice so many images."""
+    """Start `cspnet-train --resume` of a run over twice that many images."""
     never = images  # more steps than the run has
     overrides = [
         *(f"batch={BATCH}", f"group={GROUP}", "model.width=0.125", "mix.probability=0.5"),
@@ -127,25 +126,25 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=100_000_000, help="before the resumed step")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--workers", type=int, default=2)
-    arguments = parser.parse_args()
-    images = arguments.images
+    options = parser.parse_args()
+    images = options.images
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         folders = prepare(folder, images)
         seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
         first: dict[str, int] = {}
-        for number in range(arguments.rounds):
+        for number in range(options.rounds):
             # Rotate the order, so that no kind always follows the same one.
             for kind in KINDS[number % 3 :] + KINDS[: number % 3]:
                 run = folders.get(kind, folder / f"fresh-{number}")
-                taken, first[kind] = measure(run, images, arguments.workers)
+                taken, first[kind] = measure(run, images, options.workers)
                 seconds[kind].append(taken)
         counts = {
             kind: {
                 str(workers): decoded(
                     folders.get(kind, folder / f"fresh-w{workers}"), images, workers
                 )
-                for workers in (0, arguments.workers)
+                for workers in (0, options.workers)
             }
             for kind in KINDS
         }
@@ -161,13 +160,13 @@ def main() -> None:
             f"{kind:5} {first[kind]:11,} {statistics.median(seconds[kind]):6.2f} s "
             f"{min(seconds[kind]):5.2f} .. {max(seconds[kind]):4.2f}   {counted}"
         )
-    record = new_record(arguments) | {
+    record = new_record(options) | {
         "seconds": seconds,
         "median": {kind: statistics.median(values) for kind, values in seconds.items()},
         "first_step": first,
         "decoded": counts,
     }
-    write_record(arguments.json, record)
+    write_record(options.json, record)
 
 
 if __name__ == "__main__":

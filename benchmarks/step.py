@@ -1,95 +1,102 @@
-"""Images/s of a training step: ours against timm's, eager and compiled, interleaved in one run.
+"""Images per second of a training step: cspnet against timm, eager and compiled, interleaved.
 
-    python benchmarks/step.py [--variants ours timm ours-compiled timm-compiled] [--json FILE]
+    python benchmarks/step.py [--variants cspnet timm cspnet-compiled timm-compiled] [--json FILE]
 
-On a GPU at the recipe's size, on a CPU at a small one. Both train cspdarknet53 with Mish on random
-uint8 images that lie on the device: normalisation, forward, soft-target cross-entropy, backward,
-SGD with momentum, channels-last, the same precision and loss scaling, the same batch. Ours is the
-recipe's step (groups, no wait of the host); timm's is that of its train.py (one BatchNorm over the
-batch, GradScaler, `loss.item()` at each step). Windows of the variants follow each other in turns;
-the median of the windows is what counts.
+Both train cspdarknet53 with Mish on the same random uint8 images on the device: normalization,
+forward pass, soft-target cross-entropy, backward pass, SGD with momentum, channels-last, with the
+same precision, loss scaling and batch. cspnet's step is that of a run (ghost batches, the host
+never waits); timm's is that of its train.py (BatchNorm over the whole batch, `loss.item()` in each
+step). The default sizes are those of the recipe on a GPU and smaller on a CPU.
 """
 
-import argparse
-import statistics
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
+from typing import Any
 
 import timm
 import torch
-from common import about, write
+from harness import (
+    RepeatedSource,
+    Windows,
+    argument_parser,
+    interleave,
+    new_record,
+    synchronizer,
+    temporary_run,
+    use_defaults,
+    write_record,
+)
 from timm.optim import create_optimizer_v2
 from timm.utils import NativeScaler
 
-from cspnet.data.augment import IMAGENET_MEAN, IMAGENET_STD, normalize
-from cspnet.recipe import load as recipes
-from cspnet.recipe.schedule import learning_rate
-from cspnet.runtime.device import Precision, choose_precision, setup_device
+from cspnet.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from cspnet.recipe.load import load_recipe
+from cspnet.runtime.device import DTYPES, setup_device
 from cspnet.runtime.options import ACTIVATION_BUDGETS
-from cspnet.train.optim import apply_update as update
-from cspnet.train.optim import build_optimizer
-from cspnet.weights.load import build_net
+from cspnet.train.setup import Run
+from cspnet.train.start import start
+from cspnet.train.step import MicroBatch, TrainStep
 
-VARIANTS = ("ours", "timm", "ours-compiled", "timm-compiled")
+VARIANTS = ("cspnet", "timm", "cspnet-compiled", "timm-compiled")
+CLASSES = 1000
 
 
-def ours(options, images, targets, precision: Precision, compiled: bool) -> Callable[[], None]:
-    """One step of ours."""
-    recipe = options.recipe
-    net = build_net(recipe, targets.shape[1]).to(images.device)
-    optimizer = build_optimizer(net, recipe.optim)
-    scaler = torch.amp.GradScaler(images.device.type, enabled=precision.scales_loss)
-    loss_sum = torch.zeros((), device=images.device)
-    run = torch.compile(net, dynamic=False) if compiled else net
-    part = recipe.group * options.passes
-    updates: torch.Tensor | int = 0
-    if scaler.is_enabled():
-        updates = torch.zeros((), dtype=torch.float64, device=images.device)
+def with_classes(run: Run, count: int) -> Run:
+    """The run with that many classes; its images stay the same."""
+    source = RepeatedSource(run.train_set, len(run.train_set))
+    source.classes = [str(number) for number in range(count)]
+    return replace(run, train_set=source)
 
-    def step() -> None:
-        nonlocal updates
+
+def cspnet_step(
+    run: Run, options, images: torch.Tensor, targets: torch.Tensor, compiled: bool
+) -> Callable[[], None]:
+    """The optimizer step of a run, on images [N, H, W, 3] and soft targets [N, K]."""
+    state, recipe = start(run), run.recipe
+    network = torch.compile(state.net, dynamic=False) if compiled else None
+    step = TrainStep(run, state.net, options.micro_batch // recipe.group, network)
+    step.distribute()
+    group = recipe.group
+    slices = [slice(part.start * group, part.stop * group) for part in step.micro_batches]
+
+    def run_step() -> None:
         torch._functorch.config.activation_memory_budget = ACTIVATION_BUDGETS[options.recompute]
         torch.backends.cudnn.benchmark = options.autotune
-        rate = learning_rate(updates + 1, recipe)
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = rate
-        for first in range(0, recipe.batch, part):
-            pixels = images[first : first + part].permute(0, 3, 1, 2).float() / 255
-            with precision.autocast(images.device):
-                logits = run(normalize(pixels, recipe.data))
-            loss = torch.nn.functional.cross_entropy(
-                logits.float(), targets[first : first + part], reduction="sum"
-            )
-            loss = loss / recipe.batch
-            scaler.scale(loss).backward()
-            loss_sum.add_(loss.detach())
-        applied = update(optimizer, scaler)
-        updates += 1 if applied is None else applied
+        state.set_learning_rate(recipe)
+        micro_batches = [
+            MicroBatch(images[rows].permute(0, 3, 1, 2).float() / 255, targets[rows])
+            for rows in slices
+        ]
+        state.note_loss(step.forward_backward(micro_batches, state.scaler))
+        state.apply_update()
 
-    return step
+    return run_step
 
 
-def timms(options, images, targets, precision: Precision, compiled: bool) -> Callable[[], None]:
-    """One step as timm's train.py makes it (timm 1.0: train_one_epoch, PrefetchLoader)."""
+def timm_step(
+    run: Run, options, images: torch.Tensor, targets: torch.Tensor, compiled: bool
+) -> Callable[[], None]:
+    """The step of timm's train.py (timm 1.0: train_one_epoch, PrefetchLoader)."""
+    device, precision = images.device, run.hardware.precision
     net = timm.create_model("cspdarknet53", act_layer="mish", num_classes=targets.shape[1])
-    net = net.to(images.device, memory_format=torch.channels_last)
+    net = net.to(device, memory_format=torch.channels_last)
     optimizer = create_optimizer_v2(net, opt="momentum", lr=0.1, momentum=0.9, weight_decay=5e-4)
-    scaler = NativeScaler(device=images.device.type) if precision.scales_loss else None
-    run = torch.compile(net) if compiled else net
+    scaler = NativeScaler(device=device.type) if precision.scales_loss else None
+    network = torch.compile(net) if compiled else net
     mean, std = (
-        torch.tensor([255 * x for x in part], device=images.device).view(1, 3, 1, 1)
-        for part in (IMAGENET_MEAN, IMAGENET_STD)
+        torch.tensor([255 * x for x in values], device=device).view(1, 3, 1, 1)
+        for values in (IMAGENET_MEAN, IMAGENET_STD)
     )
 
-    def step() -> None:
+    def run_step() -> None:
         torch._functorch.config.activation_memory_budget = 1.0
-        torch.backends.cudnn.benchmark = True  # train.py's setting
+        torch.backends.cudnn.benchmark = True  # as in train.py
         pixels = images.permute(0, 3, 1, 2).float().sub_(mean).div_(std)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
-        with precision.autocast(images.device):
-            output = run(pixels)
+        with precision.autocast(device):
+            output = network(pixels)
             loss = torch.sum(-targets * torch.log_softmax(output, dim=-1), dim=-1).mean()
         if scaler is not None:
             scaler(loss, optimizer, parameters=net.parameters())
@@ -99,118 +106,144 @@ def timms(options, images, targets, precision: Precision, compiled: bool) -> Cal
         optimizer.zero_grad()
         loss.item()
 
-    return step
+    return run_step
 
 
 def count_waits(step: Callable[[], None], steps: int = 3) -> float:
-    """How often the host waits for the device in a step."""
+    """How often the host waits for the GPU per step."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         for _ in range(steps):
             step()
         torch.cuda.set_sync_debug_mode("default")
-    # Switching the mode on warns too, that it does not see all.
+    # set_sync_debug_mode itself warns, too.
     return sum("called a synchronizing" in str(warning.message) for warning in caught) / steps
 
 
-def measure(
-    options, device: torch.device, precision: Precision, keep: Callable[[dict], None]
-) -> dict:
-    """Warm-up and windows by variant, of which `keep` gets what there is after each round."""
+def warm_up(build: Callable[[], Callable[[], None]], steps: int, device: torch.device):
+    """Build a step and run it; return it with its warm-up time and, on a GPU, its peak memory."""
+    synchronize = synchronizer(device)
+    on_gpu = device.type == "cuda"
+    before = 0
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_reserved()
+    step = build()
+    start_time = time.perf_counter()
+    for _ in range(steps):
+        step()
+    synchronize()
+    result: dict[str, Any] = {"warmup_seconds": time.perf_counter() - start_time, "windows": []}
+    if on_gpu:
+        result["peak_gb"] = (torch.cuda.max_memory_reserved() - before) / 1e9
+    return step, result
+
+
+def measure(run: Run, options, on_round: Callable[[dict], None]) -> dict[str, dict[str, Any]]:
+    """Images per second and more, by variant. `on_round` receives the results so far."""
+    device, batch, size = run.hardware.device, run.recipe.batch, run.recipe.data.image_size
     generator = torch.Generator().manual_seed(0)
-    size, batch = options.size, options.recipe.batch
     images = torch.randint(0, 256, (batch, size, size, 3), generator=generator, dtype=torch.uint8)
-    targets = torch.rand(batch, 1000, generator=generator).softmax(1)
+    targets = torch.rand(batch, CLASSES, generator=generator).softmax(1)
     images, targets = images.to(device), targets.to(device)
-    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    results, steps = {}, {}
+    synchronize = synchronizer(device)
+    steps, results = {}, {}
     for name in options.variants:
-        make = ours if name.startswith("ours") else timms
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_reserved()
-        steps[name] = make(options, images, targets, precision, name.endswith("compiled"))
-        start = time.perf_counter()
-        for _ in range(options.warmup):
+        build = cspnet_step if name.startswith("cspnet") else timm_step
+        compiled = name.endswith("compiled")
+        steps[name], results[name] = warm_up(
+            lambda build=build, compiled=compiled: build(run, options, images, targets, compiled),
+            options.warmup,
+            device,
+        )
+
+    def window(name: str) -> float:
+        synchronize()
+        start_time = time.perf_counter()
+        for _ in range(options.steps):
             steps[name]()
-        synchronise()
-        results[name] = {"warmup_seconds": time.perf_counter() - start, "windows": []}
-        if device.type == "cuda":
-            results[name]["peak_gb"] = (torch.cuda.max_memory_reserved() - before) / 1e9
-    for _ in range(options.windows):
-        for name in options.variants:
-            synchronise()
-            start = time.perf_counter()
-            for _ in range(options.steps):
-                steps[name]()
-            synchronise()
-            speed = options.steps * batch / (time.perf_counter() - start)
-            results[name]["windows"].append(speed)
-        keep(results)
+        synchronize()
+        return options.steps * batch / (time.perf_counter() - start_time)
+
+    def after_round(windows: dict[str, list[float]]) -> None:
+        for name, values in windows.items():
+            results[name] |= {
+                "windows": values,
+                "images_per_second": Windows(values).median if values else None,
+            }
+        on_round(results)
+
+    variants = {name: lambda name=name: window(name) for name in options.variants}
+    interleave(variants, options.windows, after_round=after_round)
     if device.type == "cuda":
         for name in options.variants:
             results[name]["host_waits_per_step"] = count_waits(steps[name])
-    for result in results.values():
-        result["images_per_second"] = statistics.median(result["windows"])
     return results
 
 
+def print_results(results: dict[str, dict[str, Any]]) -> None:
+    """Median, range and ratio to timm's median (or the first variant's), one line per variant."""
+    reference = results.get("timm", next(iter(results.values())))["images_per_second"]
+    for name, result in results.items():
+        windows, notes = Windows(result["windows"]), ""
+        if "peak_gb" in result:
+            waits = result["host_waits_per_step"]
+            notes = f"  {result['peak_gb']:.2f} GB reserved, {waits:g} host waits per step"
+        print(
+            f"{name:15} {windows.median:9.2f} images/s ({windows.spread()})  "
+            f"{windows.median / reference:5.2f} of timm{notes}"
+        )
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto", choices=("auto", "fp16", "bf16", "fp32"))
-    parser.add_argument("--size", type=int)
-    parser.add_argument("--batch", type=int)
+    parser = argument_parser(__doc__, precision=tuple(DTYPES))
+    parser.add_argument("--size", type=int, help="128 on a CPU, else 256")
+    parser.add_argument("--batch", type=int, help="32 on a CPU, else 128")
     parser.add_argument("--group", type=int, default=32)
-    parser.add_argument("--passes", type=int, help="groups at once; all of them if not given")
+    parser.add_argument("--micro-batch", type=int, help="images; the batch by default")
     parser.add_argument("--recompute", default="none", choices=tuple(ACTIVATION_BUDGETS))
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS[:2]), choices=VARIANTS)
     parser.add_argument("--windows", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="a window")
-    parser.add_argument("--warmup", type=int)
-    parser.add_argument("--cap-gb", type=float, help="memory that torch may reserve, 10^9 bytes")
-    parser.add_argument("--autotune", action="store_true", help="cuDNN's, for ours, as timm has it")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--steps", type=int, help="per window: 3 on a CPU, else 50")
+    parser.add_argument("--warmup", type=int, help="steps: 2 on a CPU, else 20")
+    parser.add_argument("--cap-gb", type=float, help="limit of reserved memory, in GB (10^9 bytes)")
+    parser.add_argument(
+        "--autotune", action="store_true", help="enable cuDNN's autotuning for cspnet, as in timm"
+    )
     options = parser.parse_args()
     device = setup_device(options.device)
-    small = device.type == "cpu"
-    if options.cap_gb and not small:
+    on_cpu = device.type == "cpu"
+    if options.cap_gb and not on_cpu:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(options.cap_gb * 1e9 / total, device)
-    defaults = {"size": (128, 256), "batch": (32, 128), "steps": (3, 50), "warmup": (2, 20)}
-    for name, (on_cpu, on_gpu) in defaults.items():
-        if getattr(options, name) is None:
-            setattr(options, name, on_cpu if small else on_gpu)
-    asked = "bf16" if small and options.precision == "auto" else options.precision
-    precision = choose_precision(asked, device)
-    given = (f"batch={options.batch}", f"group={options.group}", f"data.image_size={options.size}")
-    options.recipe = recipes.load_recipe(None, [*given, "data.normalize=imagenet"])
-    options.passes = options.passes or options.recipe.groups
-    record = about(options) | {"precision": precision.name, "groups at once": options.passes}
-
-    def keep(results: dict) -> None:
-        write(options.json, {**record, "results": results})
-
-    results = measure(options, device, precision, keep)
-    keep(results)
-    print(
-        f"{record['machine']}, torch {torch.__version__}, timm {timm.__version__}, "
-        f"{precision.name}, {options.size}x{options.size}, batch {options.batch} in passes of "
-        f"{options.passes * options.group}, {torch.get_num_threads()} threads"
+    use_defaults(options, on_cpu, size=(128, 256), batch=(32, 128), steps=(3, 50), warmup=(2, 20))
+    options.micro_batch = options.micro_batch or options.batch
+    precision = "bf16" if on_cpu and options.precision == "auto" else options.precision
+    recipe = load_recipe(
+        None,
+        [
+            *(f"batch={options.batch}", f"group={options.group}", f"precision={precision}"),
+            *("data.root=digits", "data.normalize=imagenet", f"data.image_size={options.size}"),
+        ],
     )
-    reference = results.get("timm", next(iter(results.values())))["images_per_second"]
-    for name, result in results.items():
-        low, high = min(result["windows"]), max(result["windows"])
-        peak = ""
-        if not small:
-            waits = result["host_waits_per_step"]
-            peak = f"  {result['peak_gb']:.2f} GB reserved, {waits:g} waits per step"
+    with temporary_run(recipe, device=options.device, workers=0) as run:
+        precision = run.hardware.precision.name
+        record = new_record(options) | {"precision": precision}
         print(
-            f"{name:14} {result['images_per_second']:9.2f} images/s ({low:.2f} to {high:.2f})  "
-            f"{result['images_per_second'] / reference:5.2f} of timm's{peak}"
+            f"{record['machine']}, torch {torch.__version__}, timm {timm.__version__}, "
+            f"{precision}, {options.size}×{options.size}, batch {options.batch} in micro-batches "
+            f"of {options.micro_batch}, {torch.get_num_threads()} threads",
+            flush=True,
         )
+
+        def keep(results: dict) -> None:
+            write_record(options.json, {**record, "results": results})
+
+        results = measure(with_classes(run, CLASSES), options, keep)
+        keep(results)
+    print_results(results)
 
 
 if __name__ == "__main__":

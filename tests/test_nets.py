@@ -627,12 +627,10 @@ def test_compiled_groups_take_no_part_each():
 
 
 @pytest.mark.slow
-def test_compiled_memory():
+def test_compiled_memory(monkeypatch):
     """The presets of `--memory`: what they keep of an image, and that `fit` redoes nothing."""
-    path = Path(__file__).parent.parent / "benchmarks" / "memory.py"
-    spec = importlib.util.spec_from_file_location("memory", path)
-    memory = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(memory)
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    memory = importlib.import_module("memory")
     build = partial(create, "cspdarknet53", group=4)
     budgets = [1.0, 0.6, 0.3]
     fast, fit, tiny = memory.compiled(build, 8, 256, budgets, "cpu")
