@@ -133,7 +133,6 @@ MISTAKES = [
     ("cspnet pack data --output data/packed", "data/packed"),
     ("cspnet pack data --output file", "file"),
     ("cspnet pack data --output /proc/packed", "--output /proc/packed cannot be created"),
-    ("cspnet pack data --output packed --labels foo", "--labels foo: must be name or index"),
     ("cspnet pack data --output packed --short-side 8", "Invalid value for '--short-side'"),
     ("cspnet pack data --output packed --quality 101", "Invalid value for '--quality'"),
     ("cspnet prepare imagnet", "Did you mean 'imagenet'?"),

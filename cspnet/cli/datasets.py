@@ -71,11 +71,11 @@ def check_command(
     Count the images per class, compare the classes of train/ and val/, read every file, and find
     duplicates. The exit code is 1 if there are errors and 2 if the path is wrong.
     """
-    from cspnet.datasets import check as checking
+    from cspnet.datasets.check import check_dataset
 
     require_writable("--json", json_file)
     with _progress_bar("files") as progress:
-        report = checking.check_dataset(data, _worker_count(workers), progress)
+        report = check_dataset(data, _worker_count(workers), progress)
     if json_file:
         write_text(json_file, json.dumps(report.to_dict(), indent=2) + "\n")
     if str(json_file) != "-":
@@ -148,13 +148,6 @@ def pack_command(
     ] = 320,
     quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality.")] = 92,
     shard_mb: Annotated[int, typer.Option(min=1, help="Size of a tar file, in MB.")] = 256,
-    labels: Annotated[
-        str,
-        typer.Option(
-            metavar="index_command|name",
-            help="Contents of the .cls files: class index or class name.",
-        ),
-    ] = "index",
     workers: Workers = None,
 ) -> None:
     """Resize a data set once, into tar files: cspnet pack data/imagenet --output data/packed
@@ -166,9 +159,7 @@ def pack_command(
     from cspnet.datasets.pack import pack_dataset, pack_summary
     from cspnet.datasets.pack_journal import PackSettings
 
-    if labels not in ("name", "index"):
-        raise RecipeError(f"--labels {labels}: must be name or index")
-    settings = PackSettings(short_side, quality, shard_mb, labels)
+    settings = PackSettings(short_side, quality, shard_mb)
     with _progress_bar("images") as progress:
         splits = pack_dataset(data, output, settings, _worker_count(workers), progress)
     _print_lines(pack_summary(splits, settings))

@@ -13,11 +13,7 @@ from typing import NamedTuple
 
 import cv2
 
-from cspnet.datasets.pack_journal import (
-    PackedShard,
-    PackJournal,
-    PackSettings,
-)
+from cspnet.datasets.pack_journal import PackedShard, PackJournal, PackSettings
 from cspnet.errors import CspnetError, DataError
 from cspnet.files import move_into_place, replace_text, temporary_path
 from cspnet.images.decode import MAX_SIDE, TooLargeError, UnreadableError, decode
@@ -168,7 +164,6 @@ def _pack_split(journal: PackJournal, name: str, source: Source, workers: int) -
         return
     folder, settings = journal.partial_folder(name), journal.settings
     folder.mkdir(exist_ok=True)
-    labels = _labels(source.classes, settings)
     tar = None
     for sample in _packed_samples(source, packed[-1].end if packed else 0, settings, workers):
         is_full = tar and tar.size + len(sample.data) > settings.shard_mb * 10**6
@@ -176,7 +171,7 @@ def _pack_split(journal: PackJournal, name: str, source: Source, workers: int) -
             journal.add(name, tar.close(sample.position))
             tar = None
         tar = tar or _TarWriter(folder, len(packed), sample.position)
-        tar.add(source, sample, labels[source.labels[sample.position]])
+        tar.add(source, sample)
         yield sample.position + 1
     if tar:
         journal.add(name, tar.close(len(source)))
@@ -191,17 +186,6 @@ def _verify(folder: Path, images: int) -> None:
     tars = TarSet.in_folder(folder)
     if tars is None or len(TarSource(tars, allow_empty=True, save=True, rebuild=True)) != images:
         raise CspnetError(f"{folder} does not contain what was written. Check the disk")
-
-
-def _labels(classes: list[str], settings: PackSettings) -> list[bytes]:
-    """The contents of the .cls file of each class.
-
-    Names that look like numbers would be read as indices, so indices are written instead.
-    """
-    is_numeric = any(re.fullmatch("-?[0-9]+", name) for name in classes)
-    if is_numeric or settings.labels == "index":
-        return [str(index).encode() for index in range(len(classes))]
-    return [name.encode() for name in classes]
 
 
 def _packed_samples(
@@ -258,8 +242,8 @@ class _TarWriter:
         """Bytes written so far."""
         return self.tar.offset
 
-    def add(self, source: Source, sample: PackedSample, label: bytes) -> None:
-        """Append an image and its label, or record why the image could not be read."""
+    def add(self, source: Source, sample: PackedSample) -> None:
+        """Append an image and its class index, or record why the image could not be read."""
         name = source.name(sample.position)
         if sample.problem:
             self.shard.unreadable.append(f"{name}: {sample.problem}")
@@ -267,6 +251,7 @@ class _TarWriter:
         stem = os.path.splitext(re.split(r"\.(?:tar|parquet):", os.path.basename(name))[-1])[0]
         stem = re.sub("[^A-Za-z0-9_-]+", "_", stem)[:MAX_STEM]  # a dot would end the key
         key = f"{sample.position:08d}-{stem}"  # sorts by name in the order of the source
+        label = str(source.labels[sample.position]).encode()
         for suffix, data in ((sample.suffix, sample.data), (".cls", label)):
             member = tarfile.TarInfo(key + suffix)
             member.size = len(data)

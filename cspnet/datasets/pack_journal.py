@@ -24,7 +24,6 @@ class PackSettings:
     short_side: int  # maximum length of the shorter side, in pixels
     quality: int  # of JPEG, 1 to 100
     shard_mb: int  # approximate size of a tar file, in 10^6 bytes
-    labels: str  # contents of a .cls file: name or index
 
 
 @dataclass
