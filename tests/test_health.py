@@ -191,7 +191,7 @@ def test_the_expected_end_is_printed_in_red_beyond_14_days(tiny, tmp_path, monke
     (line,) = (text for text in styles if text.startswith("expected end: "))
     assert (styles[line] == "red") is red
     assert re.fullmatch(
-        r"expected end: \d{4}-\d\d-\d\d \d\d:\d\d \(in .*, validation not included\)", line
+        r"expected end: \d{4}-\d\d-\d\d \d\d:\d\d \(in .*, without validations\)", line
     )
 
 

@@ -195,8 +195,8 @@ def _out_of_memory(
     else:
         remedy = (
             "A micro-batch has one group already: end other processes on the device, or change the "
-            f"recipe, which starts a different run: data.image_size={max(32, size - 32)} (now {size}), "
-            f"or group={max(2, group // 2)} (now {group})"
+            f"recipe, which starts a different run: data.image_size={max(32, size - 32)} "
+            f"(now {size}), or group={max(2, group // 2)} (now {group})"
         )
     return OutOfMemoryError(
         f"out of memory at step {step:,}: {first_line(error)[:160]}{figures}\n{remedy}. The last "

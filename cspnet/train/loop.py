@@ -209,8 +209,8 @@ def save_if_workers_lost(run: Run, state: TrainState, reporter: Reporter) -> Ite
     except WorkersFailedError as error:
         if run.processes.size > 1 or state.step == first_step:
             raise WorkersFailedError(
-                f"{end_sentence(error)} It happens with the images of step {state.step + 1:,} or one "
-                "of the next"
+                f"{end_sentence(error)} It happens with the images of step {state.step + 1:,} or "
+                "of one of the next steps"
             ) from None
         if state.saved_step < state.step:
             save(run, state, reporter, str(error))

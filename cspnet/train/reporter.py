@@ -154,7 +154,7 @@ class Reporter:
             metrics["data_wait"], hardware.workers, own_cores, hardware.device.type
         )
         self._output.print(
-            f"expected end: {format_eta(left)} (in {format_duration(left)}, validation not included)",
+            f"expected end: {format_eta(left)} (in {format_duration(left)}, without validations)",
             style="red" if left > LONG else None,
         )
         self._output.print(
