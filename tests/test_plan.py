@@ -16,10 +16,10 @@ from cspnet.plan.activations import conv_costs
 from cspnet.plan.measure import count_validations_and_saves, measure_plan
 from cspnet.recipe import load as recipes
 from cspnet.recipe.eta import find_bottleneck, format_duration
+from cspnet.recipe.schedule import is_save_due, is_validation_due
 from cspnet.runtime.options import RunOptions
 from cspnet.sources.folder import Digits
 from cspnet.train.adversarial import attack_mask
-from cspnet.train.loop import is_save_due, is_validation_due
 
 
 @pytest.mark.parametrize(

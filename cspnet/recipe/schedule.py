@@ -1,4 +1,4 @@
-"""What depends on the step: the learning rate, and the step size of the attack."""
+"""What depends on the step: learning rate, step size of the attack, when to log, save, validate."""
 
 from typing import TYPE_CHECKING
 
@@ -32,3 +32,19 @@ def attack_step_size(step: int, recipe: Recipe) -> float:
     if step <= recipe.schedule.warmup_steps:
         return 0.0
     return recipe.adversarial.step_size * step / recipe.schedule.steps
+
+
+def is_log_due(recipe: Recipe, step: int) -> bool:
+    """Whether metrics are due after `step` steps."""
+    return step % recipe.log_every == 0 or step == recipe.schedule.steps
+
+
+def is_save_due(recipe: Recipe, step: int) -> bool:
+    """Whether a checkpoint is due after `step` steps, as last.pt or as an archive."""
+    intervals = (recipe.save_every, recipe.archive_every)
+    return any(interval and step % interval == 0 for interval in intervals)
+
+
+def is_validation_due(recipe: Recipe, step: int) -> bool:
+    """Whether a validation is due after `step` steps: at intervals, and after the last."""
+    return step > 0 and (step % recipe.evaluate.every == 0 or step == recipe.schedule.steps)

@@ -18,6 +18,7 @@ from cspnet.errors import (
     WorkersFailedError,
 )
 from cspnet.inference.evaluate import Scores, evaluate_network
+from cspnet.recipe.schedule import is_log_due, is_save_due, is_validation_due
 from cspnet.recipe.schema import Recipe
 from cspnet.report.preview import render_sheet, write_png
 from cspnet.run.folder import RunFolder
@@ -155,21 +156,18 @@ def train_loop(
                 unreadable.exchange()
                 loss = state.take_mean_loss()
                 if not guard.accepts(loss):
-                    raise broken(run, state)
+                    raise divergence_error(run, state)
                 reporter.log(loss, lr)
                 unreadable.require_few()
 
             # --- save if due, or if a stop is requested
             requested = processes.agree(stop.requested)  # once, since a signal may come at any time
-            if (
-                requested
-                or is_save_due(recipe, state.step)
-                or is_validation_due(recipe, state.step)
-            ):
+            save_due = is_save_due(recipe, state.step) or is_validation_due(recipe, state.step)
+            if requested or save_due:
                 save(run, state, reporter, requested)
                 reporter.restart_clock()
             if requested and state.step < last_step:
-                raise stopped(requested, state, recipe)
+                raise stop_error(requested, state, recipe)
 
 
 def worker_monitor(run: Run, stop: StopRequest) -> WorkerMonitor:
@@ -214,7 +212,7 @@ def save_if_workers_lost(run: Run, state: TrainState, reporter: Reporter) -> Ite
             ) from None
         if state.saved_step < state.step:
             save(run, state, reporter, str(error))
-        raise stopped(str(error), state, run.recipe) from None
+        raise stop_error(str(error), state, run.recipe) from None
 
 
 def save(
@@ -232,7 +230,7 @@ def save(
     --stop-on-full-disk is given.
     """
     if not is_finite(state) or (int(state.bad_step) >= 0 and not state.scaler.is_enabled()):
-        raise broken(run, state)
+        raise divergence_error(run, state)
     before = state.best_top1, state.validated_step
     if best_top1 is not None:
         state.best_top1 = best_top1
@@ -261,7 +259,7 @@ def save(
         raise
 
 
-def broken(run: Run, state: TrainState) -> NonFiniteError:
+def divergence_error(run: Run, state: TrainState) -> NonFiniteError:
     """The error to raise for non-finite values, with a diagnosis by the main process."""
     state.consistent = False  # the diagnosis loads the weights of the last checkpoint
     replay = TrainStep(run, state.net).replay_step
@@ -270,23 +268,7 @@ def broken(run: Run, state: TrainState) -> NonFiniteError:
     )
 
 
-def is_log_due(recipe: Recipe, step: int) -> bool:
-    """Whether metrics are due after `step` steps."""
-    return step % recipe.log_every == 0 or step == recipe.schedule.steps
-
-
-def is_save_due(recipe: Recipe, step: int) -> bool:
-    """Whether a checkpoint is due after `step` steps, as last.pt or as an archive."""
-    intervals = (recipe.save_every, recipe.archive_every)
-    return any(interval and step % interval == 0 for interval in intervals)
-
-
-def is_validation_due(recipe: Recipe, step: int) -> bool:
-    """Whether a validation is due after `step` steps: at intervals, and after the last."""
-    return step > 0 and (step % recipe.evaluate.every == 0 or step == recipe.schedule.steps)
-
-
-def stopped(reason: str, state: TrainState, recipe: Recipe) -> StoppedError:
+def stop_error(reason: str, state: TrainState, recipe: Recipe) -> StoppedError:
     """The error to raise after a save on request."""
     return StoppedError(
         f"{reason}: saved at step {state.step:,} of {recipe.schedule.steps:,}; "
@@ -309,7 +291,7 @@ def validate(
             if state.saved_step < state.step:
                 state.net.train()
                 save(run, state, reporter, requested)
-            raise stopped(requested, state, run.recipe)
+            raise stop_error(requested, state, run.recipe)
 
     return evaluate_network(
         state.net,
