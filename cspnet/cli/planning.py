@@ -112,8 +112,8 @@ def status_command(
 
 def _measured(recipe: "Recipe", plan: "Plan", output: Path) -> list[str]:
     """The plan as text."""
-    from cspnet.plan.measure import count_validations_and_saves
     from cspnet.recipe.eta import format_duration, format_eta
+    from cspnet.recipe.schedule import count_validations_and_saves
 
     owner = "machine" if plan.device == "cpu" else "device"
     peaks = "; ".join(f"{gb:.2f} GB with {kind}" for kind, gb in plan.memory_gb.items())
@@ -132,7 +132,8 @@ def _measured(recipe: "Recipe", plan: "Plan", output: Path) -> list[str]:
         f"bottleneck  {plan.bottleneck}; {plan.advice}",
         f"a step      {recipe.batch} images: {steps}{attack}",
         f"the run     {recipe.schedule.steps:,} steps, {validations:,} validations of "
-        f"{format_duration(plan.validation_seconds)}, {saves:,} saves of {format_duration(plan.save_seconds)}: "
+        f"{format_duration(plan.validation_seconds)}, {saves:,} saves of "
+        f"{format_duration(plan.save_seconds)}: "
         f"{format_duration(plan.seconds)}; if started now, done at {format_eta(plan.seconds)}",
         f"disk        {plan.checkpoints} checkpoints of {1000 * plan.checkpoint_gb:,.0f} MB at "
         f"once, {disk:.1f} GB; {plan.free_gb:,.0f} GB are free at {output}{short}",
@@ -177,8 +178,8 @@ def _predict(recipe: "Recipe", gpu: str, recompute: str) -> tuple[dict, list[str
         f"images/s    {low:,.0f} to {high:,.0f} by the network, compiled; at most "
         f"{prediction.at_most:,.0f} by the data sheet",
         f"the run     {recipe.schedule.steps:,} steps of {recipe.batch}: "
-        f"{format_duration(prediction.seconds[0])} to {format_duration(prediction.seconds[1])}, if the loader "
-        "keeps up, without validations",
+        f"{format_duration(prediction.seconds[0])} to {format_duration(prediction.seconds[1])}, "
+        "if the loader keeps up, without validations",
         f"disk        checkpoints of {1000 * prediction.checkpoint_gb:,.0f} MB",
         f"card        {card.source}",
     ]

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from cspnet.data.loader import prefetch_factor, training_groups
@@ -23,11 +22,12 @@ from cspnet.errors import PartialResultError, StoppedError
 from cspnet.files import nearest_existing_directory
 from cspnet.plan.forecast import attacked_share
 from cspnet.recipe.eta import find_bottleneck
+from cspnet.recipe.schedule import count_validations_and_saves
 from cspnet.recipe.schema import Recipe
 from cspnet.run.checkpoint import CheckpointFiles
 from cspnet.run.folder import RunFolder
 from cspnet.runtime.cpu import available_cores
-from cspnet.runtime.memory import peak_memory_gb
+from cspnet.runtime.memory import available_memory_gb, peak_memory_gb
 from cspnet.runtime.options import RunOptions
 from cspnet.runtime.signals import StopRequest
 from cspnet.sources.protocol import Source
@@ -177,16 +177,15 @@ def _measure_steps(
 
 
 def _shortened(recipe: Recipe, size: int, steps: int, attack: bool) -> Recipe:
-    """The recipe for some steps of the same kind; all or none of their groups are attacked."""
-    never = 10 * steps
+    """The recipe for some steps of the same kind; none or all groups are attacked, nothing is due."""
     return replace(
         recipe,
         log_every=1,
-        save_every=never,
+        save_every=10 * steps,
         archive_every=0,
         data=replace(recipe.data, image_size=size, start_image_size=None),
         schedule=replace(recipe.schedule, steps=steps, warmup_steps=0),
-        evaluate=replace(recipe.evaluate, every=never),
+        evaluate=replace(recipe.evaluate, every=10 * steps),
         adversarial=replace(recipe.adversarial, probability=float(attack)),
     )
 
@@ -221,9 +220,9 @@ def _train(recipe: Recipe, options: RunOptions, stop: StopRequest, val_images: i
         assert scores is not None
         total = time.perf_counter() - started
         peak_gb = peak_memory_gb()  # including the last save
-        record = run.folder.metrics_file.read_text().splitlines()
-        lines = [json.loads(line) for line in record[:-1]]  # the last one is the validation's
+        lines = [json.loads(line) for line in run.folder.metrics_file.read_text().splitlines()]
         checkpoint_gb = saves.last.stat().st_size / 1e9
+    lines = [line for line in lines if line["split"] == "train"]
     durations = [recipe.batch / line["images_per_second"] for line in lines]
     # The first steps find their images loaded in advance, and caches empty.
     settled = slice(min(3, len(lines) - 2), None)
@@ -291,7 +290,7 @@ def _put_together(
         micro_batch=full.notes.micro_batch,
         kernels=full.notes.lines(),
         memory_gb=memory,
-        available_gb=_available_gb(hardware.device),
+        available_gb=available_memory_gb(hardware.device),
         net_rate=recipe.batch / full.compute_seconds,
         loader_rate=loader_rate,
         both_rate=recipe.batch / full.seconds,
@@ -308,23 +307,6 @@ def _put_together(
         checkpoints=run.checkpoints.max_files,
         free_gb=run.checkpoints.free_bytes() / 1e9,
     )
-
-
-def count_validations_and_saves(recipe: Recipe) -> tuple[int, int]:
-    """Numbers of validations and of saves in a run."""
-    last, every = recipe.schedule.steps, recipe.evaluate.every
-    validations = {*range(every, last + 1, every), last}
-    saves = set(validations)  # one before each validation and one after it
-    for interval in (recipe.save_every, recipe.archive_every):
-        saves.update(range(interval, last + 1, interval) if interval else ())
-    return len(validations), len(saves) + len(validations)
-
-
-def _available_gb(device: torch.device) -> float:
-    """Memory of the device, or of the machine for a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory / 1e9
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
 
 
 def _seconds_since_process_start() -> float:

@@ -1,4 +1,4 @@
-"""What depends on the step: learning rate, step size of the attack, when to log, save, validate."""
+"""What depends on the step: learning rate, attack, and when to log, validate and save."""
 
 from typing import TYPE_CHECKING
 
@@ -48,3 +48,13 @@ def is_save_due(recipe: Recipe, step: int) -> bool:
 def is_validation_due(recipe: Recipe, step: int) -> bool:
     """Whether a validation is due after `step` steps: at intervals, and after the last."""
     return step > 0 and (step % recipe.evaluate.every == 0 or step == recipe.schedule.steps)
+
+
+def count_validations_and_saves(recipe: Recipe) -> tuple[int, int]:
+    """Numbers of validations and of saves in a run."""
+    last, every = recipe.schedule.steps, recipe.evaluate.every
+    validations = {*range(every, last + 1, every), last}
+    saves = set(validations)  # one before each validation and one after it
+    for interval in (recipe.save_every, recipe.archive_every):
+        saves.update(range(interval, last + 1, interval) if interval else ())
+    return len(validations), len(saves) + len(validations)

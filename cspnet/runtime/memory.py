@@ -1,5 +1,6 @@
 """Memory of the device and of the process."""
 
+import os
 import resource
 import sys
 
@@ -22,3 +23,10 @@ def peak_memory_gb() -> float:
         return torch.cuda.max_memory_reserved() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB here
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def available_memory_gb(device: torch.device) -> float:
+    """Memory of the device, or of the machine for a CPU; 10^9 bytes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 1e9
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9

@@ -54,18 +54,18 @@ class LossGuard:
 
 def first_non_finite_layer(net: nn.Module, forward: Callable[[], object]) -> str | None:
     """First layer in a forward pass with non-finite weights or output; None if there is none."""
-    found: list[str] = []
+    first: list[str] = []
 
     def make_hook(name: str) -> Callable:
         def hook(module: nn.Module, _: object, output: torch.Tensor) -> None:
-            if found:
+            if first:
                 return
             tensors = [*module.named_parameters(), *module.named_buffers()]
             own = [key for key, tensor in tensors if not torch.isfinite(tensor).all()]
             if own:
-                found.append(f"{name}.{own[0]}")
+                first.append(f"{name}.{own[0]}")
             elif not torch.isfinite(output).all():
-                found.append(f"the output of {name}")
+                first.append(f"the output of {name}")
 
         return hook
 
@@ -77,7 +77,7 @@ def first_non_finite_layer(net: nn.Module, forward: Callable[[], object]) -> str
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else None
+    return first[0] if first else None
 
 
 def step_images(recipe: Recipe, source: Source, step: int) -> list[dict]:

@@ -116,7 +116,7 @@ def train_loop(
     recipe, processes, monitor = run.recipe, run.processes, worker_monitor(run, stop)
     step = step or prepare_step(run, state)
     unreadable, guard = unreadable_images(run), LossGuard(state)
-    last_step, scores = recipe.schedule.steps, None
+    scores, last_step = None, recipe.schedule.steps
     with (
         stop,
         Reporter(run, state, unreadable, monitor) as reporter,
@@ -133,8 +133,7 @@ def train_loop(
                 is_best = scores.top1 > state.best_top1
                 reporter.validation(scores, is_best)
                 requested = processes.agree(stop.requested)
-                best_top1 = scores.top1 if is_best else None
-                save(run, state, reporter, requested, best_top1, validated=True)
+                save(run, state, reporter, requested, scores.top1 if is_best else None, True)
             if state.step == last_step:
                 return scores
 
