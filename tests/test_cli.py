@@ -33,7 +33,7 @@ def test_training_prints_the_recipe_and_the_next_commands(trained):
     run, output = trained
     assert "activation: mish" in output and "validation at step 7: top-1" in output
     assert "fp32 (the device is a CPU)" in output
-    disk = re.search(r"at most (\d+) checkpoints of ([\d,]+) MB at once", output)
+    disk = re.search(r"at most (\d+) checkpoints of ([\d,]+) MB at a time", output)
     count, megabytes = disk.groups()
     saved = list((run / "checkpoints").iterdir())
     assert int(count) > len(saved), "and one being written"
@@ -146,9 +146,7 @@ def test_a_truncated_checkpoint_is_neither_resumed_nor_overwritten(command, trai
     assert all(path.read_bytes() == b"torn" for path in files)
 
 
-def test_a_truncated_last_checkpoint_is_reported_and_the_previous_one_used(
-    command, trained, tmp_path
-):
+def test_a_truncated_last_checkpoint_is_reported_and_the_previous_used(command, trained, tmp_path):
     shutil.copytree(trained[0], tmp_path / "run")
     last = tmp_path / "run" / "checkpoints" / "last.pt"
     (tmp_path / "run" / "checkpoints" / "best.pt").unlink()
