@@ -58,7 +58,7 @@ def test_eval_prints_the_top1_of_the_last_validation(trained, process, tmp_path)
     assert scores["loss"] == pytest.approx(last["loss"], rel=1e-6)
 
 
-def test_the_subcommand_is_the_same(process, command, tmp_path):
+def test_umbrella_command_is_the_same(process, command, tmp_path):
     done = process("main", "train", "--recipe", "digits", "--dry-run", "batch=128", cwd=tmp_path)
     assert done.returncode == 0 and "batch: 128" in done.stdout
     assert not list(tmp_path.iterdir()), "--dry-run writes nothing"

@@ -1,7 +1,7 @@
 """The nets against timm, Mish and BatchNorm by group against float64, Darknet's initialisation."""
 
 import copy
-import importlib.util
+import importlib
 import itertools
 import math
 from dataclasses import replace
@@ -628,15 +628,15 @@ def test_compiled_groups_take_no_part_each():
 
 @pytest.mark.slow
 def test_compiled_memory(monkeypatch):
-    """The presets of `--memory`: what they keep of an image, and that `fit` redoes nothing."""
+    """What the values of `--recompute` keep per image; `light` recomputes no convolution."""
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
     memory = importlib.import_module("memory")
     build = partial(create, "cspdarknet53", group=4)
     budgets = [1.0, 0.6, 0.3]
-    fast, fit, tiny = memory.compiled(build, 8, 256, budgets, "cpu")
-    assert fast[0] < 66e6 and fast[1] == 0
-    assert fit[0] < 35e6 and fit[1] == 0
-    assert tiny[0] < 21e6 and tiny[1] < 20
+    none, light, full = memory.compiled(build, 8, 256, budgets, "cpu")
+    assert none[0] < 66e6 and none[1] == 0
+    assert light[0] < 35e6 and light[1] == 0
+    assert full[0] < 21e6 and full[1] < 20
 
 
 # --- the nets

@@ -58,7 +58,7 @@ def _app(*names: str) -> typer.Typer:
 
 def _version(requested: bool) -> None:
     if requested:
-        import torch  # torch.__version__ includes the build (+cu132, +cpu), package metadata does not
+        import torch  # unlike package metadata, torch.__version__ names the build (+cu132, +cpu)
 
         others = ", ".join(f"{name} {version(name)}" for name in ("torchvision", "timm"))
         python = platform.python_version()
@@ -123,7 +123,7 @@ def _run(app: typer.Typer) -> None:
             sys.exit(end.code or 1)
         raise
     finally:
-        sys.stdout, sys.stderr = streams  # undo `survive_lost_output`
+        sys.stdout, sys.stderr = streams  # undo `tolerate_lost_output`
 
 
 def _discard_output() -> None:

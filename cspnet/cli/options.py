@@ -108,7 +108,7 @@ def is_rank_zero() -> bool:
 
 
 def max_restarts() -> int:
-    """How often torchrun max_restarts its processes after a non-zero exit code (--max-restarts)."""
+    """How often torchrun restarts its processes after a non-zero exit code (--max-restarts)."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
 
 

@@ -1,8 +1,8 @@
-"""The commands `plan`, before a run, and `status`, during it."""
+"""The commands `plan`, for before a run, and `status`, for during it."""
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cspnet.plan.forecast import Forecast
     from cspnet.plan.measure import Plan
     from cspnet.recipe.schema import Recipe
+    from cspnet.runtime.options import RunOptions
 
 
 def plan_command(
@@ -30,7 +31,7 @@ def plan_command(
     data: DataRoot = None,
     gpu: Annotated[
         str | None,
-        typer.Option(help="Predict for a GPU that is not available: rtx2070, rtx3090, h100 ..."),
+        typer.Option(help="Predict for a GPU that is not available: rtx2070, rtx3090, h100, ..."),
     ] = None,
     output: Output = None,
     device: Device = "auto",
@@ -39,58 +40,70 @@ def plan_command(
     compile: Compile = None,
     recompute: Recompute = "none",
     seconds: Annotated[
-        float, typer.Option(min=1, help="Duration of the measurement, for each kind of step.")
+        float, typer.Option(min=1, help="Seconds to measure each kind of step.")
     ] = 20.0,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write all figures to this file; - for stdout.")
+        Path | None, typer.Option("--json", help="Write all figures to this file; - is stdout.")
     ] = None,
 ) -> None:
     """Measure memory, time and bottleneck of a run: cspnet plan --recipe cspdarknet53-omega
 
-    Runs some steps on this machine, in a temporary folder. With --gpu, predicts from counted bytes
-    and the card's data sheet instead, without data and without running any step.
+    Run some steps on this machine, in a temporary folder. With --gpu, predict from counted bytes
+    and the data sheet of the card instead, without data and without running a step.
     """
-    from cspnet.recipe import load as recipes
+    from cspnet.recipe.load import find_recipe, load_recipe
 
     require_writable("--json", json_file)
-    path = recipes.find_recipe(recipe)
-    resolved = recipes.load_recipe(path, overrides or [], data)
+    file = find_recipe(recipe)
+    resolved = load_recipe(file, overrides or [], data)
     if gpu:
-        given = {
-            "--output": output,
-            "--workers": workers,
-            "--micro-batch": micro_batch,
-            "--compile": compile,
-        }
-        unused = [option for option, value in given.items() if value is not None]
-        unused += ["--device"] * (device != "auto")
-        if unused:
-            raise RecipeError(f"--gpu predicts, and runs nothing: leave out {', '.join(unused)}")
+        _require_not_given(
+            {
+                "--output": output,
+                "--workers": workers,
+                "--micro-batch": micro_batch,
+                "--compile": compile,
+                "--device": None if device == "auto" else device,
+            }
+        )
         content, lines = _predict(resolved, gpu, recompute)
     else:
-        from rich.console import Console
-
-        from cspnet.plan.measure import measure_plan as measure
         from cspnet.runtime.options import RunOptions
         from cspnet.train.micro_batch import parse_micro_batch
 
         options = RunOptions(
-            output=output or Path("runs") / path.stem,
+            output=output or Path("runs") / file.stem,
             device=device,
             workers=workers,
             micro_batch=parse_micro_batch(micro_batch),
             recompute=recompute,
             compile=compile,
         )
-        notes = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
-        measured = measure(
-            resolved, options, seconds, lambda what: notes.print(f"measuring: {what}", style="dim")
-        )
-        content, lines = measured.to_dict(), _measured(resolved, measured, options.output)
+        content, lines = _measure(resolved, options, seconds)
     if str(json_file) != "-":
         print("\n".join(lines))
     if json_file:
         write_text(json_file, json.dumps(content, indent=2) + "\n")
+
+
+def _require_not_given(options: dict[str, Any]) -> None:
+    """Raise RecipeError if options are given that have no effect with --gpu."""
+    given = [option for option, value in options.items() if value is not None]
+    if given:
+        raise RecipeError(f"--gpu predicts without running anything: omit {', '.join(given)}")
+
+
+def _measure(recipe: "Recipe", options: "RunOptions", seconds: float) -> tuple[dict, list[str]]:
+    """A measurement on this machine: its figures, and as text."""
+    from rich.console import Console
+
+    from cspnet.plan.measure import measure_plan
+
+    stderr = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+    plan = measure_plan(
+        recipe, options, seconds, lambda what: stderr.print(f"measuring: {what}", style="dim")
+    )
+    return plan.to_dict(), _plan_lines(recipe, plan, options.output)
 
 
 def status_command(
@@ -98,9 +111,9 @@ def status_command(
 ) -> None:
     """Show the progress of a run: cspnet status runs/cspdarknet53-omega
 
-    Prints step, throughput, time left, best top-1 and last save; reads only the run folder.
-    Exits with 0 if the run is running or complete, with 75 if it was stopped after a save, with 1
-    if it failed or its process has ended.
+    Print step, throughput, time left, best top-1 and last save, from the run folder alone. The exit
+    code is 0 if the run is running or complete, 75 if it was stopped after a save, and 1 if it
+    failed or its process is gone.
     """
     from cspnet.report.status import describe_run, status_exit_code
     from cspnet.run.reader import read_run
@@ -110,33 +123,32 @@ def status_command(
     raise typer.Exit(status_exit_code(record))
 
 
-def _measured(recipe: "Recipe", plan: "Plan", output: Path) -> list[str]:
+def _plan_lines(recipe: "Recipe", plan: "Plan", output: Path) -> list[str]:
     """The plan as text."""
     from cspnet.recipe.eta import format_duration, format_eta
     from cspnet.recipe.schedule import count_validations_and_saves
 
     owner = "machine" if plan.device == "cpu" else "device"
-    peaks = "; ".join(f"{gb:.2f} GB with {kind}" for kind, gb in plan.memory_gb.items())
+    peaks = ", ".join(f"{kind} {gb:.2f} GB" for kind, gb in plan.memory_gb.items())
     validations, saves = count_validations_and_saves(recipe)
     steps = ", ".join(f"{seconds:.3g} s at {s}×{s}" for s, seconds in plan.step_seconds.items())
-    attack = f"; the attack adds up to {plan.attack_seconds:.3g} s" * bool(plan.attack_seconds)
-    disk = plan.checkpoints * plan.checkpoint_gb
-    short = "" if disk < plan.free_gb else ": TOO LITTLE ROOM"
+    attack = f"; up to {plan.attack_seconds:.3g} s more with the attack" * bool(plan.attack_seconds)
+    disk_gb = plan.checkpoints * plan.checkpoint_gb
+    shortage = "" if disk_gb < plan.free_gb else ": NOT ENOUGH SPACE"
     return [
         f"measured on {plan.device}, {plan.precision}, {plan.workers} workers",
-        *(f"kernels     {line}" for line in plan.kernels),
-        f"memory      {peaks.replace('training', 'training steps')}; the {owner} has "
-        f"{plan.available_gb:.1f} GB",
-        f"images/s    the network alone {plan.net_rate:,.1f}, the loader alone "
-        f"{plan.loader_rate:,.1f}, both {plan.both_rate:,.1f}",
+        *(f"network     {line}" for line in plan.network),
+        f"peak memory {peaks}; the {owner} has {plan.available_gb:.1f} GB",
+        f"throughput  {plan.both_rate:,.1f} images/s; network alone {plan.net_rate:,.1f}, "
+        f"dataloader alone {plan.loader_rate:,.1f}",
         f"bottleneck  {plan.bottleneck}; {plan.advice}",
-        f"a step      {recipe.batch} images: {steps}{attack}",
-        f"the run     {recipe.schedule.steps:,} steps, {validations:,} validations of "
+        f"step        {recipe.batch} images, {steps}{attack}",
+        f"run         {recipe.schedule.steps:,} steps, {validations:,} validations of "
         f"{format_duration(plan.validation_seconds)}, {saves:,} saves of "
-        f"{format_duration(plan.save_seconds)}: "
-        f"{format_duration(plan.seconds)}; if started now, done at {format_eta(plan.seconds)}",
-        f"disk        {plan.checkpoints} checkpoints of {1000 * plan.checkpoint_gb:,.0f} MB at "
-        f"once, {disk:.1f} GB; {plan.free_gb:,.0f} GB are free at {output}{short}",
+        f"{format_duration(plan.save_seconds)}: {format_duration(plan.seconds)}, "
+        f"if started now until {format_eta(plan.seconds)}",
+        f"disk        up to {plan.checkpoints} checkpoints of {1000 * plan.checkpoint_gb:,.0f} MB, "
+        f"{disk_gb:.1f} GB; {plan.free_gb:,.0f} GB free at {output}{shortage}",
     ]
 
 
@@ -145,42 +157,47 @@ def _predict(recipe: "Recipe", gpu: str, recompute: str) -> tuple[dict, list[str
     from dataclasses import asdict
 
     from cspnet.plan.forecast import find_card, forecast
-    from cspnet.recipe.eta import format_duration
     from cspnet.runtime.options import ACTIVATION_BUDGETS
 
     card = find_card(gpu)
     if recompute not in ACTIVATION_BUDGETS:
         raise RecipeError(f"--recompute {recompute}: must be {', '.join(ACTIVATION_BUDGETS)}")
-    known = recipe.model.classes != "auto"
     classes = recipe.model.classes if isinstance(recipe.model.classes, int) else 1000
     prediction: Forecast = forecast(recipe, card, classes, recompute)
-    size, low, high = recipe.data.image_size, *prediction.expected
-    names = {"compiled": f"compiled, --recompute {recompute}", "eager": "eager, --no-compile"}
-    fits = [
-        f"{names[mode]} {mb:.1f} MB per image: "
+    return asdict(prediction), _prediction_lines(recipe, prediction, classes, recompute)
+
+
+def _prediction_lines(
+    recipe: "Recipe", prediction: "Forecast", classes: int, recompute: str
+) -> list[str]:
+    """The prediction as text."""
+    from cspnet.recipe.eta import format_duration
+
+    card, size = prediction.card, recipe.data.image_size
+    low, high = prediction.expected
+    shortest, longest = (format_duration(seconds) for seconds in prediction.seconds)
+    modes = {"compiled": f"compiled, --recompute {recompute}", "eager": "eager, --no-compile"}
+    activations = [
+        f"{modes[mode]}: {mb:.1f} MB per image, "
         + (
-            f"{prediction.fits[mode]} of {recipe.groups} groups"
+            f"micro-batches of up to {prediction.fits[mode] * recipe.group} images"
             if prediction.fits[mode]
-            else "no group"
+            else f"NOT EVEN ONE GROUP of {recipe.group} images fits"
         )
-        + " at once"
-        + (", counted" if mode == "eager" else "")
         for mode, mb in prediction.saved_mb.items()
     ]
-    lines = [
-        f"A PREDICTION for an NVIDIA {card.name} ({card.memory_gb:g} GB, {card.precision}, "
-        f"{card.tflops:.1f} TFLOP/s, {card.gb_per_s:g} GB/s); nothing ran on it",
-        f"activations {'; '.join(fits)} at {size}×{size}",
-        f"memory      {prediction.fixed_gb:.2f} GB in addition: weights, gradients, momentum"
+    assumed = ", assumed: model.classes=N sets it" * (recipe.model.classes == "auto")
+    return [
+        f"prediction for an NVIDIA {card.name} ({card.memory_gb:g} GB, {card.precision}, "
+        f"{card.tflops:.1f} TFLOP/s, {card.gb_per_s:g} GB/s), not a measurement",
+        f"activations at {size}×{size}, {'; '.join(activations)}",
+        f"memory      {prediction.fixed_gb:.2f} GB for weights, gradients, momentum"
         + ", EMA" * bool(recipe.ema.decay)
-        + f", workspace; {classes:,} classes"
-        + ", assumed: set model.classes=N for another number" * (not known),
-        f"images/s    {low:,.0f} to {high:,.0f} by the network, compiled; at most "
-        f"{prediction.at_most:,.0f} by the data sheet",
-        f"the run     {recipe.schedule.steps:,} steps of {recipe.batch}: "
-        f"{format_duration(prediction.seconds[0])} to {format_duration(prediction.seconds[1])}, "
-        "if the loader keeps up, without validations",
-        f"disk        checkpoints of {1000 * prediction.checkpoint_gb:,.0f} MB",
-        f"card        {card.source}",
+        + f" and workspace, with {classes:,} classes{assumed}",
+        f"throughput  {low:,.0f} to {high:,.0f} images/s, compiled; limit by the data sheet "
+        f"{prediction.at_most:,.0f}",
+        f"run         {recipe.schedule.steps:,} steps of {recipe.batch} images: {shortest} to "
+        f"{longest}, without validations, if the dataloader keeps up",
+        f"disk        {1000 * prediction.checkpoint_gb:,.0f} MB per checkpoint",
+        f"source      {card.source}",
     ]
-    return asdict(prediction), lines

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 
 
 def report_command(
-    run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="RunRecord folder.", show_default=False)
-    ],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)],
     data: Annotated[
         str | None,
         typer.Option(
@@ -76,7 +74,7 @@ def _evaluate(
     device: str,
     workers: int | None,
 ) -> "tuple[Evaluation | None, list[str]]":
-    """Evaluates with a progress bar; returns the evaluation, if possible, and remarks."""
+    """Evaluate with a progress bar; return the evaluation, if possible, and remarks."""
     from rich.progress import Progress
 
     from cspnet.report.evaluation import evaluate_run
@@ -108,7 +106,7 @@ def _print_scores(console: "Console", record: "RunRecord", evaluation: "Evaluati
 def compare_command(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN RUN...", help="RunRecord folders.", show_default=False),
+        typer.Argument(metavar="RUN RUN...", help="Run folders.", show_default=False),
     ],
     output: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("compare.png"),
 ) -> None:

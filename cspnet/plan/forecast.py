@@ -54,14 +54,15 @@ CARDS = {
     "a100": Card("A100 80 GB SXM", 80, 108, 1.410, 2048, 2039, "bf16", "A100 data sheet, 2021"),
     "h100": Card("H100 80 GB SXM", 80, 132, 1.830, 4096, 3350, "bf16", "H100 data sheet, 2023"),
 }
-# Reads or writes of a convolution's output in a training step outside of the convolutions:
+# Reads and writes of a convolution's output in a training step, outside of convolutions:
 # BatchNorm, Mish, residuals, concatenation and their gradients, in kernels fused by Inductor.
 BETWEEN = 8.5
 # What a compiled network keeps for the backward pass relative to its convolutions' outputs, by
 # value of --recompute: counted for cspdarknet53 with Mish by benchmarks/memory.py.
 KEPT = {"none": 1.916, "light": 1.012, "full": 0.563}
-# Fractions of a card's peaks that good kernels reach; fractions of the resulting rate that whole
-# steps have reached: 0.95 by timm's network on an RTX 3090, 0.72 by ResNet-50 on Turing cards.
+# Fractions of a card's peak rates that good kernels reach, and fractions of the resulting throughput
+# that whole steps have reached: 0.95 by timm's network on an RTX 3090, 0.72 by ResNet-50 on Turing
+# cards.
 ARITHMETIC, TRAFFIC, REACHED = 0.75, 0.88, (0.72, 0.95)
 USABLE = 0.925  # fraction of a card's memory; CUDA context and cuDNN handles take the rest
 WORKSPACE_GB = 0.35  # of cuDNN, and gradients of activations
@@ -89,23 +90,22 @@ def find_card(name: str) -> Card:
     for key, card in CARDS.items():
         if wanted and key.removeprefix("rtx") == wanted:
             return card
-    raise RecipeError(f"--gpu {name}: there are figures for {', '.join(CARDS)}")
+    raise RecipeError(f"--gpu {name}: unknown; must be one of {', '.join(CARDS)}")
 
 
 def forecast(recipe: Recipe, card: Card, classes: int, recompute: str = "none") -> Forecast:
     """Predict a run on a card.
 
-    Raises RecipeError for timm's networks, about which nothing is known before they run, and for
+    Raises RecipeError for timm's networks, whose activations are unknown before they run, and for
     a precision other than that of the card.
     """
     if recipe.model.name.startswith(TIMM_PREFIX):
         raise RecipeError(
-            f"model.name={recipe.model.name}: --gpu knows the networks of cspnet only"
+            f"model.name={recipe.model.name}: --gpu supports only cspnet's own networks"
         )
     if recipe.precision not in ("auto", card.precision):
         raise RecipeError(
-            f"precision is {recipe.precision}, but the figures for {card.name} are for "
-            f"{card.precision}"
+            f"precision={recipe.precision}: --gpu supports only {card.precision} for {card.name}"
         )
     size, group = recipe.data.image_size, recipe.group
 

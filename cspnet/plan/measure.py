@@ -37,8 +37,8 @@ from cspnet.train.setup import Run, prepare
 from cspnet.train.start import start
 from cspnet.train.step import StepNotes
 
-PILOT = 5  # steps of the first trial, which tells how many there is time for
-MOST = 400  # steps of a trial
+PILOT_STEPS = 5  # of the first trial, which determines the number of steps of the second
+MAX_STEPS = 400  # of a trial
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Plan:
     precision: str
     workers: int
     micro_batch: int  # images
-    kernels: list[str]  # what a run prints about its micro-batch and the compiler
+    network: list[str]  # what a run prints about its micro-batch and its compilation
     memory_gb: dict[str, float]  # peak up to: training, attack, validation
     available_gb: float  # of the device, or of the machine
     net_rate: float  # images/s of the network alone, at the full image size
@@ -93,7 +93,7 @@ class Plan:
         return asdict(self)
 
 
-class First:
+class FirstImages:
     """The first images of a source."""
 
     def __init__(self, source: Source, count: int):
@@ -109,7 +109,7 @@ class First:
 
 
 class _TimedCheckpoints(CheckpointFiles):
-    """Notes how long each save takes."""
+    """Checkpoints that record the duration of each save."""
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -130,7 +130,7 @@ def measure_plan(
     """Measure for about `seconds` in each image size, and with the attack.
 
     `on_progress` is called with what is measured next. Raises what a run raises before its first
-    step, OutOfMemory, and Incomplete after a signal.
+    step, OutOfMemoryError, and PartialResultError after a signal.
     """
     startup_seconds = _seconds_since_process_start()
     run = prepare(recipe, options, Console(quiet=True), list_data=False)
@@ -149,13 +149,13 @@ def measure_plan(
                 )
                 attack_seconds = attack.compute_seconds - full.compute_seconds
                 memory["attack"] = attack.memory_gb
-            on_progress("the loader alone")
+            on_progress("the dataloader alone")
             loader_rate = _loader_rate(run, min(seconds, 5.0), stop)
         except StoppedError:
             raise PartialResultError(
-                "interrupted: there is no plan, and no files were left"
+                "interrupted: the plan is incomplete; all temporary files were removed"
             ) from None
-    return _put_together(run, trials, attack_seconds, memory, loader_rate, startup_seconds)
+    return _combine(run, trials, attack_seconds, memory, loader_rate, startup_seconds)
 
 
 def _measure_steps(
@@ -166,14 +166,14 @@ def _measure_steps(
     attack: bool,
     stop: StopRequest,
 ) -> TrialTimes:
-    """Run steps for about `seconds`, after a short trial that tells how many these are."""
-    pilot = _train(_shortened(recipe, size, PILOT, attack), options, stop, 2 * recipe.batch)
-    steps = min(MOST, int(seconds / pilot.seconds))
-    if steps <= PILOT:
+    """Run steps for about `seconds`; a short trial determines their number."""
+    pilot = _train(_shortened(recipe, size, PILOT_STEPS, attack), options, stop, 2 * recipe.batch)
+    steps = min(MAX_STEPS, int(seconds / pilot.seconds))
+    if steps <= PILOT_STEPS:
         return pilot
     images = max(2 * recipe.batch, int(pilot.validation_rate * seconds / 2))
     trial = _train(_shortened(recipe, size, steps, attack), options, stop, images)
-    return replace(trial, setup_seconds=pilot.setup_seconds)  # of a process that starts
+    return replace(trial, setup_seconds=pilot.setup_seconds)  # as of a new process
 
 
 def _shortened(recipe: Recipe, size: int, steps: int, attack: bool) -> Recipe:
@@ -212,7 +212,7 @@ def _train(recipe: Recipe, options: RunOptions, stop: StopRequest, val_images: i
             Console(quiet=True),
             list_data=False,
             checkpoints=saves,
-            select_val=lambda source: First(source, val_images),
+            select_val=lambda source: FirstImages(source, val_images),
         )
         state = start(run)
         step = prepare_step(run, state)
@@ -224,7 +224,7 @@ def _train(recipe: Recipe, options: RunOptions, stop: StopRequest, val_images: i
         checkpoint_gb = saves.last.stat().st_size / 1e9
     lines = [line for line in lines if line["split"] == "train"]
     durations = [recipe.batch / line["images_per_second"] for line in lines]
-    # The first steps find their images loaded in advance, and caches empty.
+    # The images of the first steps are prefetched, and caches are empty.
     settled = slice(min(3, len(lines) - 2), None)
     waits = [line["data_wait"] * t for line, t in zip(lines, durations, strict=True)][settled]
     return TrialTimes(
@@ -252,7 +252,7 @@ def _loader_rate(run: Run, seconds: float, stop: StopRequest) -> float:
     stream = training_groups(run.train_set, recipe, 0, workers, on_gpu)
     with contextlib.closing(stream) as groups:
         for _ in range(1 + workers * prefetch_factor(recipe.groups, workers)):
-            next(groups)  # loaded in advance
+            next(groups)  # prefetched
         start, count = time.perf_counter(), 0
         while (passed := time.perf_counter() - start) < seconds or not count:
             next(groups)
@@ -262,7 +262,7 @@ def _loader_rate(run: Run, seconds: float, stop: StopRequest) -> float:
     return recipe.group * count / passed
 
 
-def _put_together(
+def _combine(
     run: Run,
     trials: dict[int, TrialTimes],
     attack_seconds: float,
@@ -270,7 +270,7 @@ def _put_together(
     loader_rate: float,
     startup_seconds: float,
 ) -> Plan:
-    """The plan of the whole run, by the numbers of steps, validations and saves of its recipe."""
+    """The plan of the whole run, from its numbers of steps, validations and saves."""
     recipe, hardware = run.recipe, run.hardware
     full = trials[recipe.data.image_size]
     bottleneck, advice = find_bottleneck(
@@ -288,7 +288,7 @@ def _put_together(
         precision=f"{hardware.precision.name} ({hardware.precision.reason})",
         workers=hardware.workers,
         micro_batch=full.notes.micro_batch,
-        kernels=full.notes.lines(),
+        network=full.notes.lines(),
         memory_gb=memory,
         available_gb=available_memory_gb(hardware.device),
         net_rate=recipe.batch / full.compute_seconds,

@@ -1,10 +1,10 @@
-"""Time left, the expected end and the bottleneck of a run."""
+"""Time left, expected end and bottleneck of a run."""
 
 from datetime import datetime, timedelta
 
 from cspnet.recipe.schema import Recipe
 
-# Fraction of a step that the network waits for data, from which the loader is the bottleneck.
+# The dataloader is the bottleneck if the network waits for it at least this fraction of the time.
 LOADER_BOUND = 0.1
 
 
@@ -14,27 +14,24 @@ def find_bottleneck(data_wait: float, workers: int, cores: int, device: str) -> 
     `data_wait` is the fraction of a step that the network waits for data; `device` is cpu or cuda.
     """
     if data_wait < LOADER_BOUND:
-        advice = "the hardware is used fully"
+        advice = "the hardware is fully used"
         if device == "cpu":
             advice = "use a GPU, smaller images (data.image_size), or a narrower network"
-        return f"the network: it waits for data {data_wait:.0%} of the time", advice
-    bottleneck = f"the loader: the network waits for it {data_wait:.0%} of the time"
-    smaller = (
-        "`cspnet pack` stores smaller images once, data.reduced_decode=true decodes at reduced size"
-    )
+        return f"the network; {data_wait:.0%} of the time is spent waiting for data", advice
+    bottleneck = f"the dataloader; {data_wait:.0%} of the time is spent waiting for data"
+    smaller = "store smaller images with `cspnet pack`, or decode at reduced size (data.reduced_decode=true)"
     if device == "cpu" and not workers:
-        return bottleneck, f"images are decoded in the training process; {smaller}"
+        return bottleneck, f"images are decoded in the training process: {smaller}"
     if workers < cores:
-        return bottleneck, f"--workers {cores}; {smaller}"
+        return bottleneck, f"use --workers {cores}; {smaller}"
     return bottleneck, f"{smaller}; if the CPU is idle, use a faster disk"
 
 
 def seconds_left(recipe: Recipe, step: int, speed: float) -> float:
     """Seconds for the steps after `step` at `speed` images/s now, scaled by the images' pixels."""
-    now = (
-        recipe.size_at(max(0, step - 1)) / recipe.data.image_size
-    ) ** 2  # relative to the full size
-    return recipe.full_size_steps(step) / now * recipe.batch / speed
+    size = recipe.size_at(max(0, step - 1))
+    relative_pixels = (size / recipe.data.image_size) ** 2
+    return recipe.full_size_steps(step) / relative_pixels * recipe.batch / speed
 
 
 def format_duration(seconds: float) -> str:

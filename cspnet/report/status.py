@@ -23,7 +23,7 @@ SILENT_INTERVALS = 3  # log intervals without a line, if these take longer than 
 def describe_run(run: RunRecord, now: datetime | None = None) -> list[str]:
     """The status in lines for the terminal: state, progress, throughput, scores, last save.
 
-    A run whose process was killed is reported as dead at once, without a timeout.
+    A run whose process was killed is reported as dead immediately, without a timeout.
     """
     now = now or datetime.now(UTC)
     recipe = _read_recipe(run)
@@ -52,8 +52,10 @@ def _throughput_lines(run: RunRecord, recipe: Recipe | None, state: str) -> list
     if recipe and run.step < run.steps:
         seconds = seconds_left(recipe, run.step, speed)
         eta = f"; {format_duration(seconds)} left without validations"
-        eta += f", done at {format_eta(seconds)}" * (state == "running")
-    return [f"speed       {speed:,.0f} images/s, {waiting:.0%} of the time waiting for data{eta}"]
+        eta += f", expected end {format_eta(seconds)}" * (state == "running")
+    return [
+        f"throughput  {speed:,.0f} images/s, {waiting:.0%} of the time spent waiting for data{eta}"
+    ]
 
 
 def _score_lines(run: RunRecord) -> list[str]:

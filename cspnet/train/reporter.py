@@ -150,7 +150,7 @@ class Reporter:
         """Print the expected end and the bottleneck, once the throughput is known."""
         hardware = self._run.hardware
         own_cores = max(1, available_cores() // self._run.processes.local_size)
-        bottleneck, remedy = find_bottleneck(
+        bottleneck, advice = find_bottleneck(
             metrics["data_wait"], hardware.workers, own_cores, hardware.device.type
         )
         self._output.print(
@@ -158,15 +158,15 @@ class Reporter:
             style="red" if left > LONG else None,
         )
         self._output.print(
-            f"{metrics['memory_gb']:.1f} GB of memory; bottleneck: {bottleneck}"
-            + f" ({remedy})" * bottleneck.startswith("the loader")
+            f"peak memory {metrics['memory_gb']:.1f} GB; bottleneck: {bottleneck}"
+            + f": {advice}" * bottleneck.startswith("the dataloader")
         )
 
     def save_failed(self, error: SaveError) -> None:
         """Print that a save failed, after which the run continues."""
         self._output.print(
             f"NOT SAVED at step {self._state.step:,}: {end_sentence(error)} The run continues and "
-            "tries again at the next save: check the disk, free some space.",
+            "tries again at the next save. Check the disk and free some space.",
             style="bold red",
         )
 
@@ -194,7 +194,7 @@ class Reporter:
         )
         if scores.unreadable:
             self._output.print(
-                f"{scores.unreadable} validation images are unreadable and count as black ones",
+                f"{scores.unreadable} validation images are unreadable and were evaluated as black",
                 style="red",
             )
         self.restart_clock()
