@@ -19,8 +19,10 @@ from cspnet.recipe.load import load_recipe
 from cspnet.run.checkpoint import load_checkpoint
 from cspnet.runtime.options import RunOptions
 from cspnet.train import loop
-from cspnet.weights.load import Trained, build_net
+from cspnet.weights.trained import Trained, build_net
 
+# Options of a recipe that reads small groups of small images.
+SMALL_GROUPS = ["data.image_size=32", "batch=8", "group=4", "mix.images_per_draw=2"]
 HIDDEN = {"CUDA_VISIBLE_DEVICES": ""}  # no GPU
 
 

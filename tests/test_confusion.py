@@ -7,7 +7,7 @@ from cspnet.inference.confusion import Pair, to_markdown, worst_pairs
 from cspnet.inference.evaluate import evaluate_network
 from cspnet.runtime.device import Precision
 from cspnet.sources.data_root import open_validation
-from cspnet.weights.load import build_net
+from cspnet.weights.trained import build_net
 
 
 def test_the_matrix_counts_each_image_once_whatever_the_batch(tiny):

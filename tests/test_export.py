@@ -18,7 +18,8 @@ from cspnet.recipe.load import load_recipe
 from cspnet.runtime.device import Precision
 from cspnet.sources.data_root import open_validation
 from cspnet.weights.export import ExportError, export_network
-from cspnet.weights.load import Trained, build_net, load_weights
+from cspnet.weights.load import load_weights
+from cspnet.weights.trained import Trained, build_net
 from tests.conftest import ROOT, picture
 from tests.helpers import equal, run_lines, trained, views
 

@@ -93,9 +93,7 @@ def test_only_one_module_renames_files():
 def test_only_the_run_package_names_the_files_of_a_run():
     """In paths; messages for the user may mention them."""
     folder = RunFolder(PACKAGE)
-    properties = [name for name, kind in vars(RunFolder).items() if isinstance(kind, property)]
-    paths = [getattr(folder, name) for name in properties]
-    file_names = {path.name for path in paths} - {"report"}
+    file_names = {path.name for path in vars(folder).values()} - {PACKAGE.name, "report"}
     assert {"recipe.yaml", "env.json", "metrics.jsonl", "last.pt", "checkpoints"} <= file_names
     alternatives = "|".join(map(re.escape, file_names))
     pattern = re.compile(rf"""/ ["']({alternatives})["']""")

@@ -25,7 +25,7 @@ from cspnet.train.adversarial import attack_mask
 from cspnet.train.optim import build_optimizer
 from cspnet.train.start import start
 from cspnet.train.step import TrainStep
-from cspnet.weights.load import build_net
+from cspnet.weights.trained import build_net
 from tests.helpers import (
     SuddenDeath,
     die_at,

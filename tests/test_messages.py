@@ -21,7 +21,7 @@ from cspnet.sources.tar_members import TarError
 from cspnet.sources.tar_set import TarSource
 from cspnet.text import end_sentence
 from cspnet.weights.export import export_network
-from cspnet.weights.load import Trained, build_net
+from cspnet.weights.trained import Trained, build_net
 from tests.conftest import ROOT, TINY, call
 
 ODD = 'it\'s my $HOME; `a` & "b" *'

@@ -28,6 +28,7 @@ from cspnet.images.decode import UnreadableError, decode
 from cspnet.recipe.load import load_recipe
 from cspnet.sources import data_root
 from tests.conftest import ROOT, picture
+from tests.helpers import SMALL_GROUPS
 
 # Pictures of 80×60 are scaled; of one MB or so a tar file, which nothing here reaches.
 SMALL = PackSettings(short_side=40, quality=90, shard_mb=1)
@@ -118,9 +119,7 @@ def test_the_stream_is_that_of_the_folder(folder, tmp_path, monkeypatch):
         pack_dataset(str(folder), tmp_path / name, PackSettings(short, 95, 1))
     assert snapshot(folder) == before and times(folder) == then
     assert len(list((tmp_path / "copied" / "train").glob("*.tar"))) > 2
-    recipe = load_recipe(
-        None, ["data.image_size=32", "batch=8", "group=4", "mix.images_per_draw=2"]
-    )
+    recipe = load_recipe(None, SMALL_GROUPS)
     plain, copied, scaled = (
         TrainGroups(data_root.open_training(str(root)), recipe)
         for root in (folder, tmp_path / "copied", tmp_path / "scaled")

@@ -17,6 +17,7 @@ from cspnet.errors import DataError
 from cspnet.recipe.load import load_recipe
 from cspnet.sources import data_root, parquet
 from tests.conftest import picture
+from tests.helpers import SMALL_GROUPS
 
 NAMES = ["dog", "ant", "cat"]  # by number, as ImageNet's on the Hub: not in the order of words
 
@@ -69,14 +70,7 @@ def test_rows_are_images_with_classes_in_the_order_of_their_names(root):
 
 def test_any_number_of_workers_reads_the_same_groups(root):
     """After the main process has read: a fork shares neither its readers nor its lock."""
-    small = [
-        "data.image_size=32",
-        "batch=8",
-        "group=4",
-        "mix.images_per_draw=2",
-        "schedule.steps=10",
-    ]
-    recipe = load_recipe(None, [f"data.root={root[0]}", *small])
+    recipe = load_recipe(None, [f"data.root={root[0]}", *SMALL_GROUPS, "schedule.steps=10"])
     source = data_root.open_training(str(root[0]))
     source.read(0)
     source._lock.acquire()  # as a thread may hold it in the moment of the fork
@@ -90,14 +84,7 @@ def test_any_number_of_workers_reads_the_same_groups(root):
 
 def test_a_group_reads_the_row_groups_that_it_needs_and_no_other(root, monkeypatch):
     """So a run that resumes in the middle of an epoch begins at once."""
-    small = [
-        "data.image_size=32",
-        "batch=8",
-        "group=4",
-        "mix.images_per_draw=2",
-        "schedule.steps=1000",
-    ]
-    recipe = load_recipe(None, [f"data.root={root[0]}", *small])
+    recipe = load_recipe(None, [f"data.root={root[0]}", *SMALL_GROUPS, "schedule.steps=1000"])
     source = data_root.open_training(str(root[0]))
     opened, read = source._reader, []
 

@@ -19,7 +19,7 @@ from cspnet.recipe.load import load_recipe
 from cspnet.runtime.device import Precision
 from cspnet.sources.folder import Files, Folder, find_images
 from cspnet.weights.export import export_network
-from cspnet.weights.load import Trained, build_net
+from cspnet.weights.trained import Trained, build_net
 from tests.conftest import picture
 
 FP32 = Precision("fp32", "")

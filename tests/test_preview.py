@@ -10,7 +10,7 @@ from cspnet.runtime.options import RunOptions
 from cspnet.sources.data_root import display_names, open_training
 from cspnet.train import setup
 from cspnet.train.step import TrainStep
-from cspnet.weights.load import build_net
+from cspnet.weights.trained import build_net
 from tests.conftest import TINY
 
 

@@ -23,7 +23,7 @@ from cspnet.sources import data_root, tar_index, tar_members, tar_set
 from cspnet.sources.folder import Folder
 from cspnet.train import loop
 from tests.conftest import ROOT
-from tests.helpers import CLASSES
+from tests.helpers import CLASSES, SMALL_GROUPS
 
 
 def put(tar, name, data=b"", **attributes):
@@ -111,14 +111,7 @@ def sharded(folder, entries, listed="cat\napple\nbear\n"):
 
 
 def recipe_for(root):
-    small = [
-        "data.image_size=32",
-        "batch=8",
-        "group=4",
-        "mix.images_per_draw=2",
-        "schedule.steps=10",
-    ]
-    return load_recipe(None, [f"data.root={root}", *small])
+    return load_recipe(None, [f"data.root={root}", *SMALL_GROUPS, "schedule.steps=10"])
 
 
 def content(batch):

@@ -9,6 +9,7 @@ from cspnet.recipe.load import load_recipe
 from cspnet.recipe.schema import Evaluate
 from cspnet.sources import data_root
 from cspnet.sources.folder import Digits, Folder, find_images
+from tests.helpers import SMALL_GROUPS
 
 
 def test_folder_reads_what_lies_in_it(folder):
@@ -55,17 +56,7 @@ def test_digits_are_split_into_disjoint_parts():
 
 
 def recipe_for(folder, *overrides):
-    return load_recipe(
-        None,
-        [
-            f"data.root={folder}",
-            "data.image_size=32",
-            "batch=8",
-            "group=4",
-            "mix.images_per_draw=2",
-            *overrides,
-        ],
-    )
+    return load_recipe(None, [f"data.root={folder}", *SMALL_GROUPS, *overrides])
 
 
 def content(batch):

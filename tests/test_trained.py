@@ -16,7 +16,8 @@ from cspnet.run.checkpoint import load_checkpoint
 from cspnet.train.adversarial import attack
 from cspnet.train.optim import parameter_groups
 from cspnet.weights.export import ExportError, export_network
-from cspnet.weights.load import build_net, init_net, load_weights
+from cspnet.weights.load import init_net, load_weights
+from cspnet.weights.trained import build_net
 from tests.helpers import equal, run_lines, trained, views
 
 SMALL = ("data.image_size=64", "model.width=0.25")

@@ -19,8 +19,8 @@ from cspnet.images import decode
 from cspnet.nets import create
 from cspnet.recipe import load as recipes
 from cspnet.weights.export import ExportError, export_network
-from cspnet.weights.labels import natural_key, read_labels
-from cspnet.weights.load import init_net, load_weights, resolve_class_names
+from cspnet.weights.labels import natural_key, read_labels, resolve_class_names
+from cspnet.weights.load import init_net, load_weights
 from cspnet.weights.trained import Trained, build_net
 from tests.conftest import picture
 from tests.helpers import equal, trained

@@ -18,7 +18,7 @@ from cspnet.runtime.distributed import Processes
 from cspnet.runtime.options import RunOptions
 from cspnet.train.adversarial import attack_mask
 from cspnet.train.setup import prepare
-from cspnet.weights.load import build_net
+from cspnet.weights.trained import build_net
 from tests.conftest import ROOT, TINY
 
 # A process of a run. PLAN holds the faults to inject, such as a kill after a save.
@@ -56,7 +56,7 @@ loop.is_save_due = is_save_due
 if "double" in plan:
     from cspnet.inference.evaluate import Scores
     from cspnet.train import start
-    from cspnet.weights.load import build_net
+    from cspnet.weights.trained import build_net
     from cspnet.train.step import MicroBatch, TrainStep
     load_clean = TrainStep.load_clean
     TrainStep.load_clean = lambda *those: MicroBatch(*(x.double() for x in load_clean(*those)))

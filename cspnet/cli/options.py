@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from cspnet.recipe.schema import Data
     from cspnet.runtime.device import Precision
-    from cspnet.weights.load import Trained
+    from cspnet.weights.trained import Trained
 
 
 def complete_recipe(incomplete: str) -> list[str]:

@@ -51,7 +51,8 @@ def eval_command(
     from cspnet.runtime.device import choose_workers, inference_precision, setup_device
     from cspnet.runtime.distributed import find_processes, process_group
     from cspnet.sources.data_root import open_validation, require_data_folder
-    from cspnet.weights.load import load_weights, resolve_class_names
+    from cspnet.weights.labels import resolve_class_names
+    from cspnet.weights.load import load_weights
 
     if json_file:
         tolerate_lost_output()  # the scores are still written to the file

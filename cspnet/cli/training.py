@@ -247,7 +247,8 @@ def _preview_network(
 ) -> "tuple[Network, list[str]]":
     """The network of a checkpoint, or a new one for the recipe; and remarks about its weights."""
     from cspnet.sources.data_root import require_classes
-    from cspnet.weights.load import init_net, load_weights, resolve_class_names
+    from cspnet.weights.labels import resolve_class_names
+    from cspnet.weights.load import init_net, load_weights
 
     classes = run.train_set.classes
     if checkpoint is None:

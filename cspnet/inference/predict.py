@@ -19,7 +19,7 @@ from cspnet.runtime.device import Precision
 from cspnet.sources.data_root import display_names
 from cspnet.sources.protocol import Source
 from cspnet.text import printable
-from cspnet.weights.load import Trained
+from cspnet.weights.trained import Trained
 
 CSV_COLUMNS = ("file", "rank", "class", "name", "probability", "error")  # of the CSV
 

@@ -17,7 +17,7 @@ from cspnet.plan.activations import ConvCost, conv_costs, eager_activation_bytes
 from cspnet.recipe.schema import TIMM_PREFIX, Recipe
 from cspnet.train.adversarial import attack_mask
 from cspnet.train.micro_batch import candidate_sizes
-from cspnet.weights.load import create_from_recipe
+from cspnet.weights.trained import create_from_recipe
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cspnet.report.drawing import SERIES, Drawing, theme
+from cspnet.report.drawing import SERIES, Drawing, new_figure
 from cspnet.report.style import LIGHT
 from cspnet.run.reader import RunRecord
-from cspnet.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -160,34 +159,14 @@ def resume_steps(run: RunRecord) -> list[int]:
     return steps if len(steps) <= MAX_MARKS else []
 
 
-def limits(chart: Chart) -> tuple[float, float, float, float]:
-    """First and last step, lowest and highest value of the axes; neither range is empty."""
-    values = np.concatenate([curve.values for curve in chart.curves])
-    low, high = float(values.min()), min(float(values.max()), chart.ceiling)
-    if chart.from_zero:
-        low = min(low, 0.0)
-        high = 1.0 if low == high == 0 else high  # otherwise the axis would extend below 0
-    if high <= low:
-        room = abs(high) / 10 or 1.0
-        low, high = low - room, high + room
-    margin = MARGIN * (high - low)
-    low = low if chart.from_zero else low - margin
-    return 0.0, float(max(chart.last_step, 1)), low, high + margin
-
-
 def draw_chart(chart: Chart, marked_steps: list[int]) -> Drawing:
     """Draws a chart with a legend that gives the last values; `marked_steps` get dotted lines."""
-    from matplotlib.figure import Figure  # takes a second to import
-
-    with theme():
-        figure = Figure(figsize=(4.6, 2.6), layout="constrained")
+    with new_figure(4.6, 2.6) as figure:
         axes = figure.subplots()
         figure.suptitle(chart.title, x=0.01, ha="left")
-        left, right, low, high = limits(chart)
-        axes.set_xlim(left, right)
-        axes.set_ylim(low, high)
         axes.set_xlabel("optimizer step")
-        format_axes(axes)
+        axes.set_xlim(0, max(chart.last_step, 1))
+        axes.margins(y=MARGIN)
         for step in marked_steps:
             axes.axvline(step, color=LIGHT["dim"], linestyle=":", linewidth=1)
         tooltips = {}
@@ -195,7 +174,7 @@ def draw_chart(chart: Chart, marked_steps: list[int]) -> Drawing:
             last = format_number(float(curve.values[-1]))
             (line,) = axes.plot(
                 curve.steps,
-                np.minimum(curve.values, high),
+                np.minimum(curve.values, chart.ceiling),
                 color=LIGHT[SERIES[curve.colour]],
                 marker="o" if curve.kind == "dots" else None,
                 markersize=3.5,
@@ -210,6 +189,12 @@ def draw_chart(chart: Chart, marked_steps: list[int]) -> Drawing:
                     f"{curve.label} {format_number(float(value))} at step {int(step):,}"
                     for step, value in zip(curve.steps, curve.values, strict=True)
                 ]
+        if chart.from_zero:
+            axes.update_datalim([(0, 0)])
+            axes.set_ylim(bottom=0)
+        if math.isfinite(chart.ceiling):
+            axes.set_ylim(top=chart.ceiling)
+        format_axes(axes)
         axes.legend(
             loc="lower left",
             bbox_to_anchor=(0, 1),
@@ -256,8 +241,3 @@ def format_number(value: float) -> str:
         text = f"{value:.4g}"
         return EngFormatter(sep="")(float(text))
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:,.4g}"
-
-
-def legend_label(name: str) -> str:
-    """A name as the label of a curve; matplotlib hides labels that begin with an underscore."""
-    return f" {printable(name)}"

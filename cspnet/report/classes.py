@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cspnet.inference.confusion import worst_pairs
-from cspnet.report.drawing import theme
+from cspnet.report.drawing import new_figure
 from cspnet.report.style import LIGHT
 from cspnet.text import printable
 
@@ -85,7 +85,6 @@ def row_fractions(confusion: np.ndarray) -> tuple[np.ndarray, float]:
 def plot_confusion(confusion: np.ndarray, names: list[str]) -> "Figure":
     """The confusion matrix: correct predictions in blue, errors in orange."""
     from matplotlib.colors import to_rgb
-    from matplotlib.figure import Figure
 
     fractions, largest_error = row_fractions(confusion)
     count = len(names)
@@ -93,8 +92,7 @@ def plot_confusion(confusion: np.ndarray, names: list[str]) -> "Figure":
     strength = np.where(diagonal, fractions, fractions / (largest_error or 1))[..., None]
     colour = np.where(diagonal[..., None], to_rgb(LIGHT["c0"]), to_rgb(LIGHT["c1"]))
     side = 3 + 0.36 * count
-    with theme():
-        figure = Figure(figsize=(side, side), layout="constrained")
+    with new_figure(side, side) as figure:
         axes = figure.subplots()
         axes.imshow(1 - strength * (1 - colour))
         axes.grid(False)
@@ -119,13 +117,10 @@ def plot_confusion(confusion: np.ndarray, names: list[str]) -> "Figure":
 
 def plot_worst_classes(scores: list[ClassScore], confusion: np.ndarray) -> "Figure":
     """Bars: the classes with the lowest top-1, and the pairs that are confused most often."""
-    from matplotlib.figure import Figure
-
     worst = worst_classes(scores)
     ties = count_ties(scores, worst)
     pairs = worst_pairs(confusion, [score.name for score in scores], MAX_SHOWN)
-    with theme():
-        figure = Figure(figsize=(9, 1.5 + 0.24 * (len(worst) + len(pairs))), layout="constrained")
+    with new_figure(9, 1.5 + 0.24 * (len(worst) + len(pairs))) as figure:
         heights = [max(1, len(worst)), max(1, len(pairs))]
         top, bottom = figure.subplots(2, 1, height_ratios=heights)
         _plot_bars(top, [shorten(s.name, 60) for s in worst], [s.top1 for s in worst], "c0")
@@ -145,7 +140,8 @@ def _plot_bars(axes: "Axes", names: list[str], values: list[float], colour: str)
     axes.bar_label(bars, fmt="{:.4g}", fontsize=8, padding=2)
     axes.grid(False)
     axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.set_ylim(max(len(names), 1) - 0.4, -0.6)
+    axes.invert_yaxis()
+    axes.margins(y=0.01)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlim(0, max(1, 1.1 * max(values, default=0)))
 

@@ -10,9 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cspnet.errors import RecipeError
-from cspnet.files import replace_file
-from cspnet.report.charts import HEADROOM, format_axes, legend_label, smooth, thin
-from cspnet.report.drawing import save_png, theme
+from cspnet.report.charts import HEADROOM, format_axes, smooth, thin
+from cspnet.report.drawing import new_figure, save_png
 from cspnet.run.reader import RunRecord, read_run
 from cspnet.text import printable
 
@@ -98,14 +97,11 @@ def _table(header: Sequence[str], rows: list[list[str]], right: Iterable[int] = 
 
 def plot_comparison(runs: list[RunRecord]) -> "Figure":
     """Validation top-1 and training loss of the runs over the optimizer steps."""
-    from matplotlib.figure import Figure  # takes a second to import
-
-    with theme():
-        figure = Figure(figsize=(9, 7.5), layout="constrained")
+    with new_figure(9, 7.5) as figure:
         accuracy, losses = figure.subplots(2, sharex=True)
         high_losses = []
         for number, (name, run) in enumerate(zip(run_names(runs), runs, strict=True)):
-            label = legend_label(name)
+            label = f" {printable(name)}"  # matplotlib hides labels that begin with "_"
             colour = f"C{number % COLOURS}"
             style = ("-", "--", ":")[number // COLOURS % 3]
             steps, values = thin(run.validation["step"], run.validation["top1"])
@@ -132,8 +128,7 @@ def plot_comparison(runs: list[RunRecord]) -> "Figure":
 
 def save_comparison(runs: list[RunRecord], path: Path) -> None:
     """Writes the figure of `plot_comparison` as PNG. Raises RecipeError."""
-    figure = plot_comparison(runs)
     try:
-        replace_file(path, lambda temporary: save_png(figure, temporary))
+        save_png(plot_comparison(runs), path)
     except OSError as error:
         raise RecipeError(f"cannot write {path}: {error.strerror}") from None

@@ -11,43 +11,47 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
+from cspnet.files import replace_file
 from cspnet.report.style import LIGHT
 from cspnet.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.typing import RcKeyType
 
 PNG_DPI = 150
 SERIES = ("c0", "c1", "c2")  # colour names of the first, second and third curve
-# matplotlib's settings by group.
-THEME: dict[str, dict[str, Any]] = {
-    "axes": {
-        "axisbelow": True,
-        "edgecolor": LIGHT["dim"],
-        "grid": True,
-        "grid.axis": "y",
-        "labelcolor": LIGHT["dim"],
-        "labelsize": 9,
-        "spines.right": False,
-        "spines.top": False,
-        "titlecolor": LIGHT["ink"],
-        "titlelocation": "left",
-        "titlesize": 10,
-    },
-    "figure": {"facecolor": LIGHT["paper"], "titlesize": 11, "titleweight": "bold"},
-    "font": {"size": 9},
-    "grid": {"color": LIGHT["line"]},
-    "legend": {"fontsize": 9, "frameon": False},
+THEME: "dict[RcKeyType, Any]" = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": LIGHT["dim"],
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.labelcolor": LIGHT["dim"],
+    "axes.labelsize": 9,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlecolor": LIGHT["ink"],
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "figure.facecolor": LIGHT["paper"],
+    "figure.titlesize": 11,
+    "figure.titleweight": "bold",
+    "font.size": 9,
+    "grid.color": LIGHT["line"],
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "text.color": LIGHT["ink"],
     # Names of classes and runs may contain dollar signs; no text of the report is a formula.
-    "text": {"color": LIGHT["ink"], "parse_math": False},
-    "xtick": {"color": LIGHT["dim"], "labelsize": 9},
-    "ytick": {"color": LIGHT["dim"], "labelsize": 9},
+    "text.parse_math": False,
+    "xtick.color": LIGHT["dim"],
+    "xtick.labelsize": 9,
+    "ytick.color": LIGHT["dim"],
+    "ytick.labelsize": 9,
     # Text stays text: selectable, small, in the font of the page.
-    "svg": {"fonttype": "none"},
+    "svg.fonttype": "none",
 }
 
 _NUMBER = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
-_REFERENCE = re.compile(r"#([\w.:-]+)")
 _FONT_FAMILY = re.compile(r"font-family:[^;]*;?\s*")
 _FONT = re.compile(r"font: (\S+) [^;]*(;|$)")
 _VARIABLES = {colour: f"var(--{name})" for name, colour in LIGHT.items()}
@@ -67,47 +71,47 @@ class Drawing:
 
 
 @contextmanager
-def theme() -> Iterator[None]:
-    """Figures are created with the report's theme, whatever matplotlibrc says."""
+def _theme() -> Iterator[None]:
+    """Applies the report's theme, whatever matplotlibrc says."""
     import matplotlib  # takes a second to import
 
-    with matplotlib.rc_context():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # matplotlib's font lacks many scripts. It draws boxes and warns once per character.
+        warnings.filterwarnings("ignore", message=r"(?s)Glyph .* missing from")
+        warnings.filterwarnings("ignore", message="(?s)constrained_layout not applied")
         matplotlib.rcdefaults()
-        set_group: Any = matplotlib.rc  # its annotations accept literal names only
-        for group, settings in THEME.items():
-            set_group(group, **settings)
+        matplotlib.rcParams.update(THEME)
         yield
 
 
 @contextmanager
-def _saving() -> Iterator[None]:
-    with theme(), warnings.catch_warnings():
-        # matplotlib's font lacks many scripts. It draws boxes and warns once per character.
-        warnings.filterwarnings("ignore", message=r"(?s)Glyph .* missing from")
-        warnings.filterwarnings("ignore", message="(?s)constrained_layout not applied")
-        yield
+def new_figure(width: float, height: float) -> Iterator["Figure"]:
+    """A figure of this size in inches; artists added within the context have the theme."""
+    from matplotlib.figure import Figure
+
+    with _theme():
+        yield Figure(figsize=(width, height), layout="constrained")
 
 
 def save_png(figure: "Figure", path: Path) -> None:
-    """Saves a figure as PNG. Raises OSError."""
-    with _saving():
-        figure.savefig(path, dpi=PNG_DPI, format="png")
+    """Saves a figure as PNG, atomically. Raises OSError."""
+    with _theme():
+        replace_file(path, lambda file: figure.savefig(file, dpi=PNG_DPI, format="png"))
 
 
 def to_svg(drawing: Drawing) -> str:
     """The drawing as an <svg> element for an HTML page: deterministic, without external resources.
 
-    Its ids begin with the name of the drawing. Colours of the theme become CSS variables, so that
-    the page's dark mode applies to it. It has a title and a description for screen readers.
+    Its ids depend on the name of the drawing, so that they are unique on a page. Colours of the
+    theme become CSS variables, so that the page's dark mode applies to it. It has a title and a
+    description for screen readers.
     """
     import matplotlib
 
     buffer = io.BytesIO()
-    with _saving():
+    with _theme():
         matplotlib.rcParams["svg.hashsalt"] = drawing.name
-        # Metadata would hold the date and URLs of its vocabulary.
-        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        drawing.figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
+        drawing.figure.savefig(buffer, format="svg", transparent=True)
     root = ElementTree.fromstring(buffer.getvalue().decode())
     for element in root.iter():
         _clean(element)
@@ -116,7 +120,8 @@ def to_svg(drawing: Drawing) -> str:
             parent.remove(child)
     for gid, texts in drawing.tooltips.items():
         _add_tooltips(root, gid, texts)
-    _rename_ids(root, drawing.name)
+    for group in root.iter("g"):
+        group.attrib.pop("id", None)  # "axes_1": on each figure of the page
     root.attrib = {
         "viewBox": root.attrib["viewBox"],
         "role": "img",
@@ -168,27 +173,3 @@ def _add_tooltips(root: Element, gid: str, texts: list[str]) -> None:
         title = Element("title")
         title.text = printable(text)
         target.insert(0, title)
-
-
-def _rename_ids(root: Element, prefix: str) -> None:
-    """Numbers the ids that are referred to, behind the prefix, and drops all others."""
-    used = {
-        name
-        for element in root.iter()
-        for attribute, value in element.attrib.items()
-        if attribute == "href" or "url(#" in value
-        for name in _REFERENCE.findall(value)
-    }
-    names: dict[str, str] = {}
-    for element in root.iter():
-        name = element.attrib.pop("id", "")
-        if name in used:
-            names[name] = f"{prefix}-{len(names)}"
-            element.set("id", names[name])
-    for element in root.iter():
-        for attribute, value in element.attrib.items():
-            if attribute == "href":
-                element.set(attribute, f"#{names[value[1:]]}")
-            elif "url(#" in value:
-                url = re.sub(r"url\(#([^)]*)\)", lambda match: f"url(#{names[match[1]]})", value)
-                element.set(attribute, url)

@@ -17,8 +17,9 @@ from cspnet.runtime.memory import is_out_of_memory
 from cspnet.sources.data_root import display_names, open_validation
 from cspnet.sources.protocol import Source
 from cspnet.text import end_sentence
-from cspnet.weights.labels import LABELS_ADVICE
-from cspnet.weights.load import Trained, load_weights, resolve_class_names
+from cspnet.weights.labels import LABELS_ADVICE, resolve_class_names
+from cspnet.weights.load import load_weights
+from cspnet.weights.trained import Trained
 
 OWN_CHECKPOINTS = ("best", "last")
 CLASS_NAMES_HINT = f"If you know the class names, {LABELS_ADVICE}"

@@ -11,7 +11,7 @@ import torch
 from cspnet.images.decode import UnreadableError, decode, evaluation_view
 from cspnet.recipe.schema import Recipe
 from cspnet.report.classes import shorten
-from cspnet.report.drawing import theme
+from cspnet.report.drawing import new_figure
 from cspnet.sources.protocol import Source
 
 if TYPE_CHECKING:
@@ -89,12 +89,9 @@ def plot_mistakes(
     mistakes: list[Mistake], pictures: list[np.ndarray], names: list[str]
 ) -> "Figure":
     """The pictures with their true class, predicted class and probability."""
-    from matplotlib.figure import Figure
-
     columns = min(MAX_COLUMNS, len(mistakes))
     rows = -(-len(mistakes) // columns)
-    with theme():
-        figure = Figure(figsize=(2 * columns, 2.5 * rows), layout="constrained")
+    with new_figure(2 * columns, 2.5 * rows) as figure:
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes in grid:
             axes.axis("off")

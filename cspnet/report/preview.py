@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from cspnet.files import replace_file
+from cspnet.files import replace_bytes
 from cspnet.recipe.schedule import attack_step_size, learning_rate
 from cspnet.recipe.schema import Recipe
 from cspnet.report.charts import format_axes
-from cspnet.report.drawing import save_png, theme
+from cspnet.report.drawing import new_figure, save_png
 from cspnet.report.style import LIGHT
 from cspnet.text import printable
 
@@ -111,28 +111,24 @@ def write_png(path: Path, picture: np.ndarray) -> None:
     """Writes an RGB picture, uint8 [H, W, 3], as PNG. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = cv2.imencode(".png", picture[:, :, ::-1])[1].tobytes()
-    replace_file(path, lambda temporary: temporary.write_bytes(content))
+    replace_bytes(path, content)
 
 
 def save_schedule(recipe: Recipe, path: Path) -> None:
     """Writes the figure of `plot_schedule` as PNG. Raises OSError."""
-    figure = plot_schedule(recipe)
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, lambda temporary: save_png(figure, temporary))
+    save_png(plot_schedule(recipe), path)
 
 
 def plot_schedule(recipe: Recipe) -> "Figure":
     """Learning rate, fractions of mixed images and step size of the attack over the steps."""
-    from matplotlib.figure import Figure  # takes a second to import
-
     total, warmup = recipe.schedule.steps, recipe.schedule.warmup_steps
     # Dense in the warm-up, which is a small part of a long schedule.
     early = min(2 * warmup, total)
     grid = np.concatenate([np.linspace(1, early, 200), np.linspace(1, total, 600)])
     steps = np.unique(grid.round()).astype(np.int64)
     steps = steps[steps >= 1]
-    with theme():
-        figure = Figure(figsize=(9, 7.5), layout="constrained")
+    with new_figure(9, 7.5) as figure:
         rate, mix, attack = figure.subplots(3, sharex=True)
         rate.set_xlim(0, total)
         _plot_learning_rate(rate, recipe, steps)

@@ -2,12 +2,11 @@
 
 import os
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cspnet.errors import RecipeError
-from cspnet.files import replace_file
+from cspnet.files import replace_bytes
 from cspnet.report import charts, timeline
 from cspnet.report.classes import MAX_MATRIX, class_scores, plot_confusion, plot_worst_classes
 from cspnet.report.drawing import save_png
@@ -56,10 +55,10 @@ def publish(
         for name in PICTURES:
             path = folder / f"{name}.png"
             if name in figures:
-                replace_file(path, partial(save_png, figures[name]))
+                save_png(figures[name], path)
             else:
                 path.unlink(missing_ok=True)
-        replace_file(folder / "report.html", lambda path: path.write_bytes(page))
+        replace_bytes(folder / "report.html", page)
     except OSError as error:
         raise RecipeError(f"cannot write the report to {folder}: {error.strerror}") from None
     return folder / "report.html"

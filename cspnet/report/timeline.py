@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from cspnet.report.charts import MAX_MARKS
-from cspnet.report.drawing import Drawing, theme
+from cspnet.report.drawing import Drawing, new_figure
 from cspnet.report.style import LIGHT
 from cspnet.run.reader import STOP_EVENTS, Period, RunRecord, running_periods
 from cspnet.text import printable
@@ -16,11 +16,8 @@ if TYPE_CHECKING:
 NAME = "timeline"
 TITLE = "When the run was running (UTC)"
 LABEL_GAP = 0.015  # least distance of two numbers of stops, as a fraction of the time axis
-# Of ticks, of ticks where the next larger unit begins, and of the date at the right end, if ticks
-# are years, months, days, hours, minutes, seconds.
+# Of ticks, if they are years, months, days, hours, minutes, seconds.
 TICK_FORMATS = ["%Y", "%b", "%d %b", "%H:%M", "%H:%M", "%H:%M:%S"]
-ZERO_FORMATS = ["", "%Y", "%d %b", "%d %b", "%H:%M", "%H:%M:%S"]
-DATE_FORMATS = ["", "%Y", "%Y", "%Y-%m-%d", "%Y-%m-%d", "%Y-%m-%d"]
 # Kind of a period: colour, height of its bar, label in the legend, note below the figure.
 KINDS = {
     "running": ("c0", 1.0, "running", ""),
@@ -33,7 +30,6 @@ STOP_LABEL = "stop, numbered as in the table"
 def draw_timeline(run: RunRecord) -> Drawing | None:
     """Draws the periods in which the run was running, and its stops; None without a history."""
     from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     running = running_periods(run)
@@ -42,8 +38,7 @@ def draw_timeline(run: RunRecord) -> Drawing | None:
     begin = min(period.begin.time for period in running)
     end = max(*(period.until for period in running), begin + timedelta(seconds=1))
     tooltips = {}
-    with theme():
-        figure = Figure(figsize=(8.5, 1.7), layout="constrained")
+    with new_figure(8.5, 1.7) as figure:
         axes = figure.subplots()
         figure.suptitle(TITLE, x=0.01, ha="left")
         shown: dict[str, Artist] = {}  # artists in the legend by label
@@ -64,15 +59,7 @@ def draw_timeline(run: RunRecord) -> Drawing | None:
         axes.set_xlim(date2num(begin - margin), date2num(end + margin))
         axes.set_ylim(-0.5, 1.25)
         axes.xaxis.set_major_locator(locator)
-        axes.xaxis.set_major_formatter(
-            ConciseDateFormatter(
-                locator,
-                tz=UTC,
-                formats=TICK_FORMATS,
-                zero_formats=ZERO_FORMATS,
-                offset_formats=DATE_FORMATS,
-            )
-        )
+        axes.xaxis.set_major_formatter(ConciseDateFormatter(locator, UTC, TICK_FORMATS))
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
         figure.legend(shown.values(), shown, loc="outside lower left", ncols=4, columnspacing=1.4)

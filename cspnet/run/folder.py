@@ -5,7 +5,6 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,86 +17,31 @@ from cspnet.text import escape_line, unescape_line
 LAST_NAME, PREVIOUS_NAME, BEST_NAME = "last.pt", "previous.pt", "best.pt"
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """A run folder, which may not exist yet.
 
     Methods that write raise OSError, unless they say otherwise.
     """
 
-    path: Path
+    def __init__(self, path: Path):
+        self.path = path
+        self.recipe_file = path / "recipe.yaml"  # resolved; makes the folder a run folder
+        self.recipe_sources_file = path / "recipe-sources.json"  # of each value of the recipe
+        self.environment_file = path / "env.json"  # command, machine, versions of the last start
+        self.history_file = path / "history.jsonl"  # starts and ends of the run; never truncated
+        self.metrics_file = path / "metrics.jsonl"  # by step (cspnet/run/metrics_log.py)
+        self.log_file = path / "train.log"  # what the run prints, with the time of day
+        self.unreadable_file = path / "unreadable.txt"  # names of training images, one per line
+        self.non_finite_file = path / "not-finite.json"  # the first step with NaN or Inf
+        self.checkpoint_folder = path / "checkpoints"  # see cspnet/run/checkpoint.py
+        self.last_checkpoint = self.checkpoint_folder / LAST_NAME
+        self.best_checkpoint = self.checkpoint_folder / BEST_NAME
+        self.tensorboard_folder = path / "tb"
+        self.sample_image = path / "preview" / "step-0000000.png"  # the first training images
+        self.report_folder = path / "report"  # where `cspnet report` writes by default
 
     def __str__(self) -> str:
         return str(self.path)
-
-    # --- paths
-
-    @property
-    def recipe_file(self) -> Path:
-        """The resolved recipe; a folder with this file is a run folder."""
-        return self.path / "recipe.yaml"
-
-    @property
-    def recipe_sources_file(self) -> Path:
-        """Where each value of the recipe comes from."""
-        return self.path / "recipe-sources.json"
-
-    @property
-    def environment_file(self) -> Path:
-        """Command, machine and versions of the last start."""
-        return self.path / "env.json"
-
-    @property
-    def history_file(self) -> Path:
-        """Starts and ends of the run, one JSON object per line; never truncated."""
-        return self.path / "history.jsonl"
-
-    @property
-    def metrics_file(self) -> Path:
-        """Metrics by step (cspnet/run/metrics_log.py)."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def log_file(self) -> Path:
-        """What the run prints, with the time of day."""
-        return self.path / "train.log"
-
-    @property
-    def unreadable_file(self) -> Path:
-        """Training images that could not be read, one name per line."""
-        return self.path / "unreadable.txt"
-
-    @property
-    def non_finite_file(self) -> Path:
-        """The batch of the first step with NaN or Inf."""
-        return self.path / "not-finite.json"
-
-    @property
-    def checkpoint_folder(self) -> Path:
-        """See cspnet/run/checkpoint.py."""
-        return self.path / "checkpoints"
-
-    @property
-    def last_checkpoint(self) -> Path:
-        return self.checkpoint_folder / LAST_NAME
-
-    @property
-    def best_checkpoint(self) -> Path:
-        return self.checkpoint_folder / BEST_NAME
-
-    @property
-    def tensorboard_folder(self) -> Path:
-        return self.path / "tb"
-
-    @property
-    def sample_image(self) -> Path:
-        """A picture of the first training images."""
-        return self.path / "preview" / "step-0000000.png"
-
-    @property
-    def report_folder(self) -> Path:
-        """Where `cspnet report` writes by default."""
-        return self.path / "report"
 
     # --- checks
 

@@ -37,15 +37,19 @@ class DataRoot:
         """The training images. Raises DataError."""
         if files := _files_by_name(self.folder, ("train",)):
             return files
-        folder = self.train_folder
-        return TarSet.in_folder(folder) or folder
+        path = self.folder / "train"
+        if "train" not in roots.split_names(self.folder) or not os.path.isdir(path):
+            raise DataError(
+                tar_set.split_as_root(self.folder) or messages.no_training_folder(self.folder)
+            )
+        return TarSet.in_folder(path) or path
 
     @property
     def val(self) -> SplitLocation:
         """The validation images, or the root if it is a split itself. Raises DataError."""
         if files := _files_by_name(self.folder, VALIDATION_NAMES):
             return files
-        folder = self.val_folder
+        folder = self._val_folder()
         return TarSet.in_folder(folder) or folder
 
     @property
@@ -62,18 +66,7 @@ class DataRoot:
         named = roots.split_names(self.folder)
         return bool(named) or any(_files_by_name(self.folder, (name,)) for name in SPLITS)
 
-    @property
-    def train_folder(self) -> Path:
-        """The folder train/. Raises DataError if there is none."""
-        path = self.folder / "train"
-        if "train" not in roots.split_names(self.folder) or not os.path.isdir(path):
-            raise DataError(
-                tar_set.split_as_root(self.folder) or messages.no_training_folder(self.folder)
-            )
-        return path
-
-    @property
-    def val_folder(self) -> Path:
+    def _val_folder(self) -> Path:
         """The validation folder, or the root if it is a split itself. Raises DataError."""
         folder = self.folder
         names = [name for name in roots.split_names(folder) if os.path.isdir(folder / name)]

@@ -6,12 +6,8 @@ from pathlib import Path
 
 from cspnet.sources.tree import has_own_images, list_entries
 
-KAGGLE = Path(
-    "ILSVRC", "Data", "CLS-LOC"
-)  # the data root, relative to the folder of Kaggle's archive
-SOLUTION = (
-    "LOC_val_solution.csv"  # in the folder of the archive: the class of each validation image
-)
+# In the folder of Kaggle's archive: the data root, and the class of each validation image.
+KAGGLE, SOLUTION = Path("ILSVRC", "Data", "CLS-LOC"), "LOC_val_solution.csv"
 FLAT = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG")
 ANNOTATIONS = "val_annotations.txt"  # of Tiny-ImageNet
 SORT = "Sort them into one folder per class"

@@ -121,19 +121,16 @@ class ParquetSource:
         if not labels:
             raise DataError(f"{self.parquets.where}: no rows")
         names = self._columns.names
-        if names is None:
-            classes = sorted(set(labels))
-            index_of = {name: index for index, name in enumerate(classes)}
-            return classes, np.array([index_of[label] for label in labels], np.int32)
-        if max(labels) >= len(names):
-            raise DataError(
-                f"{self.parquets.where}: a label is {max(labels)}, but the ClassLabel has only "
-                f"names for 0 to {len(names) - 1}"
-            )
-        classes = sorted(names)
+        if names is not None:
+            if max(labels) >= len(names):
+                raise DataError(
+                    f"{self.parquets.where}: a label is {max(labels)}, but the ClassLabel has only "
+                    f"names for 0 to {len(names) - 1}"
+                )
+            labels = [names[number] for number in labels]
+        classes = sorted(set(labels) if names is None else names)
         index_of = {name: index for index, name in enumerate(classes)}
-        index_by_number = [index_of[name] for name in names]
-        return classes, np.array([index_by_number[label] for label in labels], np.int32)
+        return classes, np.array([index_of[label] for label in labels], np.int32)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -63,11 +63,7 @@ def save_index(file: Path, stamp: dict, index: TarIndex) -> None:
         content,
         head=np.frombuffer(head, np.uint8),
         block=np.frombuffer(index.block, np.uint8),
-        ends=index.ends,
-        shards=index.shards,
-        offsets=index.offsets,
-        sizes=index.sizes,
-        labels=index.labels,
+        **{name: getattr(index, name) for name in DTYPES},
     )
     # Several processes that open the data set may save its index at the same time.
     replace_file(file, lambda path: path.write_bytes(content.getbuffer()), concurrent=True)

@@ -15,7 +15,8 @@ from cspnet.train.identity import changed_fields
 from cspnet.train.optim import EMA, build_optimizer
 from cspnet.train.setup import Run, environment, log_event
 from cspnet.train.state import TrainState
-from cspnet.weights.load import build_net, init_net
+from cspnet.weights.load import init_net
+from cspnet.weights.trained import build_net
 
 
 def start(run: Run, lock: RunLock | None = None) -> TrainState:

@@ -19,10 +19,7 @@ from cspnet.weights import labels
 from cspnet.weights.trained import Trained, recipe_problems
 
 CONFIG_FILE = "config.json"
-HUB_WEIGHTS = (
-    "model.safetensors",
-    "pytorch_model.bin",
-)  # file names on the Hub, in order of preference
+HUB_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # on the Hub, in order of preference
 ACTIVATION_OVERRIDES = {
     None: ("model.activation=leaky", "model.leaky_slope=0.01"),
     "leaky_relu": ("model.activation=leaky", "model.leaky_slope=0.01"),
@@ -129,11 +126,10 @@ def preprocessing_overrides(pretrained_cfg: dict[str, Any], origin: str) -> list
     if not _are_numbers([values["crop_pct"]], 1):
         raise CheckpointError(f"{origin}: crop_pct is {values['crop_pct']!r}, not a number")
     return [
-        *(f"data.image_size={size[1]}", f"evaluate.crop_pct={values['crop_pct']}"),
-        *(
-            f"evaluate.interpolation={INTERPOLATIONS[interpolation]}",
-            *_normalization(values, origin),
-        ),
+        f"data.image_size={size[1]}",
+        f"evaluate.crop_pct={values['crop_pct']}",
+        f"evaluate.interpolation={INTERPOLATIONS[interpolation]}",
+        *_normalization(values, origin),
     ]
 
 

@@ -42,19 +42,12 @@ def from_darknet(path: Path, origin: str) -> Trained:
             f"{printable(str(error.filename))} cannot be read: {error.strerror}"
         ) from None
     slope = ["model.leaky_slope=0.1"] if net.activation == "leaky" else []
-    view = (
-        first_line.removeprefix(PREPROCESSING_MARK).split()
-        if first_line.startswith(PREPROCESSING_MARK)
-        else []
-    )
+    is_ours = first_line.startswith(PREPROCESSING_MARK)
+    view = first_line.removeprefix(PREPROCESSING_MARK).split() if is_ours else []
+    network = (f"model.name={net.name}", f"model.width={net.width}", f"data.image_size={size}")
+    activation = (f"model.activation={net.activation}", *slope)
     try:
-        recipe = load_recipe(
-            None,
-            [
-                *(f"model.name={net.name}", f"model.width={net.width}", f"data.image_size={size}"),
-                *(f"model.activation={net.activation}", *slope, *view),
-            ],
-        )
+        recipe = load_recipe(None, [*network, *activation, *view])
     except RecipeError as error:
         raise CheckpointError(
             f"{printable(str(cfg))} needs unsupported settings: {recipe_problems(error)}"

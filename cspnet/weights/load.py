@@ -19,16 +19,7 @@ from cspnet.weights.darknet import from_darknet
 from cspnet.weights.labels import LABELS_ADVICE, apply_label_file, resolve_class_names
 from cspnet.weights.pretrained import from_timm
 from cspnet.weights.tensors import TENSOR_SUFFIXES, from_tensors
-from cspnet.weights.trained import Trained, build_net, create_from_recipe, load_strict
-
-__all__ = [
-    "Trained",
-    "build_net",
-    "create_from_recipe",
-    "load_network",
-    "load_weights",
-    "resolve_class_names",
-]
+from cspnet.weights.trained import Trained, build_net, load_strict
 
 # Weights must be used with the settings of their training; a mismatch silently costs accuracy.
 CONVENTIONS = (

@@ -142,14 +142,15 @@ def _from_timms(state: dict[str, torch.Tensor], origin: str) -> Trained:
             f"{origin} has no matrix head.fc.weight: unsupported architecture, or a network "
             "without classifier (num_classes=0)"
         ) from None
-    similarity = {}
-    for name, spec in ARCHITECTURES.items():
+    widths = {name: features / spec.stages[-1].outputs for name, spec in ARCHITECTURES.items()}
+
+    def similarity(name: str) -> float:
         with torch.device("meta"):
-            candidate = create(name, classes=classes, width=features / spec.stages[-1].outputs)
-        keys = candidate.state_dict().keys()
-        similarity[name] = len(keys & state.keys()) / len(keys | state.keys())
-    name = max(similarity, key=similarity.__getitem__)
-    width = features / ARCHITECTURES[name].stages[-1].outputs
+            keys = create(name, classes=classes, width=widths[name]).state_dict().keys()
+        return len(keys & state.keys()) / len(keys | state.keys())
+
+    name = max(ARCHITECTURES, key=similarity)
+    width = widths[name]
     recipe = load_recipe(None, [f"model.name={name}", f"model.width={width}", *TIMM_CONVENTIONS])
     net = build_net(recipe, classes)
     load_strict(net, state, origin)
