@@ -178,7 +178,7 @@ def test_the_expected_end_is_printed_in_red_beyond_14_days(tiny, tmp_path, monke
     # 16 images a step at 160 images/s: ten steps a second, so 11 hours or 46 days.
     clock = iter(range(10_000))
     monkeypatch.setattr(metrics_module.time, "perf_counter", lambda: next(clock) / 10)
-    monkeypatch.setattr(metrics_module, "find_bottleneck", lambda *_: ("the net", ""))
+    monkeypatch.setattr(metrics_module, "find_bottleneck", lambda *_: ("the network", ""))
 
     def stop_at_3(update, recipe):
         if update == 4:

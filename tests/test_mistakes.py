@@ -146,7 +146,7 @@ MISTAKES = [
     ("cspnet prepare imagenet --archives file", "file is not a folder"),
     ("cspnet prepare imagenet --output data", "data/train exists with 3 class folders"),
     # Where it runs
-    ("cspnet plan --recipe digits --gpu gtx970", "--gpu gtx970: there are figures for rtx2070"),
+    ("cspnet plan --recipe digits --gpu gtx970", "--gpu gtx970: unknown; must be one of rtx2070"),
     ("cspnet plan --recipe digits --gpu 2070 --workers 4", "nothing: leave out --workers"),
     (
         "cspnet plan --recipe digits --gpu 2070 precision=bf16",

@@ -80,7 +80,7 @@ def test_the_state_of_a_run_without_a_lock(tmp_path, history, minutes, expected,
     run = a_run(tmp_path / "run", [line(30)], history)
     text = status_text(run, minutes)
     assert expected in text.splitlines()[0] and ".." not in text.splitlines()[0]
-    assert ("done at" in text) == ("running since" in text)
+    assert ("expected end" in text) == ("running since" in text)
     assert status_exit_code(run, START + timedelta(minutes=minutes)) == code
 
 

@@ -1,6 +1,8 @@
 """Commands for a trained network: `eval`, `predict`, `export`."""
 
 import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,9 +47,8 @@ def eval_command(
 ) -> None:
     """Report top-1 and top-5 accuracy: cspnet-eval --checkpoint best.pt --data data/imagenet/val"""
     from rich.console import Console
-    from rich.progress import Progress
 
-    from cspnet.inference.evaluate import evaluate_network as score
+    from cspnet.inference.evaluate import evaluate_network
     from cspnet.runtime.device import choose_workers, inference_precision, setup_device
     from cspnet.runtime.distributed import find_processes, process_group
     from cspnet.sources.data_root import open_validation, require_data_folder
@@ -64,34 +65,42 @@ def eval_command(
         give = f"Give one with --data DIR; --data {DIGITS} needs none"
         require_data_folder(data, give)  # fail before the weights are loaded
     trained = load_weights(checkpoint, labels=labels)
-    recipe = trained.recipe
     # --class-order overrides class names that were only inferred.
     known = None if class_order and trained.inferred else trained.classes
     source = open_validation(data, known, trained.net.classes)
     trained = resolve_class_names(trained, source.classes, checkpoint, class_order)
-    precision = inference_precision(recipe.precision, torch_device)
+    precision = inference_precision(trained.recipe.precision, torch_device)
     console = Console(soft_wrap=True, markup=False, highlight=False, quiet=not processes.is_main)
     for line in describe_network(trained, precision):
         console.print(f"{printable(checkpoint)}: {line}")
     with (
         process_group(processes, torch_device),
-        Progress(console=console, transient=True, disable=not console.is_terminal) as bar,
+        _progress(console, "images", len(source)) as update,
     ):
-        task = bar.add_task("images", total=len(source))
-        scores = score(
+        scores = evaluate_network(
             trained.net.to(torch_device),
             source,
-            recipe,
+            trained.recipe,
             precision,
             workers,
             batch,
-            progress=lambda images: bar.update(task, completed=images),
+            progress=update,
             processes=processes,
         )
     _print_scores(scores, console)
     if json_file and processes.is_main:
         content = {"checkpoint": str(checkpoint), "data": data, **scores.to_dict()}
         write_text(json_file, json.dumps(content, indent=2) + "\n")
+
+
+@contextmanager
+def _progress(console: "Console", description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar on a terminal. Yields a function of the number of items done."""
+    from rich.progress import Progress
+
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda done: bar.update(task, completed=done)
 
 
 def _print_scores(scores: "Scores", console: "Console") -> None:
@@ -141,9 +150,8 @@ def predict_command(
     files = Files(find_images(images))
 
     from rich.console import Console
-    from rich.progress import Progress
 
-    from cspnet.inference.predict import predict_files as look_at
+    from cspnet.inference.predict import predict_files
     from cspnet.runtime.device import choose_workers, inference_precision, setup_device
     from cspnet.weights.load import load_weights
 
@@ -160,17 +168,24 @@ def predict_command(
         stderr.print(
             f"{shown}: no class names, showing class indices. Name them with --labels FILE"
         )
-    predictions = []
-    with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
-        results = look_at(trained, files, precision, workers, top, batch)
-        for prediction in bar.track(results, total=len(files)):
-            predictions.append(prediction)
-            if prediction.error is not None:
-                stderr.print(printable(f"{prediction.file}: {prediction.error}"), style="red")
+    results = predict_files(trained, files, precision, workers, top, batch)
+    predictions = _collect(results, len(files), stderr)
     _write_predictions(predictions, json_file, csv_file)
     unreadable = sum(prediction.error is not None for prediction in predictions)
     if unreadable:
         raise PartialResultError(f"{unreadable} of {len(files)} images could not be read")
+
+
+def _collect(results: "Iterable[Prediction]", total: int, stderr: "Console") -> "list[Prediction]":
+    """All predictions, with a progress bar; errors are printed as they occur."""
+    predictions = []
+    with _progress(stderr, "images", total) as update:
+        for prediction in results:
+            predictions.append(prediction)
+            update(len(predictions))
+            if prediction.error is not None:
+                stderr.print(printable(f"{prediction.file}: {prediction.error}"), style="red")
+    return predictions
 
 
 def _write_predictions(
@@ -213,14 +228,13 @@ def export_command(
     labels: Labels = None,
 ) -> None:
     """Export weights: cspnet export --checkpoint best.pt --output cspdarknet53.weights"""
-    from cspnet.weights.export import check_export_target
-    from cspnet.weights.export import export_network as write_net
+    from cspnet.weights.export import check_export_target, export_network
     from cspnet.weights.load import load_weights
 
     check_export_target(output, pyramid, first_layers)
     trained = load_weights(checkpoint, labels=labels)
     weights = "EMA weights" if trained.averaged else "weights"
-    remarks = [*trained.remarks, *write_net(trained, output, pyramid, first_layers)]
+    remarks = [*trained.remarks, *export_network(trained, output, pyramid, first_layers)]
     print(f"{printable(str(output))}: {weights} of {trained.net.name}, step {trained.step:,}")
     for remark in remarks:
         print(f"  {remark}")

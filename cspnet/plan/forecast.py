@@ -60,7 +60,7 @@ BETWEEN = 8.5
 # What a compiled network keeps for the backward pass relative to its convolutions' outputs, by
 # value of --recompute: counted for cspdarknet53 with Mish by benchmarks/memory.py.
 KEPT = {"none": 1.916, "light": 1.012, "full": 0.563}
-# Fractions of a card's peak rates that good kernels reach, and fractions of the resulting throughput
+# Fractions of a card's peak rates that good kernels reach; fractions of the resulting throughput
 # that whole steps have reached: 0.95 by timm's network on an RTX 3090, 0.72 by ResNet-50 on Turing
 # cards.
 ARITHMETIC, TRAFFIC, REACHED = 0.75, 0.88, (0.72, 0.95)

@@ -19,7 +19,10 @@ def find_bottleneck(data_wait: float, workers: int, cores: int, device: str) -> 
             advice = "use a GPU, smaller images (data.image_size), or a narrower network"
         return f"the network; {data_wait:.0%} of the time is spent waiting for data", advice
     bottleneck = f"the dataloader; {data_wait:.0%} of the time is spent waiting for data"
-    smaller = "store smaller images with `cspnet pack`, or decode at reduced size (data.reduced_decode=true)"
+    smaller = (
+        "store smaller images with `cspnet pack`, or decode fewer pixels with "
+        "data.reduced_decode=true"
+    )
     if device == "cpu" and not workers:
         return bottleneck, f"images are decoded in the training process: {smaller}"
     if workers < cores:
