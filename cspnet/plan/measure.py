@@ -177,7 +177,7 @@ def _measure_steps(
 
 
 def _shortened(recipe: Recipe, size: int, steps: int, attack: bool) -> Recipe:
-    """The recipe for some steps of the same kind; none or all groups are attacked, nothing is due."""
+    """The recipe for some steps of the same kind; all or none of their groups are attacked."""
     return replace(
         recipe,
         log_every=1,
