@@ -1,4 +1,4 @@
-"""Files of some hundred bytes whose headers announce hundreds of millions of pixels."""
+"""Files of a few hundred bytes whose headers declare hundreds of millions of pixels."""
 
 import io
 import struct
@@ -51,7 +51,7 @@ def gif() -> bytes:
 
 
 def webp() -> bytes:
-    """Lossless, 16,384 a side: the most that the format can say."""
+    """Lossless, with sides of 16,384 pixels, the maximum of the format."""
     data = saved("WEBP", lossless=True)
     at = data.index(b"VP8L") + 9
     flags = struct.unpack("<I", data[at : at + 4])[0] & ~0xFFFFFFF
@@ -71,7 +71,7 @@ def tiff(**options) -> bytes:
     start = struct.unpack("<I", data[4:8])[0]
     for entry in range(struct.unpack("<H", data[start : start + 2])[0]):
         at = start + 2 + 12 * entry
-        if struct.unpack("<H", data[at : at + 2])[0] in (256, 257, 278):  # sides, rows of a strip
+        if struct.unpack("<H", data[at : at + 2])[0] in (256, 257, 278):  # sides, rows per strip
             data[at + 2 : at + 12] = struct.pack("<HII", 4, 1, SIDE)
     return bytes(data)
 
@@ -89,9 +89,9 @@ def pgm() -> bytes:
 
 
 def peak() -> int:
-    """The most memory that this process has held, in MB.
+    """Peak memory of this process in MB.
 
-    Not getrusage's: that of a new program begins with what its parent held.
+    getrusage is unsuitable: its peak includes that of the parent before exec.
     """
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) // 1024 for line in status if line.startswith("VmHWM"))

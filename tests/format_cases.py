@@ -43,7 +43,7 @@ def jpeg_exif(block):
 
 
 def ycck():
-    """Y, Cb, Cr of the inverse of each colour, and no black, as Adobe's applications write it."""
+    """Inverted Y, Cb, Cr of each colour, without black, as Adobe's applications write it."""
     values = np.asarray(Image.fromarray(255 - SMOOTH).convert("YCbCr"))
     bands = np.concatenate([255 - values, np.zeros_like(values[..., :1])], 2)  # Pillow inverts
     data = bytearray(saved(Image.fromarray(bands, "CMYK"), "JPEG", quality=95, subsampling=0))
@@ -58,8 +58,8 @@ def frame_changed(marker, precision=8):
     return bytes(data)
 
 
-# A grey ramp, 5 per row and 3 per column, by libjpeg-turbo with arith_code; Pillow has no such
-# option.
+# A grey ramp, +5 per row and +3 per column, written by libjpeg-turbo with arith_code. Pillow lacks
+# this option.
 ARITHMETIC = base64.b64decode(
     "/9j/4AAQSkZJRgABAQAAAQABAAD/4AAQSkZJRgABAQAAAQABAAD/2wBDAAMCAgMCAgMDAwMEAwMEBQgFBQQEBQoH"
     "BwYIDAoMDAsKCwsNDhIQDQ4RDgsLEBYQERMUFRUVDA8XGBYUGBIUFRT/yQALCAAgACABAREA/8wABgAQEAX/2gAI"
@@ -74,7 +74,7 @@ def arithmetic():
 
 
 XMP = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta><rdf:Description tiff:Orientation="6"/>'
-ICC = b"\0\0\2\x0cswap" + bytes(504)  # whatever it says
+ICC = b"\0\0\2\x0cswap" + bytes(504)  # any content
 GREY = np.asarray(Image.fromarray(SMOOTH).convert("L"))[..., None]
 MPO = {"save_all": True, "append_images": [Image.fromarray(picture(4, *SHAPE))]}
 
@@ -114,7 +114,7 @@ def apng(first, **options):
 
 
 def png(depth, colours, channels, *before, **options):
-    """Noise of a depth, and what is to become of it."""
+    """Noise of a given bit depth, and the expected pixels."""
     samples, top = noise(depth, channels), 2**depth - 1
     visible = samples[..., : 3 if channels > 2 else 1]
     return "png", images.png(samples, depth, colours, *before, **options), scaled(visible, top)
@@ -197,7 +197,7 @@ WEBP = {
     ),
 }
 
-# The rest, under a suffix that is read
+# Other formats, under a supported suffix
 
 
 def gif(**options):

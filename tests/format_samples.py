@@ -1,4 +1,4 @@
-"""What image files become: samples, the rule for them, and orientations as EXIF defines them."""
+"""Expected pixels of image files: sample scaling, and orientations as EXIF defines them."""
 
 import numpy as np
 
@@ -16,25 +16,25 @@ ALPHA[:9] = 0
 
 
 def noise(bits, channels=3):
-    """Samples of that many bits, [H, W, C], the extremes among them."""
+    """Random samples of `bits` bits, [H, W, C], including the extremes."""
     values = np.random.default_rng(bits).integers(0, 2**bits, (*SHAPE, channels))
     values[0, 0], values[0, 1] = 0, 2**bits - 1
     return values
 
 
 def scaled(samples, top):
-    """255 × sample / top, rounded: the one rule for all depths."""
+    """255 × sample / top, rounded, for every depth."""
     image = np.floor(255 * samples.astype(float) / top + 0.5).astype(np.uint8)
     return np.repeat(image, 3, 2) if image.shape[2] == 1 else image
 
 
 def plain(samples):
-    """8-bit samples as they are."""
+    """8-bit samples, unchanged."""
     return scaled(samples, 255)
 
 
 def orient(image, orientation):
-    """EXIF's definition: where the first row and the first column of the file are to be seen."""
+    """EXIF's definition: on which side the first row and the first column are displayed."""
     return {
         1: image,
         2: image[:, ::-1],

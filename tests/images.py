@@ -1,4 +1,4 @@
-"""Image files built byte by byte, for what no library writes; samples are arrays [H, W, C]."""
+"""Image files built byte by byte that no library writes. Samples are arrays [H, W, C]."""
 
 import io
 import struct
@@ -18,14 +18,14 @@ def packed(samples, bits, order=">"):
 
 
 def exif(orientation, kind=3, order="<", extra=b""):
-    """A TIFF block with nothing but an orientation of type BYTE (1), SHORT (3) or LONG (4)."""
+    """A TIFF block with only an orientation, of type BYTE (1), SHORT (3) or LONG (4)."""
     value = struct.pack(order + {1: "B", 3: "H", 4: "I"}[kind], orientation).ljust(4, b"\0")
     head = b"II*\0" if order == "<" else b"MM\0*"
     return head + struct.pack(order + "IHHHI", 8, 1, 0x0112, kind, 1) + value + bytes(4) + extra
 
 
 def saved(image, kind, **options):
-    """Of an array or a Pillow image, by Pillow."""
+    """An array or a Pillow image, encoded by Pillow."""
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     file = io.BytesIO()
     image.save(file, kind, **options)
@@ -33,7 +33,7 @@ def saved(image, kind, **options):
 
 
 def with_segment(jpeg, payload, marker=0xE1):
-    """A JPEG with one more segment in front of all others."""
+    """A JPEG with an additional segment before all others."""
     return (
         jpeg[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(payload) + 2) + payload + jpeg[2:]
     )
@@ -46,7 +46,7 @@ def chunk(kind, data):
 def png(samples, depth, colours, *before, after=b"", interlaced=False):
     """Samples [H, W, C] of `depth` bits and a PNG colour type, with chunks around IDAT."""
     height, width = samples.shape[:2]
-    passes = [(0, 0, 1, 1)]  # first row and column, steps
+    passes = [(0, 0, 1, 1)]  # first row and column, and their steps
     if interlaced:
         passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4)]
         passes += [(2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
@@ -115,7 +115,7 @@ def webp_animation(stills, height, width):
 
 
 def bmp(encoded, bits, compression=0, palette=b"", masks=(), info=40):
-    """`encoded` are the bytes of the pixels, the width, and the height as the header has it."""
+    """`encoded` is the pixel bytes, the width, and the height as in the header."""
     data, width, height = encoded
     colours = len(palette) // 4
     fields = b"".join(struct.pack("<I", mask) for mask in masks)
@@ -131,7 +131,7 @@ def bmp(encoded, bits, compression=0, palette=b"", masks=(), info=40):
 
 
 def rows(samples, bits, top_down=False):
-    """Encoded pixels of a BMP with its width and its signed height; bottom row first as a rule."""
+    """Pixel bytes of a BMP, its width and signed height; usually bottom row first."""
     height, width = samples.shape[:2]
     data = [packed(row[None], bits, "<") for row in (samples if top_down else samples[::-1])]
     return (

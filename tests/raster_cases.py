@@ -34,7 +34,7 @@ EXTRA, FORMAT = 338, 339
 
 
 def tiff(bits, photometric, channels, **options):
-    """Noise of a depth, and what is to become of it."""
+    """Noise of a given bit depth, and the expected pixels."""
     samples, top = noise(bits, channels), 2**bits - 1
     image = scaled(samples, top)
     if photometric == WHITE:
@@ -43,7 +43,7 @@ def tiff(bits, photometric, channels, **options):
 
 
 def tiff_alpha(bits, colour, kind, photometric=RGB):
-    """The colour, with an alpha that does not change it: unassociated (2) or of no meaning (0)."""
+    """Colour with an alpha that does not change it: unassociated (2) or unspecified (0)."""
     data = images.tiff(
         with_alpha(colour, 2**bits - 1), bits, photometric, tags={EXTRA: (3, [kind])}
     )
@@ -59,7 +59,7 @@ def tiff_associated(bits):
     top = 2**bits - 1
     samples = with_alpha(noise(bits), top)
     colour, alpha = samples[..., :3], samples[..., 3:]
-    stored = np.minimum(colour, alpha)  # of any colour that alpha has dimmed
+    stored = np.minimum(colour, alpha)  # a premultiplied colour never exceeds alpha
     data = np.concatenate([stored, alpha], 2)
     straight = np.floor(stored * float(top) / np.maximum(alpha, 1) + 0.5)
     return "tif", images.tiff(data, bits, RGB, tags={EXTRA: (3, [1])}), scaled(straight, top)
@@ -84,7 +84,7 @@ def tiff_tiled():
 
 
 def tiff_lab():
-    """Lab of colours that sRGB has, as floats have them; 8 bits of Lab are coarser than of RGB."""
+    """Lab of sRGB colours, expected values in floats; 8-bit Lab is coarser than 8-bit RGB."""
     lab = cv2.cvtColor(SMOOTH.astype(np.float32) / 255, cv2.COLOR_RGB2Lab)
     samples = np.rint(lab * [255 / 100, 1, 1]).astype(np.int64) & 255
     return "tif", images.tiff(samples, 8, LAB), SMOOTH, 3
@@ -110,7 +110,7 @@ def refused_tiff(bits, photometric, channels, **options):
 
 
 def high_byte():
-    """16-bit grey with alpha is the exception to the rule: libtiff keeps the high byte."""
+    """16-bit grey with alpha is the exception: libtiff keeps only the high byte."""
     samples = noise(16, 1)
     data = images.tiff(with_alpha(samples, 65_535), 16, BLACK, tags={EXTRA: (3, [2])})
     return "tif", data, np.repeat(samples >> 8, 3, 2)
@@ -174,7 +174,7 @@ TIFF = {
 
 
 def masked(shifts, bits, wordsize, **options):
-    """Noise in words, `bits` and `shifts` for red, green, blue and perhaps alpha."""
+    """Noise in words; `bits` and `shifts` are those of red, green, blue and possibly alpha."""
     samples = np.stack([np.roll(noise(n, 1)[..., 0], 5 * i, 1) for i, n in enumerate(bits)], 2)
     words = sum(samples[..., i] << shift for i, shift in enumerate(shifts))
     masks = tuple((2**n - 1) << shift for n, shift in zip(bits, shifts, strict=True))
@@ -198,7 +198,7 @@ def indexed_bmp(bits, **options):
 
 
 def run_lengths(bits):
-    """Runs of one pixel, then two of the whole row's last colour."""
+    """Runs of one pixel, then two runs of the last colour of the row."""
     if bits == 8:
         lines = [b"".join(bytes([1, i]) for i in row) for row in INDICES[::-1]]
     else:

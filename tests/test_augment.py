@@ -14,7 +14,7 @@ def coloured(hue, saturation, value):
     """Parameters that only change colours."""
     images = len(hue)
     return AugmentParams(
-        *(torch.tensor(part, dtype=torch.float32) for part in (hue, saturation, value)),
+        *(torch.tensor(factors, dtype=torch.float32) for factors in (hue, saturation, value)),
         torch.zeros(images, 3, dtype=torch.int64),
         torch.zeros(images, 3, 4, dtype=torch.int64),
     )
@@ -37,7 +37,7 @@ def slow_colour(pixel, hue, saturation, value):
     "hue, saturation, value",
     [(0, 1, 1), (0.1, 1, 1), (-0.1, 1.33, 0.75), (0.07, 0.75, 1.33), (0.5, 1.2, 1.2)],
 )
-def test_colour_against_the_specification(hue, saturation, value):
+def test_colour_jitter_matches_darknet(hue, saturation, value):
     image = picture(1, 20, 24)
     image[0, :8] = [[0, 0, 0], [255, 255, 255], [9, 9, 9], [255, 0, 0]] * 2
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
@@ -70,9 +70,9 @@ def areas(boxes):
     return (boxes[..., 1] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 2])
 
 
-def test_marginals_of_mixing():
+def test_mixing_probabilities():
     """Per image 50 % clean, 25 % CutMix, 25 % Mosaic; mean CutMix area 0.299."""
-    _, boxes = draws_of(2500)  # 20,000 coins
+    _, boxes = draws_of(2500)  # 20,000 images
     filled = areas(boxes) > 0  # [B, 3]
     clean, mosaic = ~filled.any(1), filled.all(1)
     cutmix = filled[:, 0] & ~filled[:, 1]
@@ -83,12 +83,12 @@ def test_marginals_of_mixing():
     assert abs((areas(boxes)[cutmix, 0] / 256**2).mean() - 0.299) <= 0.005
 
 
-def test_four_consecutive_images_share_a_coin():
+def test_four_consecutive_images_share_one_decision():
     _, boxes = draws_of(200)
     mixed = (areas(boxes) > 0).any(1).reshape(-1, 4)
     assert (mixed.all(1) | ~mixed.any(1)).all()
     halves = mixed[:, 0].reshape(-1, 2)
-    assert 0.4 < (halves[:, 0] == halves[:, 1]).mean() < 0.6, "coins are independent"
+    assert 0.4 < (halves[:, 0] == halves[:, 1]).mean() < 0.6, "decisions are independent"
 
 
 def test_ranges_of_boxes_and_splits():
@@ -106,13 +106,13 @@ def test_ranges_of_boxes_and_splits():
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
-def test_a_group_need_not_be_a_multiple_of_four(probability):
+def test_group_that_is_not_a_multiple_of_four(probability):
     _, boxes = draws_of(50, group=6, mix=Mix(probability=probability))
     assert len(boxes) == 300
     assert (areas(boxes) > 0).any() == (probability > 0)
 
 
-def test_partners_are_three_other_images_of_the_group():
+def test_partners_are_three_distinct_images_of_the_group():
     partners, _ = draws_of(50, group=8)
     for image, three in enumerate(partners):
         assert len({image % 8, *three}) == 4 and three.max() < 8
@@ -120,8 +120,8 @@ def test_partners_are_three_other_images_of_the_group():
     assert (pairs[:, 0] == np.tile([1, 0], 5)).all()
 
 
-def test_mixing_pixel_by_pixel_and_label_weights_by_counting(tiny):
-    """Each image has one colour, so that counting colours gives the areas."""
+def test_mixed_pixels_and_label_weights_match_the_areas(tiny):
+    """Each image has a single colour, so that counting colours gives the areas."""
     recipe = tiny("data.image_size=64", "group=16", "mix.probability=1")
     images, classes = 16, 16
     draws = augment.sample_params(recipe, step=3, groups=range(1))
@@ -140,11 +140,13 @@ def test_mixing_pixel_by_pixel_and_label_weights_by_counting(tiny):
         counted = np.bincount(expected.ravel(), minlength=classes) / 64**2
         np.testing.assert_allclose(targets[image].numpy(), counted, atol=1e-7)
         seen_mosaic |= (counted > 0).sum() == 4
-        assert expected[0, 0] == image or (counted > 0).sum() == 2, "Mosaic keeps the top left"
+        assert expected[0, 0] == image or (counted > 0).sum() == 2, (
+            "Mosaic keeps the top left corner"
+        )
     assert seen_mosaic
 
 
-def test_smoothing_before_mixing_equals_after(tiny):
+def test_smoothing_commutes_with_mixing(tiny):
     recipe = tiny("mix.probability=1", "group=16")
     draws = augment.sample_params(recipe, 0, range(1))
     labels = torch.randint(0, 10, (16,), generator=torch.Generator().manual_seed(0))
@@ -152,14 +154,14 @@ def test_smoothing_before_mixing_equals_after(tiny):
     smooth[torch.arange(16), labels] = 0.9
     weights = augment.label_weights(draws, 32)
     expected = weights[:, :1] * smooth
-    for place in range(3):
-        expected += weights[:, place + 1 : place + 2] * smooth[draws.partners[:, place]]
+    for rectangle in range(3):
+        expected += weights[:, rectangle + 1 : rectangle + 2] * smooth[draws.partners[:, rectangle]]
     targets = augment.soft_targets(labels, draws, 32, 10, 0.1)
     torch.testing.assert_close(targets, expected)
     torch.testing.assert_close(targets.sum(1), torch.ones(16))
 
 
-def test_two_images_of_one_class_add_up():
+def test_weights_of_images_of_one_class_add_up():
     draws = coloured([0.0, 0.0], [1.0, 1.0], [1.0, 1.0])
     draws.boxes[0, 0] = torch.tensor([0, 16, 0, 32])
     draws.partners[0, 0] = 1
@@ -167,7 +169,7 @@ def test_two_images_of_one_class_add_up():
     assert targets[0].tolist() == [0, 0, 1, 0]
 
 
-def test_groups_at_once_change_nothing(tiny):
+def test_augmentation_does_not_depend_on_the_micro_batch(tiny):
     recipe = tiny("mix.probability=0.5")
     images = torch.randint(0, 256, (16, 32, 32, 3), dtype=torch.uint8)
     labels = torch.randint(0, 10, (16,))
@@ -175,14 +177,14 @@ def test_groups_at_once_change_nothing(tiny):
         images, labels, augment.sample_params(recipe, 5, range(2)), recipe, 10
     )
     for group in range(2):
-        part = slice(8 * group, 8 * group + 8)
+        rows = slice(8 * group, 8 * group + 8)
         draws = augment.sample_params(recipe, 5, range(group, group + 1))
-        alone = augment.augment(images[part], labels[part], draws, recipe, 10)
-        assert torch.equal(alone[0], together[0][part])
-        assert torch.equal(alone[1], together[1][part])
+        alone = augment.augment(images[rows], labels[rows], draws, recipe, 10)
+        assert torch.equal(alone[0], together[0][rows])
+        assert torch.equal(alone[1], together[1][rows])
 
 
-def test_colour_draws_cover_their_ranges():
+def test_colour_parameters_cover_their_ranges():
     rng = stream.rng_for(0, stream.GROUP_DOMAIN, 0)
     hue, saturation, value = augment._sample_colours(rng, 20_000, Augment())
     assert -0.1 <= hue.min() < -0.099 and 0.099 < hue.max() <= 0.1
@@ -194,7 +196,7 @@ def test_colour_draws_cover_their_ranges():
     assert abs(np.corrcoef(saturation, value)[0, 1]) < 0.03
 
 
-def test_output_is_what_the_net_wants(tiny):
+def test_output_layout_and_types(tiny):
     recipe = tiny()
     images = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8)
     draws = augment.sample_params(recipe, 0, range(1))

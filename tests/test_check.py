@@ -31,7 +31,7 @@ def encoded(kind, image=None, **options):
     return file.getvalue()
 
 
-def found(report, name=None, severity=None):
+def kinds_of(report, name=None, severity=None):
     """Kinds of the findings about files of this name, or of all findings."""
     return {
         finding.kind
@@ -41,7 +41,7 @@ def found(report, name=None, severity=None):
     }
 
 
-def the(report, kind):
+def finding_of(report, kind):
     (finding,) = (finding for finding in report.findings if finding.kind == kind)
     return finding
 
@@ -50,10 +50,10 @@ def bear(folder):
     return folder / "train" / "bear"
 
 
-def test_a_sound_data_set_has_its_counts_and_no_error(folder):
+def test_valid_data_set_has_counts_and_no_errors(folder):
     steps = []
     report = check_dataset(str(folder), progress=lambda *step: steps.append(step))
-    assert found(report) == {"few"} and report.count("error") == 0
+    assert kinds_of(report) == {"few"} and report.count("error") == 0
     train, val = report.splits
     assert train.classes == dict.fromkeys(("apple", "bear", "cat"), 12)
     assert str(val) == "val: 9 images, 3 classes of 3 to 3 images (median 3)"
@@ -111,61 +111,61 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_what_a_file_is(name):
+def test_findings_of_single_files(name):
     data, kinds = FILES[name]
     inspection = inspect_file.inspect_bytes(data, os.path.splitext(name)[1].lower())
     assert {kind for kind, _ in inspection.findings} == kinds
     assert kinds <= set(FILE_FINDINGS)
     wrong = any(FILE_FINDINGS[kind][0] == "error" for kind in kinds)
-    assert bool(inspection.digest) != wrong, "what cannot be decoded is compared with nothing"
+    assert bool(inspection.digest) != wrong, "undecodable files are not compared"
 
 
-def test_every_file_is_named_whatever_the_number_of_workers(folder):
+def test_findings_do_not_depend_on_the_number_of_workers(folder):
     for name, (data, _) in FILES.items():
         (bear(folder) / name).write_bytes(data)
     report = check_dataset(str(folder), workers=0)
     for name, (_, kinds) in FILES.items():
-        assert kinds <= found(report, name)
+        assert kinds <= kinds_of(report, name)
     assert report.to_dict() == check_dataset(str(folder), workers=2).to_dict()
     kinds = [finding.severity for finding in report.findings]
     assert kinds == sorted(kinds, key=["error", "warning", "note"].index)
 
 
-def test_what_is_no_file(folder):
+def test_links_pipes_and_folders_named_like_images(folder):
     (bear(folder) / "lost.jpg").symlink_to("gone.jpg")
     (folder / "train" / "dog").symlink_to("gone")
     (bear(folder) / "lost.txt").symlink_to("gone.txt")
-    os.mkfifo(bear(folder) / "pipe.jpg")  # reading it would wait for ever
+    os.mkfifo(bear(folder) / "pipe.jpg")  # reading it would block forever
     report = check_dataset(str(folder))
-    assert found(report, "lost.jpg") == found(report, "dog") == {"broken link"}
-    assert found(report, "lost.txt") == {"broken link"}
-    assert found(report, "pipe.jpg") == {"unopenable"}
+    assert kinds_of(report, "lost.jpg") == kinds_of(report, "dog") == {"broken link"}
+    assert kinds_of(report, "lost.txt") == {"broken link"}
+    assert kinds_of(report, "pipe.jpg") == {"unopenable"}
     assert report.count("error") == 3
 
 
-def test_what_is_not_read(folder):
+def test_ignored_files(folder):
     for name in ("a.txt", "b.txt", "c.gif", "._0.jpg", "Thumbs", ".DS_Store"):
         (bear(folder) / name).touch()
     (folder / "train" / "loose.png").write_bytes(encoded("PNG"))
     shutil.copytree(folder / "val" / "cat", folder / "train" / ".cat")
     report = check_dataset(str(folder))
-    assert found(report, "loose.png") == {"loose"}
-    assert found(report, "._0.jpg") == found(report, ".cat") == {"hidden"}
-    assert found(report, "0.jpg") == set(), "hidden copies do not leak"
-    others = the(report, "other files")
+    assert kinds_of(report, "loose.png") == {"loose"}
+    assert kinds_of(report, "._0.jpg") == kinds_of(report, ".cat") == {"hidden"}
+    assert kinds_of(report, "0.jpg") == set(), "hidden copies do not leak"
+    others = finding_of(report, "other files")
     assert others.message.endswith("2 × .txt, 1 × .gif, 1 × no suffix")
     assert len(others.files) == 4 and others.severity == "note"
 
 
-def test_the_same_picture_in_several_places(folder):
+def test_identical_images(folder):
     train, val = folder / "train", folder / "val"
     shutil.copy(train / "apple" / "0.jpg", val / "bear" / "a.jpg")
     shutil.copy(train / "cat" / "1.jpg", train / "bear" / "b.jpg")
     shutil.copy(val / "cat" / "2.jpg", val / "cat" / "c.jpg")
-    for name in ("d.jpg", "e.jpg"):  # cut short: no picture, so none is twice
+    for name in ("d.jpg", "e.jpg"):  # truncated: not decodable, so not a duplicate
         (train / "cat" / name).write_bytes(half("JPEG"))
     report = check_dataset(str(folder))
-    leak, classes, twice = (the(report, kind) for kind in ("leak", "two classes", "twice"))
+    leak, classes, twice = (finding_of(report, kind) for kind in ("leak", "two classes", "twice"))
     assert leak.groups == [[str(train / "apple/0.jpg"), str(val / "bear/a.jpg")]]
     assert classes.groups == [[str(train / "bear/b.jpg"), str(train / "cat/1.jpg")]]
     assert twice.groups == [[str(val / "cat/2.jpg"), str(val / "cat/c.jpg")]]
@@ -173,7 +173,7 @@ def test_the_same_picture_in_several_places(folder):
     assert twice.files == twice.groups[0]
 
 
-def test_classes_that_are_empty_small_alone_or_alike(folder):
+def test_empty_small_single_and_similar_classes(folder):
     train = folder / "train"
     for i in range(15):
         cv2.imwrite(str(train / "apple" / f"new{i}.jpg"), picture(1000 + i))
@@ -183,53 +183,55 @@ def test_classes_that_are_empty_small_alone_or_alike(folder):
     for file in list((train / "cat").iterdir())[1:]:
         file.unlink()
     report = check_dataset(str(train))
-    assert [part.name for part in report.splits] == ["train"]
+    assert [split.name for split in report.splits] == ["train"]
     assert report.splits[0].classes["dog"] == 0
-    assert the(report, "empty class").classes == ["dog"]
-    assert the(report, "small class").classes == ["cat"]
-    assert "median class size (12 images)" in the(report, "small class").message
-    assert the(report, "alike").classes == ["Bear", "bear"]
+    assert finding_of(report, "empty class").classes == ["dog"]
+    assert finding_of(report, "small class").classes == ["cat"]
+    assert "median class size (12 images)" in finding_of(report, "small class").message
+    assert finding_of(report, "alike").classes == ["Bear", "bear"]
     for label in os.listdir(train):
         if label != "bear":
             shutil.rmtree(train / label)
-    assert the(check_dataset(str(folder)), "one class").severity == "error"
+    assert finding_of(check_dataset(str(folder)), "one class").severity == "error"
 
 
-def test_two_parts_that_do_not_go_together(folder):
+def test_splits_that_do_not_match(folder):
     (folder / "val" / "bear").rename(folder / "val" / "Bear")
-    differing = the(check_dataset(str(folder)), "classes")
+    differing = finding_of(check_dataset(str(folder)), "classes")
     assert differing.classes == ["Bear", "bear"] and "'Bear' instead of 'bear'" in differing.message
     shutil.rmtree(folder / "val")
     shutil.copytree(folder / "train", folder / "val")
     report = check_dataset(str(folder))
-    assert len(the(report, "leak").groups) == 36 and "copies" in found(report, severity="warning")
+    assert len(finding_of(report, "leak").groups) == 36 and "copies" in kinds_of(
+        report, severity="warning"
+    )
     shutil.rmtree(folder / "val")
     (folder / "val").symlink_to("train")
-    assert {"same files", "leak"} <= found(check_dataset(str(folder)), severity="error")
+    assert {"same files", "leak"} <= kinds_of(check_dataset(str(folder)), severity="error")
 
 
-def test_a_part_that_cannot_be_opened_does_not_hide_the_other(folder):
+def test_unopenable_split_does_not_hide_the_other(folder):
     shutil.rmtree(folder / "val")
     (folder / "val").mkdir()
     (bear(folder) / "0.jpg").write_bytes(b"")
     report = check_dataset(str(folder))
-    assert "is empty" in the(report, "layout").message
-    assert [part.name for part in report.splits] == ["train"] and "empty" in found(report)
+    assert "is empty" in finding_of(report, "layout").message
+    assert [split.name for split in report.splits] == ["train"] and "empty" in kinds_of(report)
 
 
-def test_a_wrong_path_is_an_error_of_the_command(folder, tmp_path):
+def test_wrong_path_is_a_usage_error(folder, tmp_path):
     (folder / "train").rename(folder / "Training")
     (folder / "val").rename(folder / "test")
-    for path, told in (
+    for path, expected in (
         (tmp_path / "gone", "does not exist"),
         (folder, "Is it Training/?"),
         (tmp_path, "which is a data root|only one folder"),
     ):
-        with pytest.raises(DataError, match=told):
+        with pytest.raises(DataError, match=expected):
             check_dataset(str(path))
 
 
-def test_quick_looks_at_names_and_sizes_only(folder, monkeypatch):
+def test_preflight_uses_names_and_sizes_only(folder, monkeypatch):
     def files(*_, **__):
         raise AssertionError("quick reads no file")
 
@@ -253,13 +255,13 @@ def test_quick_looks_at_names_and_sizes_only(folder, monkeypatch):
 
 
 class Deadly(Digits):
-    """A source that ends the process when it is read, like a crash of a decoder."""
+    """A source that ends the process that reads it, like a crashing decoder."""
 
     def read(self, index):
         os._exit(1)
 
 
-def test_the_death_of_a_process_is_told():
+def test_death_of_a_worker_process_is_reported():
     with pytest.raises(CspnetError, match=r"died while reading digits/0.png"):
         list(inspect_file.inspect_sources([Deadly(train=True)], workers=2))
 
@@ -267,11 +269,11 @@ def test_the_death_of_a_process_is_told():
 @pytest.mark.parametrize(
     "phrase", [phrase for _, phrase in (FILE_FINDINGS | DUPLICATE_FINDINGS).values()]
 )
-def test_docs_have_what_is_said_of_files(phrase):
+def test_docs_list_all_findings_about_files(phrase):
     assert phrase in (ROOT / "docs" / "data.md").read_text()
 
 
-def test_the_command_shows_examples_and_writes_everything(folder, process, tmp_path):
+def test_command_prints_examples_and_writes_all_files_to_json(folder, process, tmp_path):
     for i in range(8):
         (bear(folder) / f"{i}.jpg").write_bytes(b"")
     odd = os.fsencode(str(bear(folder))) + b"/\xff\x1b[31m.jpg"
@@ -292,22 +294,22 @@ def test_the_command_shows_examples_and_writes_everything(folder, process, tmp_p
     assert json.loads(piped.stdout) == report and piped.returncode == 1
 
 
-def test_the_command_on_what_is_sound_and_on_what_is_wrong(folder, command, tmp_path):
+def test_exit_codes_of_the_command(folder, command, tmp_path):
     done = command("main", "check", "digits", "--workers", 2)
     assert done.returncode == 0, done.stdout
     assert "train: 1,438 images, 10 classes" in done.stdout
-    for arguments, told in (
+    for arguments, expected in (
         ([tmp_path / "gone"], "gone does not exist"),
         ([folder, "--workers", "-1"], "--workers -1"),
         ([folder, "--json", tmp_path / "no" / "x.json"], "--json"),
     ):
         done = command("main", "check", *arguments)
-        assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+        assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
-def test_workers_do_not_outlive_a_kill(tmp_path):
-    """They wait on a pipe that they keep open themselves."""
+def test_workers_exit_when_the_main_process_is_killed(tmp_path):
+    """They wait on a pipe that they keep open themselves, so they never see its end."""
     script = (
         "import time\n"
         "from cspnet.datasets import inspect_file as examine\n"

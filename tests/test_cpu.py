@@ -16,8 +16,8 @@ def system(tmp_path, monkeypatch):
 
     def cores(mounts, groups, files):
         lines = [
-            f"31 23 0:28 {top} {tmp_path / place} rw - {kind} {kind} rw,{options}\n"
-            for kind, options, top, place in mounts
+            f"31 23 0:28 {top} {tmp_path / mount_point} rw - {kind} {kind} rw,{options}\n"
+            for kind, options, top, mount_point in mounts
         ]
         (process / "mountinfo").write_text("22 1 8:1 / / rw - ext4 /dev/sda rw\n" + "".join(lines))
         (process / "cgroup").write_text("\n".join(groups) + "\n")
@@ -47,11 +47,11 @@ V1 = [("cgroup", "cpu,cpuacct", "/", "cpu"), ("cgroup", "memory", "/", "memory")
         ("100000 0", 16),
     ],
 )
-def test_a_quota_of_cgroup_v2_is_rounded_down_to_at_least_one(system, quota, cores):
+def test_cgroup_v2_quota_is_rounded_down_to_at_least_one(system, quota, cores):
     assert system(V2, ["0::/"], {"fs/cpu.max": quota}) == cores
 
 
-def test_the_smallest_quota_of_nested_cgroups_counts(system):
+def test_smallest_quota_of_nested_cgroups_applies(system):
     files = {
         "fs/a/cpu.max": "600000 100000",
         "fs/a/b/cpu.max": "max 100000",
@@ -63,7 +63,7 @@ def test_the_smallest_quota_of_nested_cgroups_counts(system):
     assert system(V2, ["0::/"], {}) == 16
 
 
-def test_cgroup_v1_has_a_quota_and_a_period(system):
+def test_cgroup_v1_quota_and_period(system):
     files = {"cpu/a/b/cpu.cfs_quota_us": "250000", "cpu/a/b/cpu.cfs_period_us": "100000"}
     files |= {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "100000"}
     groups = ["4:cpu,cpuacct:/a/b", "3:memory:/x", "1:name=systemd:/a"]
@@ -73,7 +73,7 @@ def test_cgroup_v1_has_a_quota_and_a_period(system):
     assert system(hybrid, [*groups, "0::/"], {}) == 2
 
 
-def test_a_container_without_a_namespace_sees_the_path_of_its_host(system):
+def test_container_without_cgroup_namespace(system):
     """Docker with cgroup v1: the root of the mount is the container's own cgroup."""
     mounts = [("cgroup", "cpu", "/docker/12ab", "cpu")]
     files = {"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}
@@ -85,7 +85,7 @@ def test_a_container_without_a_namespace_sees_the_path_of_its_host(system):
     )
 
 
-def test_without_cgroups_the_affinity_counts(tmp_path, monkeypatch):
+def test_cpu_affinity_applies_without_cgroups(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 5, 7}, raising=False)
     assert cpu.available_cores(tmp_path / "none") == 3
     monkeypatch.delattr(os, "sched_getaffinity")

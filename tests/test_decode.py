@@ -20,7 +20,7 @@ from tests.conftest import ROOT, picture
 
 
 class Scripted:
-    """A random generator whose numbers are known: each call takes the next of a list."""
+    """A random generator with given numbers: each call returns the next of a list."""
 
     def __init__(self, *values):
         self.values = list(values)
@@ -75,7 +75,7 @@ def slow_view(image, size, aspect, target, angle, dx, dy, flip):
         ((50, 50), 1.0, 48, 7.0, False),
     ],
 )
-def test_view_against_the_specification(shape, aspect, target, angle, flip):
+def test_view_matches_the_reference(shape, aspect, target, angle, flip):
     size, (height, width) = 48, shape
     image = picture(1, height, width)
     m = height if height < width * aspect else int(width * aspect)
@@ -93,15 +93,15 @@ def test_view_against_the_specification(shape, aspect, target, angle, flip):
         0.1 if flip else 0.9,
     )
     view = decode.train_view(image, rng, size, Augment())
-    assert not rng.values, "every number is used"
+    assert not rng.values, "all numbers are used"
     expected = slow_view(image, size, aspect, target, angle, dx, dy, flip)
     difference = np.abs(view - expected)
     assert difference.mean() <= 1
     assert np.quantile(difference, 0.99) <= 3
 
 
-def test_the_draws_cover_their_ranges():
-    """Seen through the matrix alone: aspect × scale, rotation, flip, for a square image."""
+def test_random_parameters_cover_their_ranges():
+    """Derived from the matrix of a square image: aspect × scale, rotation, flip."""
     augment = Augment()
     size = 256
     flips, angles, scales, targets = 0, [], [], []
@@ -111,7 +111,7 @@ def test_the_draws_cover_their_ranges():
         (a, b), (c, d) = matrix[:, :2]
         flips += np.linalg.det(matrix[:, :2]) < 0
         angles.append(math.degrees(math.atan2(-b, d)))
-        vertical = math.hypot(b, d)  # image pixels for a view pixel: 1 / s
+        vertical = math.hypot(b, d)  # image pixels per view pixel: 1 / s
         scales.append(math.hypot(a, c) / vertical)
         m = 300 if scales[-1] > 1 else int(300 * scales[-1] + 1e-9)
         targets.append(m / vertical)
@@ -123,8 +123,8 @@ def test_the_draws_cover_their_ranges():
     assert abs(np.mean(targets) - 288) < 5
 
 
-def test_share_of_views_with_a_black_border():
-    """40 ± 2 % of the crops of a 500×375 image, rotation aside."""
+def test_fraction_of_views_with_a_black_border():
+    """40 ± 2 % of the crops of a 500×375 image, without rotation."""
     bordered = 0
     for position in range(20_000):
         rng = stream.rng_for(7, stream.VIEW_DOMAIN, position)
@@ -158,7 +158,7 @@ def turned(orientation):
     return exif
 
 
-def test_the_size_of_a_jpeg_is_known_before_it_is_decoded():
+def test_jpeg_size_is_read_from_the_header():
     image = picture(9, 51, 77)
     described = Image.Exif()
     described[0x010E] = "a picture that nobody turned"
@@ -173,7 +173,7 @@ def test_the_size_of_a_jpeg_is_known_before_it_is_decoded():
     assert jpeg_size(cv2.imencode(".png", image)[1].tobytes()) is None
 
 
-def test_the_size_of_a_damaged_jpeg_is_unknown_or_a_pair():
+def test_size_of_a_damaged_jpeg_is_none_or_a_pair():
     whole = jpeg(picture(10, 51, 77), exif=turned(1))
     frame = whole.index(b"\xff\xc0")
     for end in range(frame + 9):
@@ -188,8 +188,8 @@ def test_the_size_of_a_damaged_jpeg_is_unknown_or_a_pair():
 
 @pytest.mark.parametrize("shape", [(300, 400), (301, 401), (403, 299)])
 @pytest.mark.parametrize("resize, factor", [((0.9, 1.0), 2), ((0.5, 0.6), 4)])
-def test_a_reduced_decode_moves_nothing(monkeypatch, shape, resize, factor):
-    """A bright spot lies in the view where the matrix takes it, to a tenth of a pixel."""
+def test_reduced_decode_preserves_geometry(monkeypatch, shape, resize, factor):
+    """A bright spot is where the matrix maps it, to a tenth of a pixel."""
     size, augment = 128, Augment(scale=resize, aspect=1.0)
     if factor == 4:
         size = 120  # 300 / (0.6 * 120) is above 4
@@ -209,12 +209,12 @@ def test_a_reduced_decode_moves_nothing(monkeypatch, shape, resize, factor):
         data = jpeg(image, quality=100)
         view = scaled(data, stream.rng_for(0, 1, seed), size, augment)
         weights = view[:, :, 0] / view[:, :, 0].sum()
-        found = np.array([(weights * xx).sum(), (weights * yy).sum()])
-        assert np.abs(found - expected).max() < 0.1
+        centre = np.array([(weights * xx).sum(), (weights * yy).sum()])
+        assert np.abs(centre - expected).max() < 0.1
     assert decoded == [factor] * 8
 
 
-def test_reduced_views_differ_little_and_only_where_they_shrink_by_two():
+def test_reduced_views_differ_slightly_and_only_below_half_size():
     augment, size, reduced = Augment(), 64, 0
     for position in range(60):
         image = picture(position, 201, 267)
@@ -228,20 +228,20 @@ def test_reduced_views_differ_little_and_only_where_they_shrink_by_two():
             assert (view == plain).all()
         else:
             reduced += 1
-            # But for the rim, where bilinear sampling fades into the black of a pixel outside.
+            # Except at the border, where bilinear sampling blends with black from outside.
             inside = cv2.erode(plain.any(2).astype(np.uint8), np.ones((5, 5)), borderValue=0) > 0
             assert np.abs(view.astype(int) - plain)[inside].mean() < 1
     assert 20 < reduced < 60
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_a_header_that_tells_something_else_than_the_decoder(monkeypatch, orientation):
-    """Then, and for what EXIF turns, the image is decoded whole, with the same random numbers."""
+def test_header_size_that_differs_from_the_decoded_size(monkeypatch, orientation):
+    """Then, and if EXIF rotates the image, all rows are decoded, with the same random numbers."""
     data, augment = jpeg(picture(11, 300, 401), exif=turned(orientation)), Augment()
     plain = decode.train_view(decode.decode(data), stream.rng_for(0, 1, 2), 64, augment)
     if orientation == 1:
-        told = jpeg_module.JpegHeader(300, 401, 0, 8, 0)
-        monkeypatch.setattr(jpeg_module, "read_header", lambda data: told)
+        header = jpeg_module.JpegHeader(300, 401, 0, 8, 0)
+        monkeypatch.setattr(jpeg_module, "read_header", lambda data: header)
     view = scaled(data, stream.rng_for(0, 1, 2), 64, augment)
     assert (view == plain).all()
 
@@ -259,8 +259,8 @@ SAMPLINGS = ["4:4:4", "4:2:2", "4:2:0"]
         {"grey": True},
     ],
 )
-def test_rows_below_the_view_change_nothing(capfd, monkeypatch, options):
-    """Views of encoded bytes are those of the whole image, bit for bit; decoded is less of it."""
+def test_skipping_rows_below_the_view_changes_nothing(capfd, monkeypatch, options):
+    """Views of encoded bytes equal those of the whole image, although fewer rows are decoded."""
     rows, original = [], decode.decode
     monkeypatch.setattr(
         decode,
@@ -273,7 +273,7 @@ def test_rows_below_the_view_change_nothing(capfd, monkeypatch, options):
     for position in range(150):
         rng = np.random.default_rng(position)
         height, width = rng.integers(60, 300, 2)
-        # Noise over the picture: a colour that is interpolated otherwise would show.
+        # Noise, in which a difference of chroma interpolation would show.
         image = picture(position, height, width) // 2 + rng.integers(
             0, 128, (height, width, 3), np.uint8
         )
@@ -291,8 +291,8 @@ def test_rows_below_the_view_change_nothing(capfd, monkeypatch, options):
     assert capfd.readouterr() == ("", "")
 
 
-def test_what_follows_a_jpeg_forbids_to_cut_it():
-    """A file in a file, a byte behind the end, a scan for each colour: all of it is decoded."""
+def test_jpeg_with_data_after_its_scan_is_decoded_in_full():
+    """An embedded file, a trailing byte, or one scan per colour: the image is decoded in full."""
     data = jpeg(picture(13, 200, 100))
     header = jpeg_module.read_header(data)
     assert decode.decode(jpeg_module.truncate_rows(data, header, 60)).shape == (60, 100, 3)
@@ -308,8 +308,8 @@ def test_what_follows_a_jpeg_forbids_to_cut_it():
     )
 
 
-def test_a_flat_last_row_of_blocks_is_no_obstacle():
-    """Of a flat image the dropped rows are a few bytes, fewer than libjpeg wants to see ahead."""
+def test_uniform_last_rows_are_skipped_correctly():
+    """The skipped rows of a uniform image are fewer bytes than libjpeg reads ahead."""
     for height in (33, 40, 48, 49, 64):
         data, augment = jpeg(np.full((height, 40, 3), 90, np.uint8)), Augment(scale=(1.7, 1.7))
         for position in range(40):
@@ -320,7 +320,7 @@ def test_a_flat_last_row_of_blocks_is_no_obstacle():
             assert (decode.render_view(drawn, 64, augment) == plain).all()
 
 
-def test_views_are_written_where_they_are_wanted():
+def test_views_are_written_to_the_given_array():
     image, augment = picture(12, 100, 130), Augment()
     data = jpeg(image, quality=100)
     makes = [
@@ -339,8 +339,8 @@ def test_views_are_written_where_they_are_wanted():
 
 @pytest.mark.parametrize("shape", [(375, 500), (500, 333), (64, 64), (8, 8), (100, 1), (2, 300)])
 @pytest.mark.parametrize("crop", [1.0, 0.8])
-def test_corner_aligned_evaluation_is_torchs(shape, crop):
-    """Of noise, where any shift would show: at most one level apart, and that hardly ever."""
+def test_align_corners_evaluation_matches_torch(shape, crop):
+    """On noise, which would reveal any shift: rarely one level apart, never more."""
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
     short = math.floor(64 / crop)
     new = [max(short, side * short // min(shape)) for side in shape]
@@ -354,7 +354,7 @@ def test_corner_aligned_evaluation_is_torchs(shape, crop):
 
 @pytest.mark.parametrize("resize, mode", [("antialias", "BILINEAR"), ("bicubic", "BICUBIC")])
 @pytest.mark.parametrize("shape", [(375, 500), (500, 375), (333, 333), (90, 64), (300, 301)])
-def test_antialiased_evaluation_is_pils(shape, resize, mode):
+def test_antialiased_evaluation_matches_pillow(shape, resize, mode):
     image = picture(2, *shape)
     view = decode.evaluation_view(image, 64, Evaluate(crop_pct=0.875, interpolation=resize))
     how = tv.InterpolationMode[mode]
@@ -364,8 +364,8 @@ def test_antialiased_evaluation_is_pils(shape, resize, mode):
 
 
 @pytest.mark.parametrize("shape", [(75, 100), (101, 64), (40, 33)])
-def test_corner_aligned_evaluation_is_darknets(shape):
-    """resize_min, then crop_image, by loops."""
+def test_align_corners_evaluation_matches_darknet(shape):
+    """resize_min, then crop_image, as loops."""
     size, (height, width) = 32, shape
     image = picture(3, *shape).astype(np.float64)
     if width < height:
@@ -387,13 +387,13 @@ def test_corner_aligned_evaluation_is_darknets(shape):
     assert np.abs(view - expected).max() <= 0.51
 
 
-def test_an_image_smaller_than_the_view_is_enlarged():
+def test_image_smaller_than_the_view_is_enlarged():
     view = decode.evaluation_view(picture(4, 8, 8), 32, Evaluate())
     assert view.shape == (32, 32, 3) and view.any(axis=2).all()
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "RGBA", "P", "1"])
-def test_every_mode_becomes_rgb(tmp_path, mode):
+def test_every_mode_is_converted_to_rgb(tmp_path, mode):
     path = tmp_path / ("a.jpg" if mode in ("RGB", "L", "CMYK") else "a.png")
     Image.fromarray(picture(5)).convert(mode).save(path)
     image = decode.decode(path.read_bytes())
@@ -404,18 +404,18 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
 
 def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn right
+    exif[0x0112] = 6  # rotate clockwise
     Image.fromarray(picture(6)).save(tmp_path / "a.jpg", exif=exif)
     assert decode.decode((tmp_path / "a.jpg").read_bytes()).shape == (80, 60, 3)
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff\xd8\xff", b"GIF89a", b"not an image" * 50])
-def test_unreadable(data):
+def test_undecodable_bytes_are_unreadable(data):
     with pytest.raises(decode.UnreadableError):
         decode.decode(data)
 
 
-def test_colours_come_out_as_rgb():
+def test_channel_order_is_rgb():
     red = np.zeros((4, 4, 3), np.uint8)
     red[:, :, 2] = 255  # OpenCV writes BGR
     assert decode.decode(cv2.imencode(".png", red)[1].tobytes())[0, 0].tolist() == [255, 0, 0]
@@ -432,16 +432,16 @@ for name, data in bombs.items():
     before = peak()
     try:
         decode(data)
-        told = "decoded"
+        outcome = "decoded"
     except TooLargeError:
-        told = "refused"
-    print(name, told, peak() - before, LIMITED)
+        outcome = "refused"
+    print(name, outcome, peak() - before, LIMITED)
 """
 
 
 @pytest.mark.parametrize("first, limited", [("", True), ("import cv2", False)])
-def test_headers_of_hundreds_of_megapixels_are_refused_before_memory_is(tmp_path, first, limited):
-    """Whether OpenCV is loaded by us, and limits itself, or was loaded by somebody before."""
+def test_decompression_bombs_are_refused_before_allocation(tmp_path, first, limited):
+    """Whether cspnet loads OpenCV, which then checks the limit itself, or it was loaded before."""
     cv2.imwrite(str(tmp_path / "a.png"), picture(7))
     done = subprocess.run(
         [sys.executable, "-c", WEIGH.format(first=first), str(tmp_path / "a.png")],
@@ -454,12 +454,12 @@ def test_headers_of_hundreds_of_megapixels_are_refused_before_memory_is(tmp_path
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
     assert [name for name, *_ in lines] == [make.__name__ for make in BOMBS]
-    for name, told, megabytes, by_opencv in lines:
-        assert (told, by_opencv) == ("refused", str(limited)), name
+    for name, outcome, megabytes, by_opencv in lines:
+        assert (outcome, by_opencv) == ("refused", str(limited)), name
         assert int(megabytes) < 30, f"{name} took {megabytes} MB"
 
 
-def test_the_limit_is_on_pixels(monkeypatch):
+def test_pixel_limit(monkeypatch):
     data = cv2.imencode(".png", picture(8, 60, 80))[1].tobytes()
     monkeypatch.setattr(decode, "LIMITED", False)
     monkeypatch.setattr(decode, "MAX_PIXELS", 60 * 80)
@@ -469,8 +469,8 @@ def test_the_limit_is_on_pixels(monkeypatch):
         decode.decode(data)
 
 
-def test_a_ribbon_is_not_resized_to_fill_the_memory():
-    """A row of 30,000 pixels would become 256 rows of 7.7 million."""
+def test_extreme_aspect_ratio_is_refused_before_allocation():
+    """A single row of 30,000 pixels would become 256 rows of 7.7 million."""
     for shape in ((1, 30_000, 3), (30_000, 1, 3)):
         with pytest.raises(decode.UnreadableError, match="too long and narrow"):
             decode.evaluation_view(np.zeros(shape, np.uint8), 256, Evaluate())

@@ -1,6 +1,7 @@
 """The documents' quotes of messages are those of the source."""
 
 import ast
+import importlib
 import re
 
 import pytest
@@ -64,6 +65,31 @@ def test_examples_use_the_recipe_whose_accuracy_is_published():
             header = path.suffix == ".yaml" or "predict" in paragraph
             assert header and "32 to 42 days" in path.read_text(), paragraph
     assert "cspnet-train --recipe cspdarknet53.yaml" in (ROOT / "README.md").read_text()
+
+
+def documents():
+    yield from (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "data" / "README.md")
+    yield from (ROOT / "docs").glob("*.md")
+
+
+def test_documented_imports_exist():
+    imports = [
+        match.groups()
+        for path in documents()
+        for match in re.finditer(
+            r"^ *from (cspnet[\w.]*) import ([\w, ]+)$", path.read_text(), re.M
+        )
+    ]
+    assert len(imports) >= 5
+    for module, names in imports:
+        for name in names.split(", "):
+            assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
+
+
+def test_documented_source_files_exist():
+    for path in documents():
+        for name in re.findall(r"\b(?:cspnet|tests|benchmarks)/[\w/]+\.py\b", path.read_text()):
+            assert (ROOT / name).is_file(), f"{path.name}: {name}"
 
 
 def test_the_predicted_duration_is_the_forecast():

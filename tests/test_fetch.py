@@ -46,7 +46,7 @@ def archives(tmp_path, monkeypatch):
         f"{wnid}.tar": tar({f"{wnid}_{i}.JPEG": jpeg(10 * c + i) for i in range(4)})
         for c, wnid in enumerate(WNIDS)
     }
-    # The devkit numbers the classes in an order of its own, and lists inner nodes of WordNet too.
+    # The devkit has its own class order, and lists inner nodes of WordNet, too.
     numbers = {"n00000003": 1, "n00000001": 2, "n00000002": 3}
     kinds = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("n", "O")]
     rows = [(number, wnid, f"{wnid}, alias", "-", 0) for wnid, number in numbers.items()]
@@ -85,34 +85,34 @@ def get(tmp_path):
     return run
 
 
-def test_imagenet_becomes_class_folders(archives, get, tmp_path):
+def test_imagenet_is_unpacked_into_class_folders(archives, get, tmp_path):
     made, _ = get("imagenet", archives)
     root = tmp_path / "root"
     assert made and sorted(p.name for p in root.iterdir()) == ["train", "val"]
     training, validation = open_training(str(root)), open_validation(str(root), WNIDS, 3)
     assert training.classes == WNIDS and len(training) == 12
-    # The ground truth, by the devkit's numbers: 3, 1, 2, 2, 1, 3.
+    # The ground truth in the devkit's numbers: 3, 1, 2, 2, 1, 3.
     names = {p.name[-6]: p.parent.name for p in (root / "val").glob("*/*")}
-    told = [names[str(i)] for i in range(1, 7)]
-    assert told == [WNIDS[1], WNIDS[2], WNIDS[0], WNIDS[0], WNIDS[2], WNIDS[1]]
+    truth = [names[str(i)] for i in range(1, 7)]
+    assert truth == [WNIDS[1], WNIDS[2], WNIDS[0], WNIDS[0], WNIDS[2], WNIDS[1]]
     assert validation.classes == WNIDS and len(validation) == 6
 
 
-def test_a_second_run_touches_nothing(archives, get, tmp_path):
+def test_second_run_changes_nothing(archives, get, tmp_path):
     get("imagenet", archives)
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "root").rglob("*")}
-    shutil.rmtree(archives)  # nor does it need them
+    shutil.rmtree(archives)  # they are not needed any more
     assert get("imagenet", archives) == (False, [])
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "root").rglob("*")} == files
 
 
-def test_archives_may_lie_in_the_data_root(archives, get, tmp_path):
+def test_archives_in_the_data_root(archives, get, tmp_path):
     shutil.move(archives, tmp_path / "root")
     assert get("imagenet")[0]
     assert len(open_training(str(tmp_path / "root"))) == 12
 
 
-def test_interrupted_it_goes_on(archives, get, tmp_path, monkeypatch):
+def test_interrupted_preparation_resumes(archives, get, tmp_path, monkeypatch):
     """Only the interrupted class is unpacked again, and the checksum is not recomputed."""
 
     def stop(done, total):
@@ -126,7 +126,7 @@ def test_interrupted_it_goes_on(archives, get, tmp_path, monkeypatch):
     half = root / "train.partial"
     kept = half / WNIDS[0] / f"{WNIDS[0]}_0.JPEG"
     before = kept.stat().st_ino
-    (half / WNIDS[1]).rename(half / f"{WNIDS[1]}.partial")  # as if cut in its middle
+    (half / WNIDS[1]).rename(half / f"{WNIDS[1]}.partial")  # as if interrupted within the class
     (half / f"{WNIDS[1]}.partial" / f"{WNIDS[1]}_3.JPEG").unlink()
     _, lines = get("imagenet", archives)
     assert not any("md5" in line for line in lines)
@@ -135,7 +135,7 @@ def test_interrupted_it_goes_on(archives, get, tmp_path, monkeypatch):
     assert len(open_training(str(root))) == 12 and not half.exists()
 
 
-def test_an_interrupted_val_is_never_half(archives, get, tmp_path, monkeypatch):
+def test_interrupted_val_is_never_incomplete(archives, get, tmp_path, monkeypatch):
     def cut(source, target):
         raise OSError(28, "No space left on device")
 
@@ -148,7 +148,7 @@ def test_an_interrupted_val_is_never_half(archives, get, tmp_path, monkeypatch):
     assert sum(1 for _ in (tmp_path / "root" / "val").glob("*/*.JPEG")) == 6
 
 
-def test_missing_archives_are_told_at_once(archives, get, tmp_path):
+def test_missing_archives_are_reported_before_unpacking(archives, get, tmp_path):
     for file in archives.iterdir():
         if "val" not in file.name:
             file.unlink()
@@ -161,7 +161,7 @@ def test_missing_archives_are_told_at_once(archives, get, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["train", "val", "devkit"])
-def test_a_damaged_archive_is_told(archives, get, tmp_path, kind):
+def test_damaged_archive_is_reported(archives, get, tmp_path, kind):
     file = archives / imagenet.ARCHIVE_META[kind][0]
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -171,7 +171,7 @@ def test_a_damaged_archive_is_told(archives, get, tmp_path, kind):
     assert not (tmp_path / "root" / ("train" if kind == "train" else "val")).exists()
 
 
-def test_a_download_cut_short_is_told_by_its_size(archives, get):
+def test_truncated_download_is_detected_by_its_size(archives, get):
     file = archives / "ILSVRC2012_img_train.tar"
     size = file.stat().st_size
     file.write_bytes(file.read_bytes()[:-512])
@@ -179,7 +179,7 @@ def test_a_download_cut_short_is_told_by_its_size(archives, get):
         get("imagenet", archives)
 
 
-def test_the_room_is_looked_at_first(archives, get, tmp_path, monkeypatch):
+def test_disk_space_is_checked_first(archives, get, tmp_path, monkeypatch):
     monkeypatch.setattr(
         module.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 9, 9)
     )
@@ -188,14 +188,14 @@ def test_the_room_is_looked_at_first(archives, get, tmp_path, monkeypatch):
     assert not (tmp_path / "root").exists()
 
 
-def test_a_part_that_something_else_made_is_left_alone(archives, get, tmp_path):
+def test_foreign_split_folder_is_not_modified(archives, get, tmp_path):
     (tmp_path / "root" / "train" / WNIDS[0]).mkdir(parents=True)
     with pytest.raises(DataError, match="with 1 class folders instead of 3"):
         get("imagenet", archives)
     assert [p.name for p in (tmp_path / "root").rglob("*")] == ["train", WNIDS[0]]
 
 
-def test_an_unknown_name_is_told(get):
+def test_unknown_data_set_is_reported(get):
     with pytest.raises(RecipeError, match="Did you mean 'imagenet'"):
         get("imagnet")
 
@@ -229,7 +229,7 @@ def cifar(tmp_path, monkeypatch):
     return archive
 
 
-def test_cifar10_becomes_png_files(cifar, get, tmp_path):
+def test_cifar10_is_written_as_png_files(cifar, get, tmp_path):
     assert get("cifar10", cifar.parent)[0]
     root = tmp_path / "root"
     assert sorted(p.name for p in root.iterdir()) == ["train", "val"]
@@ -245,7 +245,7 @@ def test_cifar10_becomes_png_files(cifar, get, tmp_path):
     assert get("cifar10", cifar.parent)[0] is False
 
 
-def test_cifar10_goes_on(cifar, get, tmp_path):
+def test_interrupted_cifar10_resumes(cifar, get, tmp_path):
     def stop(done, total):
         if (done, total) == (1, 2):  # in val
             raise KeyboardInterrupt
@@ -260,20 +260,20 @@ def test_cifar10_goes_on(cifar, get, tmp_path):
     assert sorted(p.name for p in root.iterdir()) == ["train", "val"]
 
 
-def test_a_damaged_small_archive_is_not_written_over(cifar, get, tmp_path):
+def test_damaged_small_archive_is_not_overwritten(cifar, get, tmp_path):
     cifar.write_bytes(b"half a download")
     with pytest.raises(DataError, match="is damaged or incomplete"):
         get("cifar10", cifar.parent)
     assert cifar.read_bytes() == b"half a download" and not (tmp_path / "root").exists()
 
 
-def test_imagenette_is_downloaded_and_kept(tmp_path, get, monkeypatch):
+def test_imagenette_archive_is_downloaded_once(tmp_path, get, monkeypatch):
     """With a fake network. A downloaded archive is treated like an existing one."""
     monkeypatch.setitem(module.DOWNLOADABLE, "imagenette", 3)
     content = tar(
         {
-            f"imagenette2-320/{part}/{wnid}/{i}.JPEG": jpeg(i)
-            for part in ("train", "val")
+            f"imagenette2-320/{split}/{wnid}/{i}.JPEG": jpeg(i)
+            for split in ("train", "val")
             for wnid in WNIDS
             for i in range(2)
         },
@@ -282,24 +282,24 @@ def test_imagenette_is_downloaded_and_kept(tmp_path, get, monkeypatch):
     (tmp_path / "one").write_bytes(content)
     url, _ = Imagenette._ARCHIVES["320px"]
     monkeypatch.setitem(Imagenette._ARCHIVES, "320px", (url, calculate_md5(tmp_path / "one")))
-    asked = []
+    requests = []
 
     def download(address, folder, name, md5):
-        asked.append(address)
+        requests.append(address)
         folder.mkdir()
         (folder / name).write_bytes(content)
 
     monkeypatch.setattr("torchvision.datasets.utils.download_url", download)
-    assert get("imagenette")[0] and asked == [url]
+    assert get("imagenette")[0] and requests == [url]
     root = tmp_path / "root"
     assert sorted(p.name for p in root.iterdir()) == ["imagenette2-320.tgz", "train", "val"]
     assert len(open_training(str(root))) == 6
-    shutil.rmtree(root / "val")  # the archive is there: no second download
-    assert get("imagenette")[0] and asked == [url]
+    shutil.rmtree(root / "val")  # the archive exists: no second download
+    assert get("imagenette")[0] and requests == [url]
 
 
 @pytest.mark.parametrize("name", ["cifar10", "imagenette"])
-def test_without_a_network_it_says_what_to_do(name, tmp_path, get, monkeypatch):
+def test_missing_network_connection_is_reported(name, tmp_path, get, monkeypatch):
     def resolve(*_, **__):
         raise OSError(-2, "Name or service not known")
 

@@ -1,7 +1,7 @@
-"""The table of image formats in docs/data.md, row by row, each by an image that is made here.
+"""The table of image formats in docs/data.md, row by row, each with a generated image.
 
-A row of the table is a key of CASES: the pixels, or that the image is refused, and what
-`cspnet check` says of it.
+Each row is a key of CASES, with the expected pixels or the refusal, and the findings of
+`cspnet check`.
 """
 
 import contextlib
@@ -47,27 +47,27 @@ def skip_without_a_codec(key):
         pytest.skip("OpenCV is built without GIF")
 
 
-def test_the_table_has_all_cases_and_no_other():
+def test_format_table_lists_exactly_the_cases():
     assert list(ROWS) == list(CASES) and len(CASES) >= 40
 
 
 @pytest.mark.parametrize("key", CASES)
-def test_a_row_of_the_table(key):
+def test_format_table_row(key):
     """Pixels, and the kinds that `cspnet check` reports: the last column of docs/data.md."""
     skip_without_a_codec(key)
     suffix, data, expected, *tolerance = CASES[key]()
     *_, what, reported = (cell.strip() for cell in ROWS[key].split("|"))
-    with warnings.catch_warnings():  # Pillow's, of damaged EXIF
+    with warnings.catch_warnings():  # Pillow warns about damaged EXIF
         warnings.simplefilter("ignore")
-        found = {kind for kind, _ in inspect_file.inspect_bytes(data, f".{suffix}").findings}
-    assert found == set(re.findall(r"`([^`]+)`", reported))
+        kinds = {kind for kind, _ in inspect_file.inspect_bytes(data, f".{suffix}").findings}
+    assert kinds == set(re.findall(r"`([^`]+)`", reported))
     assert what.startswith("refused") == isinstance(expected, type)
     if isinstance(expected, type):
         with pytest.raises(expected):
             decode.decode(data)
         return
     image = decode.decode(data)
-    if tolerance:  # of a mean; of a lossy format, or one coarser than 8 bits of RGB
+    if tolerance:  # of the mean, for lossy formats and those with less than 8 bits of RGB
         assert difference(image, expected).mean() < tolerance[0]
     else:
         assert difference(image, expected).max() == 0
@@ -75,8 +75,8 @@ def test_a_row_of_the_table(key):
 
 
 @pytest.mark.parametrize("key", CASES)
-def test_damaged_headers_raise_unreadable_and_nothing_else(key):
-    """They are parsed before OpenCV sees them."""
+def test_damaged_headers_raise_only_unreadable_error(key):
+    """Headers are parsed before OpenCV decodes the file."""
     skip_without_a_codec(key)
     _, data, *_ = CASES[key]()
     rng = np.random.default_rng(1)
@@ -100,14 +100,16 @@ def test_netpbm_without_samples_is_unreadable(header):
         decode.decode(header)
 
 
-def test_an_avif_is_known_by_any_of_its_brands():
+def test_avif_is_detected_by_any_of_its_brands():
     brands = b"mif1" + bytes(4) + b"mif1avif"
     assert detect_format(struct.pack(">I", 8 + len(brands)) + b"ftyp" + brands + b"rest") == "AVIF"
-    assert detect_format(b"\0\0\0\x14ftypheic" + bytes(4) + b"mif1avif") is None  # beyond the box
+    assert (
+        detect_format(b"\0\0\0\x14ftypheic" + bytes(4) + b"mif1avif") is None
+    )  # after the end of the box
 
 
-def test_no_format_gets_past_the_limit_on_pixels():
-    """The decoders that are ours check it before they allocate."""
+def test_pixel_limit_applies_to_every_format():
+    """cspnet's own decoders check it before they allocate memory."""
     side = struct.pack("<i", 30_000)
     words = bytearray(CASES["bmp-16-565"]()[1])
     words[18:26] = side * 2
@@ -116,15 +118,15 @@ def test_no_format_gets_past_the_limit_on_pixels():
             decode.decode(data)
 
 
-def test_the_rule_for_samples():
-    """0 and the largest value become 0 and 255, and all between are rounded to the nearest."""
+def test_sample_scaling():
+    """0 and the largest value become 0 and 255; values between are rounded to the nearest."""
     for top in (1, 15, 31, 100, 255, 1023, 4095, 65_535):
         values = np.arange(top + 1)
         expected = np.floor(255 * values / top + 0.5)
         assert (to_8_bits(values.astype(np.uint16), top) == expected).all()
 
 
-def test_orientations_are_exifs():
+def test_orientations_match_exif():
     image = noise(8).astype(np.uint8)
     for orientation in range(1, 9):
         assert (apply_orientation(image, orientation) == orient(image, orientation)).all(), (
@@ -132,7 +134,7 @@ def test_orientations_are_exifs():
         )
 
 
-def test_a_directory_gives_its_integers_and_refuses_the_rest():
+def test_ifd_reads_integers_and_refuses_other_types():
     for order in "<>":
         for kind in (1, 3, 4):
             assert ImageFileDirectory(images.exif(6, kind, order)).orientation() == 6
@@ -148,8 +150,8 @@ def test_a_directory_gives_its_integers_and_refuses_the_rest():
 
 
 @pytest.mark.parametrize("suffix, kind", [("png", "PNG"), ("webp", "WEBP"), ("jpg", "JPEG")])
-def test_views_of_a_turned_image_are_those_of_the_upright_one(suffix, kind):
-    """Through the paths of training: whole, cut below the view, and reduced."""
+def test_views_of_a_rotated_image_equal_those_of_the_upright_image(suffix, kind):
+    """On all paths of training: full decode, rows below the view skipped, reduced decode."""
     image = picture(5, 180, 260)
     options = {"lossless": True} if kind == "WEBP" else {}
     prefix = b"Exif\0\0" if kind == "JPEG" else b""
@@ -164,7 +166,7 @@ def test_views_of_a_turned_image_are_those_of_the_upright_one(suffix, kind):
             assert (view == whole).all()
 
 
-def test_what_is_too_long_and_narrow_is_found_before_an_evaluation_refuses_it():
+def test_check_reports_images_that_evaluation_refuses_as_too_narrow():
     for height, width in ((1, 501), (1002, 2)):
         data = saved(np.zeros((height, width, 3), np.uint8), "PNG")
         assert [kind for kind, _ in inspect_file.inspect_bytes(data, ".png").findings] == ["ribbon"]

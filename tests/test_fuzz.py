@@ -1,4 +1,4 @@
-"""Damaged files of all kinds: the loader continues and counts them."""
+"""Damaged files of all kinds: the loader counts them and continues."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from tests.bombs import BOMBS
 from tests.conftest import ROOT, picture
 
 KINDS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "bmp": "BMP", "webp": "WEBP", "tif": "TIFF"}
-# An epoch of training and an evaluation; each process leaves its peak of memory in a file.
+# An epoch of training and an evaluation. Each process writes its peak memory to a file.
 RUN = """
 import json, os, pathlib, sys
 from cspnet.data import loader
@@ -154,21 +154,21 @@ def goes_on(tmp_path, images, damaged, worker_numbers):
     for workers in worker_numbers:
         unreadable, usual = epoch(clean, workers)
         assert unreadable == set()
-        found, peaks = epoch(dirty, workers)
+        unreadable, peaks = epoch(dirty, workers)
         print(f"{workers} workers: {usual} MB with clean files, {peaks} MB with damaged ones")
-        assert found == expected
+        assert unreadable == expected
         for most, allowed in zip(peaks, usual, strict=True):
             assert most <= 1.1 * allowed
     report = check_dataset(str(dirty), max(worker_numbers))
-    told = {file for f in report.findings if f.severity == "error" for file in f.files}
+    reported = {file for f in report.findings if f.severity == "error" for file in f.files}
     source = open_training(str(dirty))
-    assert {source.name(index) for index in expected} <= told
+    assert {source.name(index) for index in expected} <= reported
 
 
-def test_the_loader_survives_damaged_files(tmp_path):
+def test_loader_survives_damaged_files(tmp_path):
     goes_on(tmp_path, 220, 150, [2])
 
 
 @pytest.mark.slow
-def test_the_loader_survives_a_thousand_damaged_files(tmp_path):
+def test_loader_survives_a_thousand_damaged_files(tmp_path):
     goes_on(tmp_path, 1_500, 1_000, [0, 2])

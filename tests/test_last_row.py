@@ -1,4 +1,4 @@
-"""The last row of an evaluation view, almost black in Darknet at some image heights."""
+"""The last row of an evaluation view, which Darknet makes almost black at certain heights."""
 
 import re
 
@@ -22,10 +22,10 @@ def lost(height: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("height", [1024, 2046, 2047, 2048])
-def test_our_last_row_is_that_of_the_image(height):
+def test_last_row_of_the_view_is_the_last_row_of_the_image(height):
     assert height in lost(256)
     image = np.ascontiguousarray(picture(1, height, height))
-    image[-2:] = 255  # both rows that the last one is mixed from: white, and not black
+    image[-2:] = 255  # the two rows that are interpolated to the last one
     view = evaluation_view(image, 256, CORNERS)
     assert (view[-1] == 255).all()
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
@@ -33,7 +33,7 @@ def test_our_last_row_is_that_of_the_image(height):
     assert np.array_equal(view[-1], whole[:, -1].T.round().byte().numpy())
 
 
-def test_the_documented_heights_are_those_of_float32():
+def test_documented_heights_match_float32_rounding():
     assert lost(256).tolist() == [1024, 2046, 2047, 2048, *range(4090, 4097)]
     assert lost(128).min() == 2038
     text = (ROOT / "docs" / "recipe-sources.md").read_text()
@@ -43,10 +43,10 @@ def test_the_documented_heights_are_those_of_float32():
         assert re.search(rf"{height} for {share} %", text)
 
 
-def test_the_lost_row_is_almost_black():
-    """Of the row before the last, all that Darknet keeps is this share."""
+def test_row_lost_by_darknet_is_almost_black():
+    """Darknet weights the row before the last with almost 0, and adds nothing else."""
     for target in (96, 224, 256):
         for height in lost(target):
             scale = np.float32(height - 1) / np.float32(target - 1)
-            place = np.float32(target - 1) * scale
-            assert 255 * (1 - (place - np.floor(place))) < 0.1
+            position = np.float32(target - 1) * scale
+            assert 255 * (1 - (position - np.floor(position))) < 0.1

@@ -1,4 +1,4 @@
-"""A fixture for each mistake with a data folder; its message is its own, and in docs/data.md."""
+"""A fixture for each mistake with a data folder. Each has its own message in docs/data.md."""
 
 import errno
 import os
@@ -127,10 +127,10 @@ def classes_packed(root):
     return train
 
 
-def move_down(root, part, name):
-    (root / part).rename(root / "moving")
-    (root / part).mkdir()
-    (root / "moving").rename(root / part / name)
+def move_down(root, split, name):
+    (root / split).rename(root / "moving")
+    (root / split).mkdir()
+    (root / "moving").rename(root / split / name)
 
 
 def train_in_train(root):
@@ -224,14 +224,14 @@ def another_data_set(root):
 
 
 def other_normalization(root):
-    for part, name in (("train", "caf\u00e9"), ("val", "cafe\u0301")):
-        (root / part / "bear").rename(root / part / name)
+    for split, name in (("train", "caf\u00e9"), ("val", "cafe\u0301")):
+        (root / split / "bear").rename(root / split / name)
     return lambda root: val(root, ["apple", "caf\u00e9", "cat"])
 
 
 def no_train_but_a_class_of_that_name(root):
-    for part in ("train", "val"):
-        (root / part / "bear").rename(root / part / "train")
+    for split in ("train", "val"):
+        (root / split / "bear").rename(root / split / "train")
     return lambda root: train(root / "train")
 
 
@@ -262,7 +262,7 @@ def another_number(root):
     return lambda root: data_root.open_validation(str(root), None, 5)
 
 
-# What each message has and no other one.
+# A phrase of each message that no other message contains.
 MISTAKES = {
     gone: "does not exist. Give one with --data DIR",
     root_linked_to_nowhere: "is a broken link to gone. Give one with --data DIR",
@@ -319,25 +319,25 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
-def test_each_mistake_has_its_message_and_docs_data_has_it(folder, mistake):
+def test_each_mistake_has_its_own_documented_message(folder, mistake):
     if mistake in (closed, closed_above) and ROOT_USER:
         pytest.skip("root may read everything")
-    told = MISTAKES[mistake]
-    assert f"`{told}" in (ROOT / "docs" / "data.md").read_text()
-    opens = mistake(folder)
+    expected = MISTAKES[mistake]
+    assert f"`{expected}" in (ROOT / "docs" / "data.md").read_text()
+    open_source = mistake(folder)
     try:
         with pytest.raises(DataError) as caught:
-            opens(folder)
+            open_source(folder)
     finally:
-        if mistake in (closed, closed_above):  # or the folder stays for ever
+        if mistake in (closed, closed_above):  # else pytest cannot remove the folder
             folder.parent.chmod(0o700)
             (folder / "train" / "bear").chmod(0o700)
     message = str(caught.value)
-    assert told in message and "\n" not in message
-    assert not [other for other in MISTAKES.values() if other != told and other in message]
+    assert expected in message and "\n" not in message
+    assert not [other for other in MISTAKES.values() if other != expected and other in message]
 
 
-def test_a_folder_that_cannot_be_read_is_told_and_not_empty(folder, monkeypatch):
+def test_unreadable_folder_is_reported_and_not_treated_as_empty(folder, monkeypatch):
     scan = os.scandir
 
     def refuse(path):
@@ -351,51 +351,51 @@ def test_a_folder_that_cannot_be_read_is_told_and_not_empty(folder, monkeypatch)
     assert MISTAKES[closed] in str(caught.value) and str(folder / "train/bear") in str(caught.value)
 
 
-def test_links_upward_end(folder):
+def test_links_to_a_parent_folder_terminate(folder):
     (folder / "train" / "apple" / "again").symlink_to("..")
     (folder / "train" / "bear" / "all").symlink_to(folder)
     (folder / "train" / "cat" / "more").symlink_to(folder / "val" / "cat")
     assert len(train(folder)) == 36 + 3
 
 
-def test_names_that_a_person_may_take_for_the_same():
+def test_fold_name_equates_similar_names():
     for one, other in (("Bear", "bear"), ("bear ", "bear"), ("01", "1"), ("é", "e\u0301")):
         assert names.fold_name(one) == names.fold_name(other)
     for one, other in (("c", "c++"), ("10", "1"), ("bear", "beer"), ("_", "-")):
         assert names.fold_name(one) != names.fold_name(other)
 
 
-def test_names_of_any_bytes_can_be_shown():
+def test_names_of_any_bytes_are_printable():
     assert names.count_and_names(["é", "a\x1b[31m", "b\udcff"], "class").isprintable()
 
 
-def test_class_folders_deep_down_are_no_level_too_many(folder):
-    """A class folder may hold folders; only a lone one without images of its own is suspect."""
+def test_nested_folders_in_classes_are_not_an_extra_level(folder):
+    """A class folder may contain folders; only a single one without own images is suspicious."""
     (folder / "train" / "apple").rename(folder / "moving")
     (folder / "train" / "apple").mkdir()
     (folder / "moving").rename(folder / "train" / "apple" / "red")
     assert len(train(folder)) == 36
 
 
-def test_no_message_of_a_data_command_speaks_of_a_network_or_an_option(folder, command, tmp_path):
-    """check, index and pack take their data as an argument; they know of no network."""
+def test_data_commands_mention_neither_networks_nor_options(folder, command, tmp_path):
+    """check, index and pack take their data as an argument and have no network."""
     shutil.copytree(folder / "val" / "bear", folder / "val" / "dog")
     shutil.rmtree(folder / "val" / "cat")
     shutil.make_archive(str(folder), "zip", folder)
-    told = []
+    outputs = []
     for path in (folder, folder / "gone", folder.with_suffix(".zip"), folder.parent, "digit"):
         for line in (["check", path], ["index", path], ["pack", path, "--output", tmp_path / "to"]):
             done = command("main", *line)
             assert done.returncode in (1, 2) or line[0] == "index"
-            told.append(done.stdout + done.stderr)
-    every = "".join(told)
+            outputs.append(done.stdout + done.stderr)
+    every = "".join(outputs)
     assert "it has 1 class (dog) that train/ lacks" in every and "gone does not exist" in every
     for word in ("network", "--data", "data.root"):
         assert word not in every
     assert ".." not in every and ".:" not in every
 
 
-def test_training_compares_the_two_parts_and_no_network(folder):
+def test_training_compares_the_splits_not_a_network(folder):
     shutil.copytree(folder / "val" / "bear", folder / "val" / "dog")
     with pytest.raises(DataError) as caught:
         data_root.open_parts(str(folder))
@@ -407,7 +407,7 @@ def test_training_compares_the_two_parts_and_no_network(folder):
     assert training.classes == validation.classes == CLASSES
 
 
-def test_twins_by_normalization_are_told_apart_in_every_list():
+def test_names_that_differ_in_normalization_are_distinguishable():
     composed, combined = "caf\u00e9", "cafe\u0301"
     assert (
         names.count_and_names([combined, composed], "class") == "2 classes (cafe\\u0301, caf\\xe9)"
@@ -415,24 +415,27 @@ def test_twins_by_normalization_are_told_apart_in_every_list():
     assert (
         names.count_and_names([composed, "b\u00e4r"], "class") == "2 classes (caf\u00e9, b\u00e4r)"
     )
-    told = names.class_differences([combined, "x"], [composed, "x"], names.TRAINING)
-    assert "lacks 1 class (caf\\xe9)" in told and "has 1 class (cafe\\u0301) that train/" in told
-    assert "--nfc" in told
+    difference = names.class_differences([combined, "x"], [composed, "x"], names.TRAINING)
+    assert (
+        "lacks 1 class (caf\\xe9)" in difference
+        and "has 1 class (cafe\\u0301) that train/" in difference
+    )
+    assert "--nfc" in difference
     assert "--nfd" in names.class_differences([composed], [combined], names.NETWORK)
 
 
-def test_messages_have_no_raw_control_character(folder, capsys):
-    """Whatever is in a path or a name: escaped in the message, and one line."""
+def test_messages_contain_no_raw_control_characters(folder, capsys):
+    """Whatever a path or name contains, the message escapes it and has one line."""
     odd = "b\x1b[31m\nr\udcff"
     (folder / "val" / "bear").rename(folder / "val" / odd)
-    for opens in (
+    for open_source in (
         lambda: val(folder),
         lambda: train(folder / odd),
         lambda: find_images([str(folder / odd)]),
         lambda: val(folder / "val" / odd),
     ):
         with pytest.raises(DataError) as caught:
-            opens()
+            open_source()
         message = str(caught.value)
         assert message.isprintable() and "b\\x1b[31m\\nr\\udcff" in message
 
@@ -440,30 +443,30 @@ def test_messages_have_no_raw_control_character(folder, capsys):
 @pytest.mark.parametrize(
     "mistake", [nested_twice, another_folder, missing, train_in_train, two_vals]
 )
-def test_a_message_about_the_current_folder_names_it(folder, mistake, monkeypatch):
-    """`.` at the end of a sentence would be `..`, at its beginning `.: `."""
-    opens = mistake(folder)
+def test_message_about_the_current_folder_gives_its_path(folder, mistake, monkeypatch):
+    """A bare `.` would give `..` at the end of a sentence and `.: ` at its start."""
+    open_source = mistake(folder)
     monkeypatch.chdir(folder)
     if mistake == nested_twice:
         monkeypatch.chdir(folder.parent)
     for root in (".", "./", "train/.."):
         with pytest.raises(DataError) as caught:
-            (train if mistake == nested_twice else opens)(root)
-        told = str(caught.value)
-        assert str(folder.parent) in told and ".." not in told and ".:" not in told
+            (train if mistake == nested_twice else open_source)(root)
+        message = str(caught.value)
+        assert str(folder.parent) in message and ".." not in message and ".:" not in message
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
-def test_check_speaks_of_no_option_and_no_network(folder, mistake):
+def test_check_mentions_neither_options_nor_networks(folder, mistake):
     if mistake in (closed, closed_above):
         pytest.skip("the folder would stay for ever")
     mistake(folder)
-    told = []
+    lines = []
     for path in (folder, folder / "train", folder / "val", folder.parent):
         try:
-            told += [line for _, line in check_dataset(str(path)).lines()]
+            lines += [line for _, line in check_dataset(str(path)).lines()]
         except DataError as error:
-            told.append(str(error))
+            lines.append(str(error))
     for word in ("network", "--data", "data.root", "cspnet-eval", "score means"):
-        allowed = mistake == two_vals and word == "cspnet-eval"  # it takes either
-        assert allowed or word not in "".join(told).replace(str(folder), "")
+        allowed = mistake == two_vals and word == "cspnet-eval"  # it accepts either
+        assert allowed or word not in "".join(lines).replace(str(folder), "")

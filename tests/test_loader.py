@@ -1,4 +1,4 @@
-"""Shared buffers of batches: they are reused, but never while someone holds their images."""
+"""Shared buffers of batches: reused, but never while their images are referenced."""
 
 import contextlib
 import gc
@@ -42,8 +42,8 @@ def both(source, recipe, workers):
         ["data.reduced_decode=true", "data.image_size=32"],
     ],
 )
-def test_batches_that_are_held_stay_as_they_are(source, overrides):
-    """Hold more batches than there are slots, with one and two workers; image sizes may change."""
+def test_held_batches_are_not_overwritten(source, overrides):
+    """With more batches held than slots, one and two workers, and changing image sizes."""
     with open(source.name(3), "wb"):
         pass  # unreadable
     recipe = small(*overrides)
@@ -55,23 +55,25 @@ def test_batches_that_are_held_stay_as_they_are(source, overrides):
         assert [content(batch) for batch in held] == expected
 
 
-def test_groups_are_of_the_size_of_their_step(source):
+def test_groups_have_the_image_size_of_their_step(source):
     recipe = small("data.start_image_size=32", "data.full_size_from=0.5")
     sides = [group.images.shape[1] for group in training_groups(source, recipe, 0, 1, False)]
     assert sides == [32] * 20 + [64] * 20
     assert small("data.start_image_size=32", "data.full_size_from=0").size_at(0) == 64
 
 
-def test_a_part_of_a_batch_is_enough_to_keep_it(source):
+def test_a_view_keeps_its_batch_alive(source):
     groups = training_groups(source, small(), 0, 1, False)
     rows = [next(groups).images[3, :, 5].numpy() for _ in range(40)]
     plain = training_groups(source, small(), 0, 0, False)
     assert all((row == next(plain).images[3, :, 5].numpy()).all() for row in rows)
 
 
-def test_memory_is_used_again_and_given_back(source):
-    places = [group.images.data_ptr() for group in training_groups(source, small(), 0, 2, False)]
-    assert len(places) == 40 and len(set(places)) <= 8  # two steps' worth, and what may be held
+def test_buffers_are_reused_and_freed(source):
+    addresses = [group.images.data_ptr() for group in training_groups(source, small(), 0, 2, False)]
+    assert (
+        len(addresses) == 40 and len(set(addresses)) <= 8
+    )  # the groups of two steps, and those in use
     groups = training_groups(source, small(), 0, 1, False)
     kept = next(groups)
     before = content(kept)
@@ -83,7 +85,7 @@ def test_memory_is_used_again_and_given_back(source):
     assert not multiprocessing.active_children()
 
 
-def test_pictures_are_not_pickled(source):
+def test_images_are_not_pickled(source):
     groups = TrainGroups(source, small())
     groups.buffers = SharedBuffers(2, 4 * 64 * 64 * 3)
     data = pickle.dumps(groups[SlotRequest((0, 0), groups.buffers.acquire())])
@@ -91,7 +93,7 @@ def test_pictures_are_not_pickled(source):
     assert content(pickle.loads(data)) == content(groups[0, 0])
 
 
-def test_what_a_slot_held_before_does_not_show(source):
+def test_previous_content_of_a_slot_is_overwritten(source):
     """Padding and unreadable images are black."""
     with open(source.name(33), "wb"):
         pass
@@ -104,8 +106,8 @@ def test_what_a_slot_held_before_does_not_show(source):
     assert black == [False, True, False, False] + [True] * 12
 
 
-def test_without_room_in_shared_memory_batches_come_all_the_same(source, monkeypatch):
-    """As in a container with a small /dev/shm: neither buffers nor tensors fit."""
+def test_batches_without_space_in_shared_memory(source, monkeypatch):
+    """As in a container with a small /dev/shm, which holds neither buffers nor tensors."""
 
     def no_room(*_):
         raise RuntimeError("unable to allocate shared memory(shm)")
@@ -118,12 +120,12 @@ def test_without_room_in_shared_memory_batches_come_all_the_same(source, monkeyp
     assert [content(batch) for batch in both(source, small(), 2)] == expected
 
 
-def test_an_evaluation_of_nothing():
+def test_evaluation_of_an_empty_source():
     assert list(evaluation_batches(Files([]), 8, 64, Evaluate(), 2, False)) == []
 
 
 @pytest.mark.parametrize("scaled", [True, False])
-def test_one_decode_per_sample(source, monkeypatch, scaled):
+def test_each_sample_is_decoded_once(source, monkeypatch, scaled):
     """In training, with mixing, with and without reduced decoding."""
     recipe = small(f"data.reduced_decode={scaled}", "mix.probability=1", "data.image_size=32")
     decoded = []
@@ -140,14 +142,14 @@ def test_one_decode_per_sample(source, monkeypatch, scaled):
 
 
 def held_by_a_worker():
-    """Memory of the only worker in bytes, with its share of shared pages (PSS)."""
+    """Memory of the only worker in bytes, including its share of shared pages (PSS)."""
     (worker,) = multiprocessing.active_children()
     rollup = Path(f"/proc/{worker.pid}/smaps_rollup").read_text()
     return 1024 * next(int(line.split()[1]) for line in rollup.splitlines() if line[:4] == "Pss:")
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux tells it")
-def test_a_worker_does_not_grow(source):
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="only Linux reports it")
+def test_worker_memory_does_not_grow(source):
     """For 560 images, decoded pixels take 8 MB, views 7 MB, files 1 MB."""
     recipe = small("schedule.steps=100")
     with contextlib.closing(training_groups(source, recipe, 0, 1, False)) as groups:
@@ -166,7 +168,7 @@ def test_labels_and_masks_are_tensors(source):
 
 
 @pytest.mark.gpu
-def test_pinned_batches_are_the_same(source):
+def test_pinned_batches_are_identical(source):
     expected = [content(batch) for batch in training_groups(source, small(), 0, 0, False)]
     pinned = list(training_groups(source, small(), 0, 2, True))
     assert all(batch.images.is_pinned() and batch.labels.is_pinned() for batch in pinned)
@@ -174,7 +176,7 @@ def test_pinned_batches_are_the_same(source):
 
 
 @pytest.mark.slow
-def test_a_process_ends_although_nobody_closed_its_groups(tmp_path):
+def test_process_with_unclosed_generator_exits(tmp_path):
     """Its workers ignore the SIGTERM that the interpreter sends before it waits for them."""
     script = """
 import builtins, pathlib
@@ -190,8 +192,8 @@ builtins.kept = groups
 
 
 @pytest.mark.slow
-def test_a_worker_ends_although_its_parent_died_in_the_fork(tmp_path):
-    """torch then takes the process that adopted the worker for its parent."""
+def test_worker_whose_parent_died_during_fork_exits(tmp_path):
+    """torch would take the process that adopted the worker for its parent."""
     script = """
 import os, pathlib, signal, sys, time
 from cspnet.data.loader import training_groups

@@ -1,4 +1,4 @@
-"""Names of any bytes, of files and classes: escaped where shown, kept where they are used."""
+"""File and class names of any bytes: escaped where printed, preserved where used."""
 
 import io
 import json
@@ -34,19 +34,19 @@ ODD = sorted([LATIN, TWO_LINES, RED])
 
 @pytest.fixture
 def odd(tmp_path):
-    """A data root and classes with names that are no text."""
+    """A data root and classes whose names are not valid text."""
     root = tmp_path / os.fsdecode(b"donn\xe9es\x1b")
-    for part, count in (("train", 8), ("val", 3)):
+    for split, count in (("train", 8), ("val", 3)):
         for number, name in enumerate(ODD):
-            folder = root / part / name
+            folder = root / split / name
             folder.mkdir(parents=True)
             for i in range(count):
-                image = picture(100 * number + 50 * (part == "val") + i)[:, :, ::-1]
+                image = picture(100 * number + 50 * (split == "val") + i)[:, :, ::-1]
                 (folder / f"{i}.jpg").write_bytes(cv2.imencode(".jpg", image)[1].tobytes())
     return root
 
 
-def test_what_is_printable_stays_and_all_else_is_escaped():
+def test_only_unprintable_characters_are_escaped():
     assert printable("bear, 猫, é, $HOME") == "bear, 猫, é, $HOME"
     assert printable(f"{LATIN} {TWO_LINES} {RED}") == "p\\udceache apple\\n2 \\x1b[31mred"
     assert printable("a\nb\x07", keep="\n") == "a\nb\\x07"
@@ -55,20 +55,20 @@ def test_what_is_printable_stays_and_all_else_is_escaped():
     assert str(DataError(TWO_LINES)) == "apple\\n2" and str(RecipeError("a\n\x1b")) == "a\n\\x1b"
 
 
-def test_any_name_has_a_line_of_its_own():
+def test_every_name_takes_exactly_one_line():
     for name in (*ODD, "a\\n", "a\\\nb", "\r\n", "\\", "\\\\r", "c:\\new"):
         assert unescape_line(escape_line(name)) == name
         assert not {"\n", "\r"} & set(escape_line(name))
 
 
-def test_a_sentence_ends_once():
+def test_sentence_ends_with_one_full_stop():
     ended = ("a.", "a!", "a …")
     assert [end_sentence(text) for text in ended] == list(ended)
     assert end_sentence(OSError("no room")) == "no room."
 
 
-def test_a_run_on_classes_and_a_root_of_any_bytes(odd, tiny, tmp_path):
-    """From the first sheet to the page about it; the names in the checkpoint are the folders'."""
+def test_run_with_class_names_and_root_of_any_bytes(odd, tiny, tmp_path):
+    """From preview to report. The checkpoint contains the names of the folders."""
     overrides = ["model.classes=auto", "evaluate.every=2", "schedule.steps=4"]
     recipe = tiny(f"data.root={odd}", *overrides)
     assert recipe.data.root == str(odd)
@@ -93,7 +93,7 @@ def test_a_run_on_classes_and_a_root_of_any_bytes(odd, tiny, tmp_path):
     assert {"confusion.png", "report.html"} <= names
 
 
-def test_a_recipe_keeps_a_root_of_any_bytes(tmp_path):
+def test_recipe_preserves_a_root_of_any_bytes(tmp_path):
     for root in (os.fsdecode(b"donn\xe9es/${x}"), "two\nlines", "caf\u00e9", "${x}", "~/a b"):
         recipe = recipes.load_recipe(None, [], root)
         text = recipes.recipe_to_yaml(recipe)
@@ -105,7 +105,7 @@ def test_a_recipe_keeps_a_root_of_any_bytes(tmp_path):
     assert recipes.load_recipe(None, [f"data.root={typed}"]).data.root == typed
 
 
-def test_sheets_and_tables_take_any_name():
+def test_sheets_and_tables_accept_any_name():
     images = torch.zeros(2, 3, 32, 32)
     page = preview.render_sheet(images, torch.eye(3)[:2], None, ODD, 0.0, f"title {LATIN}\n")
     assert page.dtype == np.uint8
@@ -117,7 +117,7 @@ def test_sheets_and_tables_take_any_name():
     ]
 
 
-def test_the_data_commands_write_no_control_character(odd, command, tmp_path):
+def test_data_commands_write_no_control_characters(odd, command, tmp_path):
     (odd / "train" / RED / "0.jpg").write_bytes(b"")
     done = command("main", "check", odd, "-j", 0, "--json", tmp_path / "all.json")
     assert done.returncode == 1 and "\\x1b[31mred/0.jpg" in done.stdout
@@ -138,8 +138,8 @@ def test_the_data_commands_write_no_control_character(odd, command, tmp_path):
     assert all(line.isprintable() for line in preflight(train_part, train_part))
 
 
-def test_labels_in_tar_files_are_kept_byte_for_byte(tmp_path):
-    """Labels in Latin-1 stay apart; they were one class, with a replacement character."""
+def test_labels_in_tar_files_are_preserved_byte_for_byte(tmp_path):
+    """Latin-1 labels stay distinct. A replacement character would merge them into one class."""
     (tmp_path / "train").mkdir()
     files = {
         "0.cls": b"p\xeache",
@@ -159,16 +159,16 @@ def test_labels_in_tar_files_are_kept_byte_for_byte(tmp_path):
         data_root.open_training(str(tmp_path))
 
 
-def test_pack_takes_every_name_that_is_a_line(folder, tmp_path, command):
-    for part in ("train", "val"):
-        (folder / part / "bear").rename(folder / part / "b\u00a0ä\u200dr")
+def test_pack_accepts_every_single_line_name(folder, tmp_path, command):
+    for split in ("train", "val"):
+        (folder / split / "bear").rename(folder / split / "b\u00a0ä\u200dr")
     done = command("main", "pack", folder, "--output", tmp_path / "packed", "--short-side", 64)
     assert done.returncode == 0, done.stderr
     assert data_root.open_training(str(tmp_path / "packed")).classes[1] == "b\u00a0ä\u200dr"
 
 
-def test_the_list_of_unreadable_files_has_a_line_for_each(odd, tiny, tmp_path):
-    """A name with a line end is one entry, is met again as such, and is not listed twice."""
+def test_unreadable_list_has_one_line_per_file(odd, tiny, tmp_path):
+    """A name with a line break is one entry, is read back as one, and is not listed twice."""
     torn = odd / "train" / TWO_LINES / "back\\slash\r.jpg"
     (odd / "train" / TWO_LINES / "3.jpg").rename(torn)
     torn.write_bytes(b"")

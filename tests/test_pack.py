@@ -30,7 +30,7 @@ from cspnet.sources import data_root
 from tests.conftest import ROOT, picture
 from tests.helpers import SMALL_GROUPS
 
-# Pictures of 80×60 are scaled; of one MB or so a tar file, which nothing here reaches.
+# Images of 80×60 are scaled. One MB per tar file is more than any test writes.
 SMALL = PackSettings(short_side=40, quality=90, shard_mb=1)
 
 
@@ -70,14 +70,14 @@ def samples(file):
     return groups
 
 
-def test_an_image_is_scaled_to_its_shorter_side_or_left_as_it_is():
+def test_image_is_scaled_by_its_shorter_side_or_left_unchanged():
     data = encoded("JPEG")
     assert limit_short_side(data, 60, 90) is data and limit_short_side(data, 61, 90) is data
     for short in (59, 40, 32):
         small = decode(limit_short_side(data, short, 90))
         assert small.shape == (short, round(80 * short / 60), 3)
         want = cv2.resize(decode(data), small.shape[1::-1], interpolation=cv2.INTER_AREA)
-        assert np.abs(want.astype(int) - small).mean() < 5  # colours at half size
+        assert np.abs(want.astype(int) - small).mean() < 5  # chroma at half resolution
     assert len(limit_short_side(data, 40, 95)) > len(limit_short_side(data, 40, 50))
     ribbon = encoded("PNG", Image.new("RGB", (5000, 50)))
     assert decode(limit_short_side(ribbon, 40, 90)).shape == (40, 4000, 3)
@@ -90,14 +90,14 @@ def test_an_image_is_scaled_to_its_shorter_side_or_left_as_it_is():
             limit_short_side(bad, 40, 90)
 
 
-def test_any_reader_opens_the_samples(folder, tmp_path):
+def test_samples_follow_the_webdataset_convention(folder, tmp_path):
     (folder / "train" / "bear" / "a.b.JPEG").write_bytes(encoded("JPEG"))
     (folder / "train" / "bear" / "ü.png").write_bytes(encoded("PNG", Image.new("RGB", (30, 20))))
     report = pack_dataset(str(folder), tmp_path / "out", SMALL)
     plain = data_root.open_training(str(folder))
-    found = samples(tmp_path / "out" / "train" / "000000.tar")
-    assert len(found) == 38 and list(found) == sorted(found)
-    for index, (key, sample) in enumerate(found.items()):
+    packed = samples(tmp_path / "out" / "train" / "000000.tar")
+    assert len(packed) == 38 and list(packed) == sorted(packed)
+    for index, (key, sample) in enumerate(packed.items()):
         assert re.fullmatch(f"{index:08d}-[A-Za-z0-9_-]*", key)
         assert sample.pop("cls") == str(plain.labels[index]).encode()
         ((kind, data),) = sample.items()
@@ -112,12 +112,12 @@ def test_any_reader_opens_the_samples(folder, tmp_path):
     assert shard.bytes_before == sum(len(plain.read(index)[0]) for index in range(38))
 
 
-def test_the_stream_is_that_of_the_folder(folder, tmp_path, monkeypatch):
+def test_packed_stream_equals_folder_stream(folder, tmp_path, monkeypatch):
     small_shards(monkeypatch)
-    before, then = snapshot(folder), times(folder)
+    before, modified = snapshot(folder), times(folder)
     for name, short in (("copied", 60), ("scaled", 59)):
         pack_dataset(str(folder), tmp_path / name, PackSettings(short, 95, 1))
-    assert snapshot(folder) == before and times(folder) == then
+    assert snapshot(folder) == before and times(folder) == modified
     assert len(list((tmp_path / "copied" / "train").glob("*.tar"))) > 2
     recipe = load_recipe(None, SMALL_GROUPS)
     plain, copied, scaled = (
@@ -129,12 +129,12 @@ def test_the_stream_is_that_of_the_folder(folder, tmp_path, monkeypatch):
         assert one.images.equal(same.images) and one.labels.equal(same.labels)
         assert one.labels.equal(other.labels)
         difference = (one.images.int() - other.images.int()).abs().float().mean()
-        assert 0 < difference < 4, "the same pictures, in nearly the same pixels"
+        assert 0 < difference < 4, "the same images with nearly the same pixels"
     assert len(data_root.open_validation(str(tmp_path / "scaled"), ["apple", "bear", "cat"])) == 9
 
 
-def test_the_documented_script_compares_the_two_data_sets(folder, tmp_path):
-    """The Python block in docs/data.md, run as it is."""
+def test_documented_script_compares_original_and_packed_images(folder, tmp_path):
+    """Run the Python block of docs/data.md unchanged."""
     home = tmp_path / "home"
     (home / "data").mkdir(parents=True)
     (home / "data" / "imagenet").symlink_to(folder)
@@ -154,7 +154,7 @@ def test_the_documented_script_compares_the_two_data_sets(folder, tmp_path):
     assert count == len(data_root.open_training(str(folder))) and 0 < mean <= largest < 64
 
 
-def test_the_number_of_threads_changes_nothing(folder, tmp_path, monkeypatch):
+def test_pack_does_not_depend_on_the_number_of_threads(folder, tmp_path, monkeypatch):
     small_shards(monkeypatch)
     steps = []
     pack_dataset(str(folder), tmp_path / "a", SMALL, 0, lambda *step: steps.append(step))
@@ -163,7 +163,7 @@ def test_the_number_of_threads_changes_nothing(folder, tmp_path, monkeypatch):
     assert steps == sorted(steps) and steps[0] == (0, 45) and steps[-1] == (45, 45)
 
 
-def test_tar_files_are_packed_again_and_not_written_to(folder, tmp_path):
+def test_packing_tar_files_does_not_modify_them(folder, tmp_path):
     pack_dataset(str(folder), tmp_path / "a", PackSettings(50, 95, 1))
     for file in (tmp_path / "a").rglob("index.cspnet"):
         file.unlink()
@@ -175,10 +175,10 @@ def test_tar_files_are_packed_again_and_not_written_to(folder, tmp_path):
     assert packed.name(35).endswith(":00000035-00000035-9.jpg")
 
 
-def test_classes_that_are_numbers_are_written_as_indices(folder, tmp_path):
-    for part in ("train", "val"):
+def test_numeric_class_names_are_written_as_indices(folder, tmp_path):
+    for split in ("train", "val"):
         for old, new in (("apple", "10"), ("bear", "2"), ("cat", "0")):
-            (folder / part / old).rename(folder / part / new)
+            (folder / split / old).rename(folder / split / new)
     pack_dataset(str(folder), tmp_path / "a", SMALL)
     source = data_root.open_training(str(tmp_path / "a"))
     assert source.classes == ["0", "10", "2"]
@@ -187,7 +187,7 @@ def test_classes_that_are_numbers_are_written_as_indices(folder, tmp_path):
     assert labels == [b"0"] * 3 + [b"1"] * 3 + [b"2"] * 3
 
 
-def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(folder, tmp_path, monkeypatch):
+def test_interrupted_pack_resumes_to_identical_bytes(folder, tmp_path, monkeypatch):
     """Interrupt before and after every rename."""
     small_shards(monkeypatch)
     (folder / "train" / "bear" / "1.jpg").write_bytes(b"")
@@ -207,7 +207,7 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(folder, tmp_path, mon
     pack_dataset(str(folder), out, SMALL)
     crashes = [(n, when) for n in range(1, len(calls) + 1) for when in ("before", "after")]
     assert len(crashes) > 20
-    for crash in crashes[:-1]:  # after the last one, all is done
+    for crash in crashes[:-1]:  # after the last one, the pack is complete
         shutil.rmtree(out)
         calls.clear()
         monkeypatch.setattr(os, "replace", partial(count, crash=crash))
@@ -221,7 +221,7 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(folder, tmp_path, mon
         assert snapshot(out) == whole
 
 
-def test_what_is_packed_is_not_packed_again(folder, tmp_path, monkeypatch):
+def test_finished_tar_files_are_not_packed_again(folder, tmp_path, monkeypatch):
     small_shards(monkeypatch)
     done, out = [], tmp_path / "out"
 
@@ -236,7 +236,7 @@ def test_what_is_packed_is_not_packed_again(folder, tmp_path, monkeypatch):
         pack_dataset(str(folder), out, SMALL)
     kept = json.loads((out / "pack.json").read_text())["splits"]["train"][-1]["end"]
     assert kept > 5
-    (out / ".train" / "000001.tar").write_bytes(b"x")  # and what was kept is looked at
+    (out / ".train" / "000001.tar").write_bytes(b"x")  # finished tar files are verified
     done.clear()
     monkeypatch.setattr(packing, "limit_short_side", count)
     second = json.loads((out / "pack.json").read_text())["splits"]["train"][1]["start"]
@@ -253,7 +253,7 @@ def interrupted(folder, out):
 
 
 def refusals(folder, out):
-    """Unsuitable output folders, each with a part of the message."""
+    """Unsuitable output folders, each with a phrase of the message."""
     out.mkdir()
     (out / "x").touch()
     yield out, SMALL, "is neither empty nor an interrupted pack"
@@ -276,21 +276,21 @@ def refusals(folder, out):
     shutil.rmtree(out)
     pack_dataset(str(folder), out, SMALL)
     yield out, SMALL, "contains a finished pack"
-    for part in ("train", "val"):
-        (folder / part / "bear").rename(folder / part / "be\nar")
+    for split in ("train", "val"):
+        (folder / split / "bear").rename(folder / split / "be\nar")
     yield folder.parent / "new", SMALL, "classes.txt cannot hold these names"
 
 
-def test_folders_that_are_refused(folder, tmp_path):
-    for out, settings, told in refusals(folder, tmp_path / "out"):
+def test_unsuitable_output_folders_are_refused(folder, tmp_path):
+    for out, settings, expected in refusals(folder, tmp_path / "out"):
         before = times(tmp_path)
         with pytest.raises(DataError) as caught:
             pack_dataset(str(folder), out, settings)
-        assert told in str(caught.value) and "\n" not in str(caught.value)
+        assert expected in str(caught.value) and "\n" not in str(caught.value)
         assert times(tmp_path) == before
 
 
-def test_a_full_disk_is_told_and_survived(folder, tmp_path, monkeypatch):
+def test_pack_resumes_after_a_full_disk(folder, tmp_path, monkeypatch):
     small_shards(monkeypatch)
     calls, fsync = [], os.fsync
 
@@ -301,14 +301,14 @@ def test_a_full_disk_is_told_and_survived(folder, tmp_path, monkeypatch):
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CspnetError, match=r"No space left.*Finished tar files are kept") as told:
+    with pytest.raises(CspnetError, match=r"No space left.*Finished tar files are kept") as caught:
         pack_dataset(str(folder), tmp_path / "out", SMALL, workers=2)
-    assert told.value.exit_code == 1
+    assert caught.value.exit_code == 1
     pack_dataset(str(folder), tmp_path / "out", SMALL)
     assert len(data_root.open_training(str(tmp_path / "out"))) == 36
 
 
-def test_the_command_says_what_it_did_and_names_what_it_left_out(folder, command, tmp_path):
+def test_pack_command_reports_its_result_and_skipped_images(folder, command, tmp_path):
     bear = folder / "train" / "bear"
     (bear / "3.jpg").write_bytes(b"\xff\xd8 torn")
     (bear / "4\x1b.jpg").write_bytes(b"")
@@ -320,8 +320,8 @@ def test_the_command_says_what_it_did_and_names_what_it_left_out(folder, command
     assert "train: 34 images in 1 tar files, " in done.stdout and "\x1b" not in done.stdout
     assert "34 resized to a shorter side of 40 pixels (JPEG quality 92), 0 copied" in done.stdout
     assert "have other pixels than the originals" in done.stdout
-    for told in ("3.jpg: not a readable image", "5.jpg: No such file or directory"):
-        assert f"error: train: skipped data/train/bear/{told}" in done.stdout
+    for problem in ("3.jpg: not a readable image", "5.jpg: No such file or directory"):
+        assert f"error: train: skipped data/train/bear/{problem}" in done.stdout
     assert done.stdout.count("skipped") == 3
     assert len(data_root.open_training(str(tmp_path / "out"))) == 34
     again = command("main", *arguments, cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""Parquet files as the Hugging Face Hub has them, written here by pyarrow."""
+"""Parquet files like those of the Hugging Face Hub, written by pyarrow."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from cspnet.sources import data_root, parquet
 from tests.conftest import picture
 from tests.helpers import SMALL_GROUPS
 
-NAMES = ["dog", "ant", "cat"]  # by number, as ImageNet's on the Hub: not in the order of words
+NAMES = ["dog", "ant", "cat"]  # by number; not sorted, like ImageNet's on the Hub
 
 
 def jpegs(count):
@@ -35,14 +35,14 @@ def table(images, labels, names=NAMES, **columns):
     made = pa.table({"image": column, "label": pa.array(labels), **columns})
     features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
     if names:
-        told = {"huggingface": json.dumps({"info": {"features": features}})}
-        made = made.replace_schema_metadata(told)
+        metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+        made = made.replace_schema_metadata(metadata)
     return made
 
 
 @pytest.fixture
 def root(tmp_path):
-    """36 training images in two files of row groups of 5, 7 to validate; their bytes and labels."""
+    """36 training images in two files with row groups of 5, and 7 for validation: bytes, labels."""
     data = jpegs(43)
     labels = [i * 7 % 3 for i in range(43)]
     folder = tmp_path / "set" / "data"
@@ -54,7 +54,7 @@ def root(tmp_path):
     return tmp_path / "set", data, labels
 
 
-def test_rows_are_images_with_classes_in_the_order_of_their_names(root):
+def test_rows_are_images_and_classes_are_sorted_by_name(root):
     folder, data, labels = root
     source = data_root.open_training(str(folder))
     assert source.classes == ["ant", "cat", "dog"] and len(source) == 36
@@ -68,22 +68,22 @@ def test_rows_are_images_with_classes_in_the_order_of_their_names(root):
     assert [validation.read(i)[0] for i in range(7)] == data[36:]
 
 
-def test_any_number_of_workers_reads_the_same_groups(root):
-    """After the main process has read: a fork shares neither its readers nor its lock."""
+def test_groups_do_not_depend_on_the_number_of_workers(root):
+    """After the main process has read from it: a fork inherits neither readers nor lock."""
     recipe = load_recipe(None, [f"data.root={root[0]}", *SMALL_GROUPS, "schedule.steps=10"])
     source = data_root.open_training(str(root[0]))
     source.read(0)
-    source._lock.acquire()  # as a thread may hold it in the moment of the fork
-    found = [list(training_groups(source, recipe, 7, workers, False)) for workers in (2, 1)]
+    source._lock.acquire()  # as a thread may hold it at the time of the fork
+    loaded = [list(training_groups(source, recipe, 7, workers, False)) for workers in (2, 1)]
     source._lock.release()
-    found.append(list(training_groups(pickle.loads(pickle.dumps(source)), recipe, 7, 0, False)))
-    for one, two, three in zip(*found, strict=True):
+    loaded.append(list(training_groups(pickle.loads(pickle.dumps(source)), recipe, 7, 0, False)))
+    for one, two, three in zip(*loaded, strict=True):
         assert (one.images == two.images).all() and (one.images == three.images).all()
         assert one.labels.tolist() == two.labels.tolist() == three.labels.tolist()
 
 
-def test_a_group_reads_the_row_groups_that_it_needs_and_no_other(root, monkeypatch):
-    """So a run that resumes in the middle of an epoch begins at once."""
+def test_group_reads_only_the_row_groups_it_needs(root, monkeypatch):
+    """A run that resumes in the middle of an epoch starts at once."""
     recipe = load_recipe(None, [f"data.root={root[0]}", *SMALL_GROUPS, "schedule.steps=1000"])
     source = data_root.open_training(str(root[0]))
     opened, read = source._reader, []
@@ -167,14 +167,16 @@ MISTAKES += [
 ]
 
 
-@pytest.mark.parametrize("mistake, told", MISTAKES, ids=[told[:30] for _, told in MISTAKES])
-def test_mistakes_have_a_message(root, mistake, told):
+@pytest.mark.parametrize(
+    "mistake, expected", MISTAKES, ids=[expected[:30] for _, expected in MISTAKES]
+)
+def test_each_mistake_has_a_message(root, mistake, expected):
     folder = root[0]
     mistake(folder)
     with pytest.raises(DataError) as caught:
         data_root.open_training(str(folder))
     message = str(caught.value)
-    assert told in message and ".." not in message and "\n" not in message
+    assert expected in message and ".." not in message and "\n" not in message
 
 
 WORDS = pa.array(["b", "a", "b"])
@@ -186,19 +188,19 @@ WORDS = pa.array(["b", "a", "b"])
         WORDS,
         WORDS.cast(pa.large_string()),
         WORDS.cast(pa.string_view()),
-        WORDS.dictionary_encode(),  # a column of pandas' type category
+        WORDS.dictionary_encode(),  # like a pandas column of type category
         WORDS.cast(pa.large_string()).dictionary_encode(),
     ],
     ids=lambda words: str(words.type),
 )
-def test_strings_of_any_encoding_are_names(tmp_path, words):
+def test_dictionary_encoded_strings_are_names(tmp_path, words):
     (tmp_path / "data").mkdir()
     write(tmp_path, "train.parquet", labels=words, names=None)
     source = data_root.open_training(str(tmp_path))
     assert source.classes == ["a", "b"] and source.labels.tolist() == [1, 0, 1]
 
 
-def test_a_path_may_have_any_bytes(root):
+def test_paths_of_any_bytes(root):
     odd = root[0].with_name(os.fsdecode(b"donn\xe9es"))
     root[0].rename(odd)
     source = data_root.open_training(str(odd))
@@ -208,7 +210,7 @@ def test_a_path_may_have_any_bytes(root):
     assert again.read(2)[0] == root[1][2]
 
 
-def test_a_class_without_images_and_words_for_labels(tmp_path):
+def test_class_without_images_and_named_labels(tmp_path):
     (tmp_path / "data").mkdir()
     images = jpegs(3)
     write(tmp_path, "train.parquet", images=images, labels=[0, 0, 2])
@@ -219,7 +221,7 @@ def test_a_class_without_images_and_words_for_labels(tmp_path):
     assert source.classes == ["a", "b"] and source.labels.tolist() == [1, 0, 1]
 
 
-def test_a_row_without_an_image_is_unreadable(tmp_path):
+def test_row_without_an_image_is_unreadable(tmp_path):
     (tmp_path / "data").mkdir()
     write(tmp_path, "train.parquet", images=[jpegs(1)[0], None, b""], labels=[0, 1, 2])
     source = data_root.open_training(str(tmp_path))
@@ -228,7 +230,7 @@ def test_a_row_without_an_image_is_unreadable(tmp_path):
             source.read(index)
 
 
-def test_check_pack_and_index_take_them(root, tmp_path, command):
+def test_check_pack_and_index_accept_parquet(root, tmp_path, command):
     folder = root[0]
     done = command("main", "check", folder)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -243,7 +245,7 @@ def test_check_pack_and_index_take_them(root, tmp_path, command):
     assert sorted(packed.read(i) for i in range(36)) == sorted(source.read(i) for i in range(36))
 
 
-def test_without_pyarrow_it_says_what_to_install(root, monkeypatch):
+def test_missing_pyarrow_is_reported(root, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(DataError, match="pip install pyarrow"):

@@ -1,4 +1,4 @@
-"""Data root or class folders: by contents where a class is named like a part of a data set."""
+"""Data root or class folders? The contents decide if a class is named like a split."""
 
 import shutil
 from pathlib import Path
@@ -12,34 +12,34 @@ from tests.helpers import make_flat, make_kaggle, make_tiny_imagenet
 
 
 def rename_class(root, name):
-    for part in ("train", "val"):
-        (root / part / "bear").rename(root / part / name)
+    for split in ("train", "val"):
+        (root / split / "bear").rename(root / split / name)
     return sorted(["apple", name, "cat"])
 
 
 def deepen(root, name):
-    """Images one folder deeper than the class folder."""
-    for part in ("train", "val"):
-        (root / part / name).rename(root / "moving")
-        (root / part / name).mkdir()
-        (root / "moving").rename(root / part / name / "images")
+    """Move the images of a class into a subfolder."""
+    for split in ("train", "val"):
+        (root / split / name).rename(root / "moving")
+        (root / split / name).mkdir()
+        (root / "moving").rename(root / split / name / "images")
 
 
 @pytest.mark.parametrize("deep", [False, True])
 @pytest.mark.parametrize("name", roots.SPLITS)
-def test_a_class_may_be_named_like_a_part(folder, name, deep, command, tmp_path):
+def test_class_named_like_a_split(folder, name, deep, command, tmp_path):
     classes = rename_class(folder, name)
     if deep:
         deepen(folder, name)
-    for part, count in (("train", 36), ("val", 9)):
-        (read,) = check_dataset(str(folder / part)).splits
-        assert read.name == part and sorted(read.classes) == classes
+    for split, count in (("train", 36), ("val", 9)):
+        (read,) = check_dataset(str(folder / split)).splits
+        assert read.name == split and sorted(read.classes) == classes
         assert sum(read.classes.values()) == count
-        assert list(data_root.DataRoot(str(folder / part)).splits) == [part]
+        assert list(data_root.DataRoot(str(folder / split)).splits) == [split]
     assert len(data_root.open_validation(str(folder / "val"), classes)) == 9
     training, validation = data_root.open_parts(str(folder))
     assert training.classes == validation.classes == classes
-    assert [part.name for part in check_dataset(str(folder)).splits] == ["train", "val"]
+    assert [split.name for split in check_dataset(str(folder)).splits] == ["train", "val"]
     with pytest.raises(DataError, match="It is a train folder itself: give its parent"):
         data_root.open_training(str(folder / "train"))
     with pytest.raises(DataError, match="contains the training images"):
@@ -53,12 +53,12 @@ def test_a_class_may_be_named_like_a_part(folder, name, deep, command, tmp_path)
     assert data_root.open_training(str(tmp_path / "packed")).classes == classes
 
 
-def test_two_classes_of_which_one_is_named_valid(folder):
+def test_two_classes_one_named_valid(folder):
     shutil.rmtree(folder / "train" / "cat")
     shutil.rmtree(folder / "val" / "cat")
-    for part in ("train", "val"):
-        (folder / part / "apple").rename(folder / part / "invalid")
-        (folder / part / "bear").rename(folder / part / "valid")
+    for split in ("train", "val"):
+        (folder / split / "apple").rename(folder / split / "invalid")
+        (folder / split / "bear").rename(folder / split / "valid")
     away = folder.with_name("away")
     (folder / "val").rename(away)
     for path in (folder / "train", away):
@@ -66,28 +66,28 @@ def test_two_classes_of_which_one_is_named_valid(folder):
     assert len(data_root.open_validation(str(away), ["invalid", "valid"])) == 6
 
 
-@pytest.mark.parametrize("part", ["train", "val"])
-def test_a_flat_part_beside_other_splits_is_no_class(folder, part):
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_flat_split_beside_other_splits_is_not_a_class(folder, split):
     """Kaggle's cats and dogs: train/cat.0.jpg, test/1.jpg."""
     make_flat(folder)
     (folder / "val").rename(folder / "moving")
     shutil.rmtree(folder / "train")
-    (folder / "moving").rename(folder / part)
-    shutil.copytree(folder / part, folder / "test1")
-    assert roots.split_names(folder) == [part]
+    (folder / "moving").rename(folder / split)
+    shutil.copytree(folder / split, folder / "test1")
+    assert roots.split_names(folder) == [split]
     report = check_dataset(str(folder))
-    assert f"{folder / part} is flat" in " ".join(f.message for f in report.findings)
+    assert f"{folder / split} is flat" in " ".join(f.message for f in report.findings)
 
 
-def test_a_whole_data_root_among_class_folders_is_refused(folder):
-    """Also with folders beside its parts."""
+def test_data_root_among_class_folders_is_refused(folder):
+    """Even with other folders beside its splits."""
     shutil.copytree(folder, folder.with_name("again") / "train")
     (folder.with_name("again") / "train" / "docs").mkdir()
     with pytest.raises(DataError, match="contains train/ and val/, not class folders"):
         data_root.open_training(str(folder.with_name("again")))
 
 
-def test_images_are_found_at_any_depth_by_check_and_messages(folder):
+def test_check_and_messages_find_images_at_any_depth(folder):
     for name in ("apple", "bear", "cat"):
         deepen(folder, name)
     assert check_dataset(str(folder / "train")).splits[0].classes == dict.fromkeys(
@@ -102,17 +102,17 @@ def test_images_are_found_at_any_depth_by_check_and_messages(folder):
         data_root.open_training(str(folder))
 
 
-def test_kaggle_is_recognised_at_every_level_and_its_list_found(folder):
+def test_kaggle_is_recognised_at_every_level_with_its_solution_table(folder):
     make_kaggle(folder)
     inner = folder / "ILSVRC" / "Data" / "CLS-LOC"
-    for opens in (
+    for open_source in (
         data_root.open_training,
         check_dataset,
         lambda root: data_root.open_validation(root, ["a"]),
     ):
         for top in (folder, folder / "ILSVRC", folder / "ILSVRC" / "Data"):
             with pytest.raises(DataError) as caught:
-                opens(str(top))
+                open_source(str(top))
             assert str(caught.value).endswith(f"give its data root, {inner}.")
     assert len(data_root.open_training(str(inner))) == 36
     assert check_dataset(str(inner)).count("error") == 0
@@ -121,16 +121,16 @@ def test_kaggle_is_recognised_at_every_level_and_its_list_found(folder):
     for number in (1, 2, 3):
         (inner / "val" / f"ILSVRC2012_val_{number:08}.JPEG").touch()
     (folder / "LOC_val_solution.csv").write_text("ImageId,PredictionString\n")
-    for opens in (
+    for open_source in (
         lambda: data_root.open_training(str(folder)),
         lambda: data_root.open_parts(str(inner)),
         lambda: check_dataset(str(inner / "val")),
     ):
         with pytest.raises(DataError) as caught:
-            opens()
-        told = str(caught.value)
-        assert "val is flat: 3 validation images" in told and "data/README.md" in told
-        assert f"according to {folder / 'LOC_val_solution.csv'}, which lists them" in told
+            open_source()
+        message = str(caught.value)
+        assert "val is flat: 3 validation images" in message and "data/README.md" in message
+        assert f"according to {folder / 'LOC_val_solution.csv'}, which lists them" in message
     (finding,) = (f for f in check_dataset(str(inner)).findings if f.kind == "layout")
     assert "LOC_val_solution.csv" in finding.message
 
@@ -151,8 +151,8 @@ def test_tiny_imagenet_is_recognised_in_check_and_training(folder):
         data_root.open_parts(str(folder))
 
 
-def test_the_commands_of_data_readme_sort_what_is_recognised(folder, tmp_path):
-    """The shell lines of data/README.md, on Tiny-ImageNet's and on Kaggle's flat val/."""
+def test_commands_of_data_readme_sort_the_recognised_layouts(folder, tmp_path):
+    """Run the shell blocks of data/README.md on Tiny-ImageNet's and Kaggle's flat val/."""
     import subprocess
 
     from tests.conftest import ROOT
@@ -184,7 +184,7 @@ def test_the_commands_of_data_readme_sort_what_is_recognised(folder, tmp_path):
 
 
 def _blocks(text):
-    """The indented shell blocks of the two layouts, by the first word of their kind."""
+    """The indented shell blocks of the two layouts, by layout."""
     for kind, mark in (("tiny", "val_annotations.txt"), ("kaggle", "LOC_val_solution.csv")):
         lines = text.splitlines()
         at = next(i for i, line in enumerate(lines) if line.startswith("    ") and mark in line)
@@ -197,14 +197,14 @@ def _blocks(text):
         yield kind, "\n".join(line[4:] for line in lines[first : last + 1])
 
 
-def test_a_root_in_a_folder_of_roots_is_named(folder):
+def test_data_root_inside_the_given_folder_is_suggested(folder):
     assert roots.is_misplaced(folder.parent) and not roots.is_misplaced(folder / "train")
     with pytest.raises(DataError, match=r"Its folder data/ has one: give"):
         data_root.open_training(str(Path(folder.parent)))
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_a_split_of_another_name_is_named_even_if_it_is_flat(folder, inside):
+def test_misnamed_split_is_suggested_even_if_flat(folder, inside):
     make_flat(folder)
     (folder / "val").rename(folder / "Val")
     if inside:
@@ -215,10 +215,10 @@ def test_a_split_of_another_name_is_named_even_if_it_is_flat(folder, inside):
         data_root.open_parts(str(folder))
 
 
-def test_a_class_that_begins_like_a_split_is_none(folder):
-    for part in ("train", "val"):
-        (folder / part / "bear").rename(folder / part / "train_station")
-        (folder / part / "cat").rename(folder / part / "valve")
+def test_class_whose_name_starts_like_a_split(folder):
+    for split in ("train", "val"):
+        (folder / split / "bear").rename(folder / split / "train_station")
+        (folder / split / "cat").rename(folder / split / "valve")
     classes = ["apple", "train_station", "valve"]
     with pytest.raises(DataError, match="It is a train folder itself"):
         data_root.open_training(str(folder / "train"))

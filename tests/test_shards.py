@@ -1,4 +1,4 @@
-"""Images in tar files: the stream of the folder, and a message for each mistake with them."""
+"""Images in tar files: the same stream as from folders, and a message for each mistake."""
 
 import io
 import json
@@ -41,21 +41,21 @@ def write_tar(file, *entries):
     return file
 
 
-def images(part):
-    """Paths of the images of a part, in the order of a folder."""
-    source = Folder(part)
+def images(split_folder):
+    """Paths of the images of a split, in the order of class folders."""
+    source = Folder(split_folder)
     return [Path(source.name(index)) for index in range(len(source))]
 
 
 def save_index(root):
-    """As `cspnet index` does."""
+    """Build and save the index, as `cspnet index` does."""
     for location in data_root.DataRoot(str(root)).splits.values():
         if isinstance(location, tar_set.TarSet):
             tar_set.TarSource(location, save=True)
 
 
 def in_shards(paths, target, entries, count=3, prefix=""):
-    """Deals images out to tar files in an order that is not theirs."""
+    """Distribute images over tar files in a shuffled order."""
     target.mkdir(exist_ok=True)
     numbered = list(enumerate(paths))
     random.Random(0).shuffle(numbered)
@@ -99,7 +99,7 @@ LAYOUTS = [
 
 
 def sharded(folder, entries, listed="cat\napple\nbear\n"):
-    """A data root with the training images of another one in tar files."""
+    """A data root whose training images are those of another root, in tar files."""
     root = folder.parent / f"sharded-{entries.__name__}"
     in_shards(images(folder / "train"), root.parent / "shards", entries)
     root.mkdir()
@@ -119,7 +119,7 @@ def content(batch):
 
 
 @pytest.mark.parametrize("entries", LAYOUTS)
-def test_tar_files_give_the_stream_of_the_folder(folder, entries):
+def test_tar_stream_equals_folder_stream(folder, entries):
     root = sharded(folder, entries)
     plain, source = data_root.open_training(str(folder)), data_root.open_training(str(root))
     assert isinstance(source, tar_set.TarSource) and len(source) == 36
@@ -132,20 +132,20 @@ def test_tar_files_give_the_stream_of_the_folder(folder, entries):
         assert content(one[step, step % 2]) == content(other[step, step % 2])
 
 
-def test_a_step_in_the_middle_reads_its_own_images_and_nothing_else(folder, monkeypatch):
-    """So a run that resumes amid a shard begins at once, in a set of any size."""
+def test_resuming_reads_only_the_images_of_the_step(folder, monkeypatch):
+    """A run that resumes within a shard starts at once, however large the data set is."""
     root = sharded(folder, as_named_samples)
     save_index(root)
     recipe, read, pread = recipe_for(root), [], os.pread
     monkeypatch.setattr(os, "pread", lambda *given: (read.append(given[1]), pread(*given))[1])
     source = data_root.open_training(str(root))
-    assert read == [], "a saved index needs no header"
+    assert read == [], "with a saved index no header is read"
     images = TrainGroups(source, recipe)[900, 1].labels
     assert len(read) == len(images) == 4
     assert set(read) <= set(source._index.sizes.tolist())
 
 
-def test_workers_read_from_files_that_the_main_process_has_opened(folder):
+def test_workers_share_the_open_files_of_the_main_process(folder):
     source = data_root.open_training(str(sharded(folder, as_named_samples)))
     recipe = recipe_for(folder)
     source.read(0)
@@ -155,7 +155,7 @@ def test_workers_read_from_files_that_the_main_process_has_opened(folder):
     assert again.read(35) == source.read(35) and again.name(35) == source.name(35)
 
 
-def test_losses_of_a_run_are_those_of_the_folder(tiny, folder, tmp_path):
+def test_run_on_tar_files_has_the_losses_of_the_folder(tiny, folder, tmp_path):
     losses = []
     for root in (folder, sharded(folder, as_class_folders), sharded(folder, as_named_samples)):
         short = ("schedule.steps=4", "save_every=100", "data.normalize=imagenet")
@@ -167,7 +167,7 @@ def test_losses_of_a_run_are_those_of_the_folder(tiny, folder, tmp_path):
     assert len(losses[0]) > 4 and losses[0] == losses[1] == losses[2]
 
 
-def test_the_order_is_that_of_a_folder_for_any_names(folder):
+def test_order_equals_folder_order_for_any_names(folder):
     names = ("x.jpg", "X.JPEG", "x-1.png", "x/1.jpg", "x.y/é.jpg", "y.v2.jpg", "b\udcff.jpg")
     for name in ("Bear", "a-b", "a", "a b", "é", "10", "9"):
         for path in names:
@@ -187,13 +187,13 @@ def test_the_order_is_that_of_a_folder_for_any_names(folder):
         assert source.name(index) == f"{root}/train.tar:{below}"
 
 
-def test_files_beside_each_other_and_val_in_any_form(folder, capsys):
+def test_split_tar_files_in_the_root_and_val_in_any_form(folder, capsys):
     root = folder.parent / "flat"
     in_shards(images(folder / "train"), root, as_class_folders, 2, "train-")
     in_shards(images(folder / "val"), root, as_named_samples, 1, "valid_")
     val = data_root.open_validation(str(root), CLASSES)
     assert len(data_root.open_training(str(root))) == 36 and len(val) == 9
-    assert not list(root.glob("*.cspnet"))  # a run writes nothing beside its data
+    assert not list(root.glob("*.cspnet"))  # a run writes nothing next to its data
     save_index(root)
     assert {file.name for file in root.glob("*.cspnet")} == {
         "train.index.cspnet",
@@ -205,14 +205,14 @@ def test_files_beside_each_other_and_val_in_any_form(folder, capsys):
     assert sum(int(batch.mask.sum()) for batch in batches) == 9
 
 
-def test_what_was_unpacked_counts_and_not_its_tar_file(folder):
+def test_unpacked_folder_takes_precedence_over_its_tar_file(folder):
     for name in ("train.tar", "val.tar", "train/apple.tar", "train/bear.tar"):
         (folder / name).write_bytes(b"x")
     assert isinstance(data_root.open_training(str(folder)), Folder)
     assert isinstance(data_root.open_validation(str(folder), CLASSES), Folder)
 
 
-def test_hidden_and_other_members_are_left_alone(folder):
+def test_hidden_and_non_image_members_are_ignored(folder):
     root = folder.parent / "one"
     image = images(folder / "train")[0].read_bytes()
     (root / "train").mkdir(parents=True)
@@ -230,7 +230,7 @@ def test_hidden_and_other_members_are_left_alone(folder):
 
 
 def scans(monkeypatch):
-    """Counts the tar files whose headers are read."""
+    """Count the tar files whose headers are read."""
     done, scan = [], tar_members.scan_tar
     monkeypatch.setattr(
         tar_members, "scan_tar", lambda file: (done.append(file.name), scan(file))[1]
@@ -238,7 +238,7 @@ def scans(monkeypatch):
     return done
 
 
-def test_the_index_is_made_once_and_again_when_a_tar_file_changes(folder, monkeypatch, capsys):
+def test_index_is_rebuilt_when_a_tar_file_changes(folder, monkeypatch, capsys):
     root = sharded(folder, as_named_samples)
     done = scans(monkeypatch)
     first = data_root.open_training(str(root))
@@ -266,7 +266,7 @@ def spoil(file, **arrays):
         np.savez(stream, **arrays)
 
 
-def test_an_index_that_cannot_be_right_is_made_anew(folder, monkeypatch, tmp_path, capsys):
+def test_invalid_index_is_rebuilt(folder, monkeypatch, tmp_path, capsys):
     root = sharded(folder, as_named_samples)
     want = data_root.open_training(str(root)).labels.tolist()
     save_index(root)
@@ -301,7 +301,7 @@ def test_an_index_that_cannot_be_right_is_made_anew(folder, monkeypatch, tmp_pat
     assert not [name for name in os.listdir(root / "train") if name.startswith(".")]
 
 
-def test_an_index_that_cannot_be_saved_is_made_in_memory(folder, monkeypatch, capsys):
+def test_index_that_cannot_be_saved_is_kept_in_memory(folder, monkeypatch, capsys):
     root = sharded(folder, as_named_samples)
 
     def refuse(*_):
@@ -309,12 +309,12 @@ def test_an_index_that_cannot_be_saved_is_made_in_memory(folder, monkeypatch, ca
 
     monkeypatch.setattr(os, "replace", refuse)
     save_index(root)
-    told = "cannot be saved (Read-only file system): the index will be built at each start"
-    assert told in capsys.readouterr().err and len(data_root.open_training(str(root))) == 36
+    warning = "cannot be saved (Read-only file system): the index will be built at each start"
+    assert warning in capsys.readouterr().err and len(data_root.open_training(str(root))) == 36
     assert sorted(os.listdir(root / "train")) == ["000000.tar", "000001.tar", "000002.tar"]
 
 
-def test_what_a_worker_carries_is_a_few_blocks(folder):
+def test_pickled_source_is_a_few_arrays(folder):
     source = data_root.open_training(str(sharded(folder, as_class_folders)))
     index = source._index
     assert isinstance(index.block, bytes)
@@ -324,7 +324,7 @@ def test_what_a_worker_carries_is_a_few_blocks(folder):
 # Damage.
 
 
-def test_a_tar_file_that_is_cut_short_is_named(folder):
+def test_truncated_tar_file_is_named(folder):
     root = sharded(folder, as_named_samples)
     file = root / "train" / "000001.tar"
     whole = file.read_bytes()
@@ -335,11 +335,11 @@ def test_a_tar_file_that_is_cut_short_is_named(folder):
         with pytest.raises(tar_members.TarError) as caught:
             data_root.open_training(str(root))
         assert "train: 000001.tar: truncated at byte " in str(caught.value), length
-    file.write_bytes(whole[: end + 512])  # one block of the two that end it
+    file.write_bytes(whole[: end + 512])  # one block of the two end marks
     assert len(data_root.open_training(str(root))) == 36
 
 
-def test_an_image_behind_the_end_of_its_file_is_unreadable(folder):
+def test_image_beyond_the_end_of_its_file_is_unreadable(folder):
     root = sharded(folder, as_named_samples)
     source = data_root.open_training(str(root))
     os.truncate(root / "train" / "000001.tar", 3000)
@@ -352,14 +352,16 @@ def test_an_image_behind_the_end_of_its_file_is_unreadable(folder):
             bad.add(index)
     assert 10 < len(bad) <= 12
     groups = TrainGroups(source, recipe_for(root))
-    found = {i for step in range(9) for group in (0, 1) for i in groups[step, group].unreadable}
-    assert found == bad
+    unreadable = {
+        i for step in range(9) for group in (0, 1) for i in groups[step, group].unreadable
+    }
+    assert unreadable == bad
     source._index.sizes[0] = tar_set.MAX_IMAGE_BYTES + 1
     with pytest.raises(OSError, match="File too large"):
         source.read(0)
 
 
-def test_more_tar_files_than_are_kept_open(folder, monkeypatch):
+def test_more_tar_files_than_kept_descriptors(folder, monkeypatch):
     monkeypatch.setattr(tar_set, "MAX_OPEN", 1)
     source = data_root.open_training(str(sharded(folder, as_named_samples)))
     plain = data_root.open_training(str(folder))
@@ -370,19 +372,19 @@ def test_more_tar_files_than_are_kept_open(folder, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_damaged_headers_end_in_a_message_or_in_fewer_images(folder):
+def test_damaged_headers_give_an_error_or_fewer_images(folder):
     root = sharded(folder, as_class_folders)
     file = root / "train" / "000000.tar"
     whole, rng = file.read_bytes(), random.Random(1)
     with tarfile.open(file) as tar:
         offsets = [member.offset for member in tar]
-    told = 0
+    refused = 0
     for trial in range(150):
         damaged = bytearray(whole)
         for _ in range(rng.choice([1, 3])):
             start = rng.choice(offsets) + rng.choice([0, 100, 124, 148, 156, 257])
             damaged[start + rng.randrange(12)] = rng.randrange(256)
-        if trial % 2:  # as somebody would who means it: with the right checksums
+        if trial % 2:  # like an attacker: with valid checksums
             for offset in offsets:
                 block = damaged[offset : offset + 512]
                 total = sum(block[:148]) + 256 + sum(block[156:])
@@ -392,11 +394,11 @@ def test_damaged_headers_end_in_a_message_or_in_fewer_images(folder):
             source = data_root.open_training(str(root))
             [source.read(index) for index in range(len(source))]
         except DataError:
-            told += 1
-    assert told > 100
+            refused += 1
+    assert refused > 100
 
 
-# Mistakes: each with a message of its own, which docs/data.md has.
+# Mistakes, each with its own message, which docs/data.md quotes.
 
 
 def train(root):
@@ -408,7 +410,7 @@ def val(root):
 
 
 def only(root, *entries):
-    """A training part that is one tar file."""
+    """A training set in one tar file."""
     shutil.rmtree(root / "train")
     (root / "train").mkdir()
     return write_tar(root / "train" / "0.tar", *entries)
@@ -643,19 +645,19 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
-def test_each_mistake_has_its_message_and_docs_data_has_it(folder, mistake):
-    told = MISTAKES[mistake]
-    assert f"`{told}" in (ROOT / "docs" / "data.md").read_text()
-    opens = mistake(folder)
+def test_each_mistake_has_its_own_documented_message(folder, mistake):
+    expected = MISTAKES[mistake]
+    assert f"`{expected}" in (ROOT / "docs" / "data.md").read_text()
+    open_source = mistake(folder)
     with pytest.raises(DataError) as caught:
-        opens(folder)
+        open_source(folder)
     message = str(caught.value)
-    assert told in message and "\n" not in message
-    assert not [other for other in MISTAKES.values() if other != told and other in message]
+    assert expected in message and "\n" not in message
+    assert not [other for other in MISTAKES.values() if other != expected and other in message]
 
 
-def test_names_in_a_tar_file_are_never_opened(folder, monkeypatch):
-    """The index of a hostile tar file touches nothing but the tar file."""
+def test_names_in_a_tar_file_are_never_opened_as_paths(folder, monkeypatch):
+    """Indexing a hostile tar file opens no other file."""
     touched = []
 
     def listen(call):
@@ -669,7 +671,7 @@ def test_names_in_a_tar_file_are_never_opened(folder, monkeypatch):
     assert not [path for path in touched if "passwd" in str(path)]
 
 
-def test_the_check_reads_the_images_in_tar_files(folder):
+def test_check_reads_images_in_tar_files(folder):
     shutil.copy(folder / "train" / "apple" / "0.jpg", folder / "val" / "bear" / "a.jpg")
     (folder / "train" / "bear" / "1.jpg").write_bytes(b"")
     root = sharded(folder, as_class_folders)
@@ -677,7 +679,7 @@ def test_the_check_reads_the_images_in_tar_files(folder):
     assert [f.kind for f in report.findings] == [f.kind for f in plain.findings]
     (leak,) = (f for f in report.findings if f.kind == "leak")
     assert leak.files[0].endswith(".tar:apple/0.jpg") and leak.files[1].endswith("bear/a.jpg")
-    assert [part.classes for part in report.splits] == [part.classes for part in plain.splits]
+    assert [split.classes for split in report.splits] == [split.classes for split in plain.splits]
     os.truncate(root / "train" / "000001.tar", 3000)
     (error,) = (f for f in check_dataset(str(root)).findings if f.kind == "layout")
     assert "000001.tar: truncated" in error.message
@@ -686,7 +688,7 @@ def test_the_check_reads_the_images_in_tar_files(folder):
 # The command.
 
 
-def test_the_command_makes_the_index_and_names_what_is_wrong(folder, command, tmp_path):
+def test_index_command_builds_the_index_and_lists_problems(folder, command, tmp_path):
     root = sharded(folder, as_named_samples)
     done = command("main", "index", root)
     assert done.returncode == 0, done.stderr
@@ -707,7 +709,7 @@ def test_the_command_makes_the_index_and_names_what_is_wrong(folder, command, tm
     assert done.returncode == 2 and "does not exist" in done.stderr
 
 
-def test_the_command_compares_the_classes_of_the_parts(folder, command):
+def test_index_command_compares_the_classes_of_the_splits(folder, command):
     root = folder.parent / "flat"
     in_shards(images(folder / "train"), root, as_class_folders, 1, "train-")
     in_shards(images(folder / "val")[:6], root, as_class_folders, 1, "val-")

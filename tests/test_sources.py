@@ -12,7 +12,7 @@ from cspnet.sources.folder import Digits, Folder, find_images
 from tests.helpers import SMALL_GROUPS
 
 
-def test_folder_reads_what_lies_in_it(folder):
+def test_folder_reads_its_images(folder):
     source = data_root.open_training(str(folder))
     assert source.classes == ["apple", "bear", "cat"]
     assert len(source) == 36 and np.bincount(source.labels).tolist() == [12, 12, 12]
@@ -23,7 +23,7 @@ def test_folder_reads_what_lies_in_it(folder):
         assert source.classes[label] == path.parent.name
 
 
-def test_nested_folders_odd_names_and_stray_files(folder):
+def test_nested_folders_unusual_names_and_stray_files(folder):
     deep = folder / "train" / "bear" / "two words" / "é"
     deep.mkdir(parents=True)
     shutil.copy(folder / "train" / "apple" / "0.jpg", deep / "Ünï.JPEG")
@@ -41,14 +41,14 @@ def test_numbered_classes_sort_as_strings(folder):
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
-def test_validation_by_root_or_by_its_own_folder(folder, name):
+def test_validation_set_by_data_root_or_by_its_folder(folder, name):
     (folder / "val").rename(folder / name)
     classes = ["apple", "bear", "cat"]
     for root in (folder, folder / name):
         assert len(data_root.open_validation(str(root), classes)) == 9
 
 
-def test_digits_are_split_into_disjoint_parts():
+def test_digits_splits_are_disjoint():
     train, val = Digits(train=True), Digits(train=False)
     assert len(train) == 1438 and len(val) == 359
     assert set(train._indices).isdisjoint(val._indices)
@@ -64,7 +64,7 @@ def content(batch):
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_any_batch_can_be_the_first_with_any_number_of_workers(folder, workers):
+def test_stream_starts_at_any_step_with_any_number_of_workers(folder, workers):
     """36 images in batches of 8: steps 4 and 9 cross the end of an epoch."""
     recipe = recipe_for(folder, "schedule.steps=10")
     source = data_root.open_training(str(folder))
@@ -74,7 +74,7 @@ def test_any_batch_can_be_the_first_with_any_number_of_workers(folder, workers):
     assert late == whole[8:]
 
 
-def test_one_decode_per_sample(folder, monkeypatch):
+def test_each_sample_is_decoded_once(folder, monkeypatch):
     recipe = recipe_for(folder, "mix.probability=0.9")
     source = data_root.open_training(str(folder))
     reads = []
@@ -85,9 +85,9 @@ def test_one_decode_per_sample(folder, monkeypatch):
     assert len(reads) == 8
 
 
-def test_an_unreadable_image_is_replaced_by_the_next_one(folder):
+def test_unreadable_image_is_replaced_by_the_next(folder):
     source = data_root.open_training(str(folder))
-    with open(source.name(11), "wb") as file:  # the last apple: a bear stands in
+    with open(source.name(11), "wb") as file:  # the last apple; a bear replaces it
         file.write(b"\xff\xd8 torn")
     recipe = recipe_for(folder)
     groups = TrainGroups(source, recipe)
@@ -99,7 +99,7 @@ def test_an_unreadable_image_is_replaced_by_the_next_one(folder):
     assert np.bincount(first_epoch).tolist() == [11, 13, 12]
 
 
-def test_a_run_of_unreadable_images_counts_slots_not_tries(folder):
+def test_consecutive_unreadable_images_count_once_per_position(folder):
     source = data_root.open_training(str(folder))
     for index in range(10):
         with open(source.name(index), "wb"):
@@ -110,7 +110,7 @@ def test_a_run_of_unreadable_images_counts_slots_not_tries(folder):
     assert {i for b in batches for i in b.unreadable} == set(range(10))
 
 
-def test_an_image_too_large_for_the_warp_is_unreadable(folder):
+def test_image_too_large_for_the_warp_is_unreadable(folder):
     import cv2
     import numpy
 
@@ -120,7 +120,7 @@ def test_an_image_too_large_for_the_warp_is_unreadable(folder):
     assert {i for b in batches for i in b.unreadable} == {0}
 
 
-def test_an_evaluation_shows_every_image_once(folder):
+def test_evaluation_yields_every_image_once(folder):
     source = data_root.open_validation(str(folder), ["apple", "bear", "cat"])
     batches = list(evaluation_batches(source, 4, 32, Evaluate(), workers=0, pin=False))
     assert [int(b.mask.sum()) for b in batches] == [4, 4, 1]
@@ -129,7 +129,7 @@ def test_an_evaluation_shows_every_image_once(folder):
     assert all(b.images.shape == (4, 32, 32, 3) for b in batches)
 
 
-def test_an_unreadable_validation_image_is_counted_not_left_out(folder):
+def test_unreadable_validation_image_is_counted_not_omitted(folder):
     source = data_root.open_validation(str(folder), ["apple", "bear", "cat"])
     with open(source.name(2), "wb"):
         pass
@@ -137,7 +137,7 @@ def test_an_unreadable_validation_image_is_counted_not_left_out(folder):
     assert batch.unreadable == [2] and batch.mask.all() and batch.images[2].max() == 0
 
 
-def test_an_image_that_vanishes_is_unreadable(folder):
+def test_image_deleted_during_training_is_unreadable(folder):
     source = data_root.open_training(str(folder))
     shutil.rmtree(folder / "train" / "cat")
     groups = TrainGroups(source, recipe_for(folder))
@@ -152,12 +152,14 @@ SYSTEM = [
 
 
 @pytest.mark.parametrize("name", SYSTEM)
-def test_folders_of_a_system_are_no_classes_and_not_read(folder, name, command):
-    """At the level of the classes and below; `check` counts them."""
-    for place in ("train", "train/bear", "val/cat"):
-        (folder / place / name / "deeper").mkdir(parents=True)
-        shutil.copy(folder / "val" / "cat" / "0.jpg", folder / place / name / "deeper" / "x.jpg")
-        shutil.copy(folder / "val" / "cat" / "0.jpg", folder / place / name / "y.jpg")
+def test_system_folders_are_neither_classes_nor_read(folder, name, command):
+    """Beside the class folders and inside them. `check` counts them."""
+    for subfolder in ("train", "train/bear", "val/cat"):
+        (folder / subfolder / name / "deeper").mkdir(parents=True)
+        shutil.copy(
+            folder / "val" / "cat" / "0.jpg", folder / subfolder / name / "deeper" / "x.jpg"
+        )
+        shutil.copy(folder / "val" / "cat" / "0.jpg", folder / subfolder / name / "y.jpg")
     (folder / name).mkdir()
     training, validation = data_root.open_parts(str(folder))
     assert training.classes == validation.classes == ["apple", "bear", "cat"]
@@ -165,12 +167,12 @@ def test_folders_of_a_system_are_no_classes_and_not_read(folder, name, command):
     assert len(find_images([str(folder / "val")])) == 9
     done = command("main", "check", folder, "-j", 0)
     assert done.returncode == 0, done.stdout
-    found = [line for line in done.stdout.splitlines() if "operating system" in line]
-    assert [line.rpartition(": ")[2] for line in found] == [f"2 × {name}", f"1 × {name}"]
-    assert "train, 2 files or folders: " in found[0] and "val, 1 file or folders: " in found[1]
+    ignored = [line for line in done.stdout.splitlines() if "operating system" in line]
+    assert [line.rpartition(": ")[2] for line in ignored] == [f"2 × {name}", f"1 × {name}"]
+    assert "train, 2 files or folders: " in ignored[0] and "val, 1 file or folder: " in ignored[1]
 
 
-def test_files_of_a_system_are_counted_apart(folder):
+def test_system_files_are_counted_separately(folder):
     from cspnet.datasets.check import check_dataset
 
     for name in ("Thumbs.db", "desktop.ini", ".DS_Store", "notes.txt"):
@@ -183,7 +185,7 @@ def test_files_of_a_system_are_counted_apart(folder):
     assert others.endswith("1 file: no image suffix; ignored: 1 × .txt")
 
 
-def test_folders_of_a_system_in_a_tar_file_are_no_classes(folder):
+def test_system_folders_in_a_tar_file_are_not_classes(folder):
     import io
     import tarfile
 
@@ -197,8 +199,8 @@ def test_folders_of_a_system_in_a_tar_file_are_no_classes(folder):
     assert source.classes == ["apple", "bear"] and len(source) == 2
 
 
-def test_a_system_folder_makes_no_level_too_many(folder):
-    """A lone class is still told, and an otherwise empty part is empty."""
+def test_system_folder_is_not_reported_as_an_extra_level(folder):
+    """A single class is still reported; a split with only a system folder is empty."""
     shutil.rmtree(folder / "val")
     (folder / "val" / "lost+found").mkdir(parents=True)
     with pytest.raises(DataError, match="is empty"):

@@ -3,14 +3,14 @@ import numpy as np
 from cspnet.data import stream
 
 
-def test_each_epoch_holds_every_image_once_in_an_order_of_its_own():
+def test_each_epoch_is_a_different_permutation():
     orders = [stream.permutation(3, epoch, 101).tolist() for epoch in range(4)]
     assert all(sorted(order) == list(range(101)) for order in orders)
     assert len({tuple(order) for order in orders}) == 4
     assert stream.permutation(4, 0, 101).tolist() != orders[0]
 
 
-def test_positions_of_groups_tile_the_stream():
+def test_group_positions_tile_the_stream():
     seen = [
         position
         for step in range(3)
@@ -20,14 +20,14 @@ def test_positions_of_groups_tile_the_stream():
     assert seen == list(range(96))
 
 
-def test_index_at_crosses_the_end_of_an_epoch():
+def test_index_at_crosses_epoch_boundaries():
     indices = [stream.index_at(0, position, 10) for position in range(95, 115)]
     assert sorted(indices[5:15]) == list(range(10))
     assert indices[:5] == stream.permutation(0, 9, 10)[5:].tolist()
     assert indices[15:] == stream.permutation(0, 11, 10)[:5].tolist()
 
 
-def test_random_numbers_belong_to_their_address():
+def test_random_numbers_depend_only_on_the_address():
     def draws(*address):
         return stream.rng_for(*address).random(4).tolist()
 
@@ -43,7 +43,7 @@ def test_random_numbers_belong_to_their_address():
     assert [draws(*address) for address in reversed(addresses)] == drawn[::-1]
 
 
-def test_the_order_is_pinned():
+def test_image_order_never_changes():
     """These numbers must never change: another order would break the resumption of every run."""
     assert stream.permutation(0, 0, 10).tolist() == PINNED_ORDER
     assert np.allclose(stream.rng_for(1, stream.VIEW_DOMAIN, 2, 3).random(2), PINNED_RANDOM, atol=0)

@@ -1,4 +1,4 @@
-"""Killed dataloader workers, and systems that cannot start any."""
+"""Killed dataloader workers, and systems that cannot start workers."""
 
 import contextlib
 import gc
@@ -47,27 +47,27 @@ def groups_of(source, monitor, workers=2, steps=8):
     return contextlib.closing(training_groups(source, recipe, 0, workers, False, monitor=monitor))
 
 
-def test_killed_workers_change_nothing(source):
+def test_killed_workers_do_not_change_batches(source):
     with groups_of(source, None, workers=0) as groups:
         expected = [content(batch) for batch in groups]
     lines = []
     monitor = WorkerMonitor(lines.append)
-    found = []
+    loaded = []
     with groups_of(source, monitor) as groups:
         for number, batch in enumerate(groups):
-            found.append(content(batch))
+            loaded.append(content(batch))
             if number in (0, 5, 6):
-                monitor.reset()  # each in a log interval of its own
+                monitor.reset()  # each in a separate log interval
                 kill(multiprocessing.active_children()[number % 2])
-    assert found == expected
+    assert loaded == expected
     assert monitor.deaths == len(lines) == 3
     assert "was killed by SIGKILL" in lines[0]
     assert "(3 deaths so far)" in lines[2]
     assert multiprocessing.active_children() == []
 
 
-def test_a_death_is_reported_only_while_a_batch_is_waited_for(source):
-    """torch would raise in its SIGCHLD handler, in the middle of a save or a step."""
+def test_worker_death_is_reported_only_while_waiting_for_a_batch(source):
+    """torch would raise in its SIGCHLD handler, in the middle of a step or save."""
     monitor = WorkerMonitor(lambda line: None)
     with groups_of(source, monitor) as groups:
         next(groups)
@@ -80,7 +80,7 @@ def test_a_death_is_reported_only_while_a_batch_is_waited_for(source):
         assert len(list(groups)) > 0 and monitor.deaths == 1
 
 
-def test_the_third_death_gives_up(source):
+def test_third_death_ends_the_run(source):
     monitor = WorkerMonitor(lambda line: None)
     with (
         groups_of(source, monitor, steps=40) as groups,
@@ -92,19 +92,19 @@ def test_the_third_death_gives_up(source):
     assert multiprocessing.active_children() == []
 
 
-def test_a_stop_that_is_only_asked_for_lets_the_step_end(source):
+def test_requested_stop_lets_the_step_finish(source):
     """As with several ranks, which can only stop together after a step."""
-    asked = []
-    monitor = WorkerMonitor(lambda line: None, asked.append)
-    found = 0
+    reasons = []
+    monitor = WorkerMonitor(lambda line: None, reasons.append)
+    count = 0
     with groups_of(source, monitor, steps=40) as groups:
         for _ in groups:
-            found += 1
-            if len(asked) == 1:
+            count += 1
+            if len(reasons) == 1:
                 break
             for worker in multiprocessing.active_children():
                 kill(worker)
-    assert found >= 3 and "3 times" in asked[0]
+    assert count >= 3 and "3 times" in reasons[0]
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def no_semaphores(monkeypatch):
     monkeypatch.setattr(multiprocessing.context.BaseContext, "Lock", refuse)
 
 
-def test_without_semaphores_the_main_process_decodes(source, no_semaphores, capfd):
+def test_main_process_decodes_without_semaphores(source, no_semaphores, capfd):
     """As in a container whose /dev/shm is full or read-only."""
     with groups_of(source, None, workers=0) as groups:
         expected = [content(batch) for batch in groups]
@@ -131,14 +131,14 @@ def test_without_semaphores_the_main_process_decodes(source, no_semaphores, capf
     assert errors.count("cannot start dataloader workers") == 1 and "Traceback" not in errors
 
 
-def test_without_semaphores_check_reads_the_files_itself(source, no_semaphores, capfd):
+def test_check_reads_in_the_main_process_without_semaphores(source, no_semaphores, capfd):
     chunks = [chunk for *_, chunk in inspect_file.inspect_sources([source], 2)]
     inspections = [inspection for chunk in chunks for inspection in chunk]
     assert len(inspections) == len(source) and all(each.digest for each in inspections)
     assert "cannot start worker processes (No space left" in capfd.readouterr().err
 
 
-def test_a_run_whose_workers_are_killed_is_the_undisturbed_one(
+def test_run_with_killed_workers_equals_the_undisturbed_run(
     tiny, undisturbed, tmp_path, monkeypatch
 ):
     recipe = tiny("schedule.steps=9", "evaluate.every=4")
@@ -165,11 +165,11 @@ def test_workers_that_keep_dying_end_the_run_after_a_save(tiny, undisturbed, tmp
     expected = undisturbed(recipe)
     original = TrainStep.load
 
-    def killing(self, groups, state, part):
+    def killing(self, groups, state, group_range):
         if state.step >= 3:
             for worker in multiprocessing.active_children():
                 kill(worker)
-        return original(self, groups, state, part)
+        return original(self, groups, state, group_range)
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainStep, "load", killing)
@@ -181,7 +181,7 @@ def test_workers_that_keep_dying_end_the_run_after_a_save(tiny, undisturbed, tmp
     assert same(last(tmp_path / "cut")["state_dict"], last(expected)["state_dict"])
 
 
-def test_workers_that_die_at_once_do_not_ask_for_another_start(tiny, tmp_path, monkeypatch):
+def test_workers_that_die_at_start_do_not_request_a_restart(tiny, tmp_path, monkeypatch):
     """Otherwise an `until` loop would retry an image that kills its decoder forever."""
     original = training_groups
 
@@ -198,21 +198,21 @@ def test_workers_that_die_at_once_do_not_ask_for_another_start(tiny, tmp_path, m
     assert history(tmp_path / "other")[-1]["event"] == "fail"
 
 
-def test_a_torn_message_does_not_block_the_restart(source, monkeypatch):
-    """torch's pin-memory thread waits for the rest of it, and torch's shutdown for the thread."""
+def test_partial_pipe_message_does_not_block_the_restart(source, monkeypatch):
+    """torch's pin-memory thread waits for the rest of it, and its shutdown waits for the thread."""
     monkeypatch.setattr(supervision, "SHUTDOWN_TIMEOUT", 0.2)
     release = threading.Event()
     monkeypatch.setattr(
         _MultiProcessingDataLoaderIter, "_shutdown_workers", lambda _: release.wait()
     )
     monitor = WorkerMonitor(lambda line: None)
-    found = 0
+    count = 0
     with groups_of(source, monitor) as groups:
         for number, _ in enumerate(groups):
-            found += 1
+            count += 1
             if number == 2:
                 kill(multiprocessing.active_children()[0])
             if number == 5:
                 break
-        assert monitor.deaths == 1 and found == 6
+        assert monitor.deaths == 1 and count == 6
         release.set()

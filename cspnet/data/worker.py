@@ -11,7 +11,7 @@ def init_worker(*ignored: signal.Signals) -> None:
 
     A worker waits for work on a pipe whose other end it holds open, too, so it would never notice
     that its parent was killed. torch's workers compare their parent's PID with the PID they saw at
-    their start. That fails if the parent died before the first look.
+    their start. That fails if the parent died before the first check.
     """
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)

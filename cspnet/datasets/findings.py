@@ -34,9 +34,10 @@ class Finding:
     classes: list[str] = field(default_factory=list)  # names of all classes concerned
 
 
-def count_files(names: list[str]) -> str:
-    """For example "1 file" or "2,000 files"."""
-    return f"{len(names):,} file" + "s" * (len(names) != 1)
+def count_files(names: list[str], or_folders: bool = False) -> str:
+    """For example "1 file" or "2,000 files"; with `or_folders`, "2 files or folders"."""
+    plural = "s" * (len(names) != 1)
+    return f"{len(names):,} file{plural}" + f" or folder{plural}" * or_folders
 
 
 def image_counts(source: Source) -> np.ndarray:
@@ -130,13 +131,13 @@ def _ignored(
         message = f"{name}, {count_files(loose)}: next to the class folders, not in one; ignored"
         yield Finding("loose", "warning", message, loose)
     if hidden:
-        message = f"{name}, {count_files(hidden)} or folders: name starts with a dot; ignored"
+        message = f"{name}, {count_files(hidden, or_folders=True)}: name starts with a dot; ignored"
         yield Finding("hidden", "note", message, hidden)
     if system:
         counts = Counter(os.path.basename(path) for path in system)
         kinds = ", ".join(f"{count:,} × {kind}" for kind, count in counts.most_common(5))
-        message = f"{name}, {count_files(system)} or folders: created by an operating system, "
-        message += f"file server or notebook; ignored: {kinds}"
+        message = f"{name}, {count_files(system, or_folders=True)}: created by an operating "
+        message += f"system, file server or notebook; ignored: {kinds}"
         yield Finding("system", "note", message, system)
     if others:
         most = sorted(others.items(), key=lambda item: (-len(item[1]), item[0]))
