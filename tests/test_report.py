@@ -215,10 +215,10 @@ def test_the_most_confident_errors_are_found_whatever_the_batches():
         collector = TopMistakes()
         for first in range(0, 500, batch):
             collector(first, logits[first : first + batch], labels[first : first + batch])
-        mistakes = collector.mistakes()
+        mistakes = collector.mistakes
         assert [mistake.index for mistake in mistakes] == order[:MAX_MISTAKES]
         assert all(m.true == int(labels[m.index]) != m.predicted for m in mistakes)
-    assert TopMistakes().mistakes() == []
+    assert TopMistakes().mistakes == []
     percents = [format_percent(p) for p in (1 - 1e-9, 0.5, 1.0)]
     assert percents == ["99.99 %", "50 %", "100 %"]
 

@@ -114,7 +114,7 @@ def evaluate_run(
         remarks.append(
             f"{scores.unreadable:,} validation images are unreadable and evaluated as black images."
         )
-    return _evaluation(trained, source, str(file), root, scores, collector.mistakes()), remarks
+    return _evaluation(trained, source, str(file), root, scores, collector.mistakes), remarks
 
 
 def _evaluation(

@@ -1,6 +1,5 @@
 """The most confident errors of a network: collected during evaluation, and drawn."""
 
-import heapq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,8 +36,8 @@ class TopMistakes:
 
     def __init__(self, count: int = MAX_MISTAKES):
         self.count = count
-        # A heap: the least probable error is on top; of equal ones, that with the largest index.
-        self._heap: list[tuple[float, int, int, int]] = []
+        # The most confident error first; equal ones in the order of the images.
+        self.mistakes: list[Mistake] = []
 
     def __call__(self, first: int, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Adds a batch: float32 logits [n, K] and labels [n] of the images from index `first`."""
@@ -46,24 +45,10 @@ class TopMistakes:
         probabilities, predicted = logits.double().softmax(1).max(1)
         wrong = (predicted != labels).nonzero()[:, 0]
         best = wrong[probabilities[wrong].argsort(descending=True, stable=True)[: self.count]]
-        rows = zip(
-            probabilities[best].tolist(),
-            labels[best].tolist(),
-            predicted[best].tolist(),
-            best.tolist(),
-            strict=True,
-        )
-        for probability, true, predicted_class, row in rows:
-            heapq.heappush(self._heap, (probability, -(first + row), true, predicted_class))
-            if len(self._heap) > self.count:
-                heapq.heappop(self._heap)
-
-    def mistakes(self) -> list[Mistake]:
-        """The most confident error first; equal ones in the order of the images."""
-        ordered = sorted(self._heap, reverse=True)
-        return [
-            Mistake(-index, true, predicted_class, p) for p, index, true, predicted_class in ordered
-        ]
+        columns = (first + best, labels[best], predicted[best], probabilities[best])
+        self.mistakes += map(Mistake, *(column.tolist() for column in columns))
+        self.mistakes.sort(key=lambda mistake: (-mistake.probability, mistake.index))
+        del self.mistakes[self.count :]
 
 
 def network_view(source: Source, index: int, recipe: Recipe) -> np.ndarray:
