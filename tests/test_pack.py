@@ -273,6 +273,11 @@ def refusals(folder, out):
     yield out, SMALL, "an interrupted pack of other images"
     (out / "pack.json").write_text('{"plan": 3}')
     yield out, SMALL, "pack.json is damaged"
+    interrupted(folder, out)
+    journal = json.loads((out / "pack.json").read_text())
+    journal["plan"]["colours"] = 256  # a setting that this version does not know
+    (out / "pack.json").write_text(json.dumps(journal))
+    yield out, SMALL, "pack.json is damaged or from another version"
     shutil.rmtree(out)
     pack_dataset(str(folder), out, SMALL)
     yield out, SMALL, "contains a finished pack"

@@ -39,7 +39,7 @@ class WorkerMonitor:
         self.deaths = 0  # in total
         self._recent_deaths = 0  # since the last reset
         self._report = report or _report_to_stderr
-        self._give_up = give_up or _raise_workers_lost
+        self._give_up = give_up or _raise_workers_failed
 
     def reset(self) -> None:
         """Start a new interval for the limit on deaths."""
@@ -55,7 +55,7 @@ class WorkerMonitor:
                 f"{reason}. If memory is low, reduce --workers"
             )
         if self._recent_deaths >= 3 * MAX_DEATHS:  # a `give_up` that returns only requests a stop
-            _raise_workers_lost(reason)
+            _raise_workers_failed(reason)
         self._report(
             f"{reason}; restarting the workers at the same position, no data is lost "
             f"({self.deaths} deaths so far)"
@@ -73,7 +73,7 @@ def _report_to_stderr(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _raise_workers_lost(reason: str) -> None:
+def _raise_workers_failed(reason: str) -> None:
     raise WorkersFailedError(reason)
 
 

@@ -73,6 +73,8 @@ class PackJournal:
                 name: [PackedShard(**shard) for shard in shards]
                 for name, shards in content["splits"].items()
             }
+            if plan.keys() != self.plan.keys():
+                raise KeyError("settings of another version")
             differing = [key for key in self.plan if plan[key] != self.plan[key]]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise DataError(

@@ -41,7 +41,7 @@ def folder_listing(folder: Path) -> str:
 
 def url_as_folder(root: str) -> str:
     """For a URL given as a data folder."""
-    hub = "huggingface-cli download NAME --repo-type dataset --local-dir DIR"
+    hub = "hf download OWNER/NAME --repo-type dataset --local-dir DIR"
     how = f"Download it first ({hub})" if root.startswith("hf://") else "Download it first"
     return (
         f"{root} is a URL, not a local folder. {how}, and give the folder with the download; "
