@@ -40,6 +40,10 @@ class CheckpointError(CspnetError):
     exit_code = 2
 
 
+class CheckpointVersionError(CheckpointError):
+    """A checkpoint has the format of another version of cspnet."""
+
+
 class SaveError(CspnetError):
     """A checkpoint or the metrics could not be written; the earlier checkpoint is unchanged."""
 

@@ -24,12 +24,12 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def escape_line(name: str) -> str:
-    """Escapes a name so that it fits on one line of a text file; `from_line` reverses it."""
+    """Escapes a name so that it fits on one line of a text file; `unescape_line` reverses it."""
     return "".join(LINE_ESCAPES.get(char, char) for char in name)
 
 
 def unescape_line(line: str) -> str:
-    """The name that `to_line` escaped."""
+    """The name that `escape_line` escaped."""
     return re.sub(r"\\[\\nr]", lambda match: LINE_UNESCAPES[match[0]], line)
 
 

@@ -200,3 +200,15 @@ def test_what_is_no_checkpoint_of_ours(tmp_path):
         load_checkpoint(tmp_path / "best.pt")
     with pytest.raises(CheckpointError, match="is a folder"):
         load_checkpoint(tmp_path)
+
+
+def test_a_run_of_another_version_gets_one_message(tmp_path):
+    files = CheckpointFiles(tmp_path)
+    for step in (1, 2):
+        files.save({**content(step), "format": 3, "cspnet": "0.1.0"}, best=True)
+    with pytest.raises(CheckpointError) as caught:
+        CheckpointFiles(tmp_path).newest()
+    assert str(caught.value) == (
+        f"{files.last} has checkpoint format 3, and this version of cspnet reads format 4: use "
+        "cspnet 0.1.0, which wrote it"
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cspnet.cli.training import _done
+from cspnet.cli.training import _result_lines
 from cspnet.datasets import download
 from cspnet.recipe import load as recipes
 from cspnet.report.evaluation import evaluate_run
@@ -67,7 +67,7 @@ def test_a_plain_command_stays_plain():
 
 def test_the_commands_after_training():
     recipe = recipes.load_recipe(None, [], "da ta")
-    *_, one, other = _done(recipe, Path(ODD), None)
+    *_, one, other = _result_lines(recipe, Path(ODD), None)
     best = f"{ODD}/checkpoints/best.pt"
     assert copied(one) == ["cspnet-eval", "--checkpoint", best, "--data", "da ta"]
     assert copied(other) == ["cspnet", "report", ODD]

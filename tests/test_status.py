@@ -143,7 +143,7 @@ def test_a_real_run_is_read_by_the_command(tmp_path, process, command):
     assert score == f"done; last validation: top-1 {top1:.2f} %"
     assert rest == [
         f"evaluate: cspnet-eval --checkpoint {run}/checkpoints/best.pt --data digits",
-        f"a page about it: cspnet report {run}",
+        f"report: cspnet report {run}",
     ]
     done = command("main", "status", run)
     assert done.returncode == 0, done.stderr

@@ -94,7 +94,7 @@ class TrainGroups(BatchDataset):
         unreadable: set[int] = set()
         positions = stream.group_positions(*address, recipe.batch, recipe.group)
         indices = [stream.index_at(recipe.seed, at, len(self.source)) for at in positions]
-        # `draw_view` explains why all views are drawn before the first one is made.
+        # `_draw_view` explains why all views are drawn before the first one is made.
         size = self.size_at(address)
         views = [
             self._draw_view(index, position, size)

@@ -1,7 +1,7 @@
 """Recipes: everything that affects the numerical results of a run, and nothing else.
 
-`load` reads a YAML file and dotted overrides into a frozen `Recipe`, or raises a single RecipeError
-that lists every problem.
+`load_recipe` reads a YAML file and dotted overrides into a frozen `Recipe`, or raises a single
+RecipeError that lists every problem.
 """
 
 import difflib
@@ -101,7 +101,10 @@ def load_recipe(path: Path | None, overrides: list[str], root: str | None = None
 
 
 def recipe_from_yaml(text: str) -> Recipe:
-    """The recipe that `to_text` wrote. RecipeError if its keys or types are not this version's."""
+    """The recipe that `recipe_to_yaml` wrote.
+
+    RecipeError if its keys or types are those of another version.
+    """
     try:
         stored = OmegaConf.create(
             decode_binary_paths(OmegaConf.to_container(OmegaConf.create(text)))
@@ -143,7 +146,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def decode_binary_paths(node: Any) -> Any:
-    """Content of a YAML file with `!!binary` paths replaced by the strings given to `to_text`."""
+    """Content of a YAML file with `!!binary` paths replaced by the original strings."""
     if isinstance(node, dict):
         return {key: decode_binary_paths(value) for key, value in node.items()}
     return os.fsdecode(node) if isinstance(node, bytes) else node

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, cast
 
 import torch
 
-from cspnet.errors import CheckpointError, RecipeError, SaveError
+from cspnet.errors import CheckpointError, CheckpointVersionError, RecipeError, SaveError
 from cspnet.files import fsync_path, nearest_existing_directory, replace_file, temporary_path
 from cspnet.run.folder import BEST_NAME, LAST_NAME, PREVIOUS_NAME
 
@@ -119,12 +119,14 @@ class CheckpointFiles:
         """The content of last.pt, or of the newest valid checkpoint, and warnings to print.
 
         None if there is no checkpoint. Raises CheckpointError if none of the existing ones is
-        valid.
+        valid, or if last.pt has the format of another version.
         """
         if not self._existing():
             return None, []
         try:
             return load_checkpoint(self.last), []
+        except CheckpointVersionError:
+            raise
         except CheckpointError as error:
             problems = [str(error)]
         self._last_is_valid = False
@@ -241,7 +243,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or any(key not in content for key in required):
         raise CheckpointError(f"{path} holds tensors, but is not a checkpoint of cspnet")
     if content["format"] != FORMAT:
-        raise CheckpointError(
+        raise CheckpointVersionError(
             f"{path} has checkpoint format {content['format']}, and this version of cspnet reads "
             f"format {FORMAT}: use cspnet {content.get('cspnet', '?')}, which wrote it"
         )
