@@ -33,12 +33,12 @@ notes = sys.argv.pop(1)
 sys.argv[0] = "cspnet-train"
 if notes:
     from cspnet.data import stream
-    positions = stream.positions  # called once per decoded group
+    group_positions = stream.group_positions  # called once per decoded group
     def noted(step, group, *sizes):
         with open(notes, "a") as file:
             file.write(f"{step} {group}\\n")
-        return positions(step, group, *sizes)
-    stream.positions = noted
+        return group_positions(step, group, *sizes)
+    stream.group_positions = noted
 main_train()
 """
 
