@@ -251,8 +251,7 @@ def kaggle(root):
 
 
 def flat_imagenet(root):
-    shutil.rmtree(root / "val")
-    (root / "val").mkdir()
+    empty_val(root)
     for number in (1, 2):
         (root / "val" / f"ILSVRC2012_val_{number:08}.JPEG").touch()
     return val

@@ -165,7 +165,7 @@ MISTAKES = [
     (f"{TRAIN} --micro-batch 99", "--micro-batch 99: must be a multiple of"),
     (f"{TRAIN} --micro-batch many", "--micro-batch many: must be auto or a number"),
     (f"{TRAIN} --micro-batch -1", "--micro-batch -1: must be auto or a number"),
-    (f"{TRAIN} --recompute huge", "--recompute huge: must be none, light, full"),
+    (f"{TRAIN} --recompute huge", "'huge' is not one of 'none', 'light', 'full'"),
     (f"{TRAIN} --recompute full --device cpu", "--recompute full has no effect"),
     (f"{TRAIN} --max-hours -1", "Invalid value for '--max-hours'"),
     (f"{TRAIN} --max-hours abc", "Invalid value for '--max-hours'"),

@@ -1,16 +1,22 @@
 """The commands for data sets: `prepare`, `check`, `index`, `pack`."""
 
-import contextlib
 import io
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cspnet.cli.options import Workers, complete_data, require_writable, write_text
+from cspnet.cli.options import (
+    Workers,
+    complete_data,
+    plain_console,
+    progress_bar,
+    require_writable,
+    write_text,
+)
 from cspnet.errors import RecipeError
 from cspnet.shell import command_line
 from cspnet.text import printable
@@ -42,7 +48,7 @@ def prepare_command(
     from cspnet.datasets.download import prepare_dataset
 
     output = Path("data") / name if output is None else output
-    with _progress_bar(name) as progress:
+    with progress_bar(plain_console(stderr=True), name) as progress:
         created = prepare_dataset(
             name, output, archives, lambda line: print(line, flush=True), progress
         )
@@ -74,7 +80,7 @@ def check_command(
     from cspnet.datasets.check import check_dataset
 
     require_writable("--json", json_file)
-    with _progress_bar("files") as progress:
+    with progress_bar(plain_console(stderr=True), "files") as progress:
         report = check_dataset(data, _worker_count(workers), progress)
     if json_file:
         write_text(json_file, json.dumps(report.to_dict(), indent=2) + "\n")
@@ -117,7 +123,7 @@ def index_command(
             lines.append(("", f"{name}: {kind}, which need no index"))
             continue
         try:
-            with _progress_bar("tar files") as progress:
+            with progress_bar(plain_console(stderr=True), "tar files") as progress:
                 source = TarSource(location, save=True, rebuild=True, progress=progress)
         except TarError as error:
             lines += [("error", f"error: {name}: {problem}") for problem in error.problems]
@@ -160,7 +166,7 @@ def pack_command(
     from cspnet.datasets.pack_journal import PackSettings
 
     settings = PackSettings(short_side, quality, shard_mb)
-    with _progress_bar("images") as progress:
+    with progress_bar(plain_console(stderr=True), "images") as progress:
         splits = pack_dataset(data, output, settings, _worker_count(workers), progress)
     _print_lines(pack_summary(splits, settings))
     if any(shard.unreadable for shards in splits.values() for shard in shards):
@@ -176,25 +182,11 @@ def _worker_count(workers: int | None) -> int:
     return min(16, available_cores()) if workers is None else workers
 
 
-@contextlib.contextmanager
-def _progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar on a terminal. Yields a function of (items done, total)."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    stderr = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False)
-    with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
-        task = bar.add_task(description, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
 def _print_lines(lines: Iterable[tuple[str, str]]) -> None:
     """Print (severity, line) pairs in the colour of their severity, with names escaped."""
-    from rich.console import Console
-
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # encodings other than UTF-8
-    console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
+    console = plain_console()
     styles = {"error": "red", "warning": "yellow"}
     for severity, line in lines:
         console.print(printable(line), style=styles.get(severity))

@@ -1,8 +1,10 @@
 """Options and output helpers shared by several commands."""
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -25,13 +27,6 @@ def complete_recipe(incomplete: str) -> list[str]:
     subfolders = [f"{path}/" for path in folder.glob("*") if path.is_dir() and "/" in incomplete]
     names = [*builtin_recipes(), *sorted(map(str, files)), *sorted(subfolders)]
     return [name for name in names if name.startswith(incomplete)]
-
-
-def complete_recompute(incomplete: str) -> list[str]:
-    """The values of `--recompute`."""
-    from cspnet.runtime.options import ACTIVATION_BUDGETS
-
-    return [name for name in ACTIVATION_BUDGETS if name.startswith(incomplete)]
 
 
 def complete_data(incomplete: str) -> list[str]:
@@ -87,6 +82,23 @@ Workers = Annotated[
 BatchSize = Annotated[
     int | None, typer.Option(min=1, help="Batch size.", show_default="from the recipe")
 ]
+
+
+def plain_console(**options: Any) -> "Console":
+    """A console that prints text unchanged: no markup, highlighting, emoji or line breaks."""
+    from rich.console import Console
+
+    return Console(soft_wrap=True, markup=False, highlight=False, emoji=False, **options)
+
+
+@contextmanager
+def progress_bar(console: "Console", description: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar on a terminal. Yields a function of (items done, total)."""
+    from rich.progress import Progress
+
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def warning_console() -> "Console":

@@ -12,6 +12,7 @@ from cspnet.cli.options import (
     Overrides,
     RecipeName,
     Workers,
+    plain_console,
     require_writable,
     write_text,
 )
@@ -95,11 +96,9 @@ def _require_not_given(options: dict[str, Any]) -> None:
 
 def _measure(recipe: "Recipe", options: "RunOptions", seconds: float) -> tuple[dict, list[str]]:
     """A measurement on this machine: its figures, and as text."""
-    from rich.console import Console
-
     from cspnet.plan.measure import measure_plan
 
-    stderr = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+    stderr = plain_console(stderr=True)
     plan = measure_plan(
         recipe, options, seconds, lambda what: stderr.print(f"measuring: {what}", style="dim")
     )
@@ -157,11 +156,8 @@ def _predict(recipe: "Recipe", gpu: str, recompute: str) -> tuple[dict, list[str
     from dataclasses import asdict
 
     from cspnet.plan.forecast import find_card, forecast
-    from cspnet.runtime.options import ACTIVATION_BUDGETS
 
     card = find_card(gpu)
-    if recompute not in ACTIVATION_BUDGETS:
-        raise RecipeError(f"--recompute {recompute}: must be {', '.join(ACTIVATION_BUDGETS)}")
     classes = recipe.model.classes if isinstance(recipe.model.classes, int) else 1000
     prediction: Forecast = forecast(recipe, card, classes, recompute)
     return asdict(prediction), _prediction_lines(recipe, prediction, classes, recompute)

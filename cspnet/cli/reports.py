@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cspnet.cli.options import Device, Workers
+from cspnet.cli.options import Device, Workers, plain_console, progress_bar
 from cspnet.text import printable
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def report_command(
 
     folder = output or record.folder.report_folder
     require_output_folder(folder)
-    console = _console()
+    console = plain_console()
     if no_evaluate:
         evaluation, remarks = None, ["Not evaluated: --no-evaluate was given."]
     else:
@@ -75,20 +75,10 @@ def _evaluate(
     workers: int | None,
 ) -> "tuple[Evaluation | None, list[str]]":
     """Evaluate with a progress bar; return the evaluation, if possible, and remarks."""
-    from rich.progress import Progress
-
     from cspnet.report.evaluation import evaluate_run
 
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("images")
-        return evaluate_run(
-            record,
-            data,
-            checkpoint,
-            device,
-            workers,
-            lambda done, images: bar.update(task, completed=done, total=images),
-        )
+    with progress_bar(console, "images") as progress:
+        return evaluate_run(record, data, checkpoint, device, workers, progress)
 
 
 def _print_scores(console: "Console", record: "RunRecord", evaluation: "Evaluation") -> None:
@@ -125,7 +115,7 @@ def compare_command(
 
     require_png(output)
     records = read_runs(runs)
-    console = _console(width=100_000)  # no table is truncated, in a narrow terminal or a pipe
+    console = plain_console(width=100_000)  # no table is truncated, in a narrow terminal or a pipe
     console.print(overview_table(records))
     if any(record.selected for record in records):
         console.print(
@@ -136,9 +126,3 @@ def compare_command(
     console.print(differences_table(records) or "The recipes are the same.")
     save_comparison(records, output)
     print(f"\n{printable(str(output))} written")
-
-
-def _console(width: int | None = None) -> "Console":
-    from rich.console import Console
-
-    return Console(soft_wrap=True, markup=False, highlight=False, emoji=False, width=width)

@@ -1,8 +1,7 @@
 """Commands for a trained network: `eval`, `predict`, `export`."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +15,8 @@ from cspnet.cli.options import (
     Labels,
     Workers,
     describe_network,
+    plain_console,
+    progress_bar,
     require_writable,
     write_text,
 )
@@ -46,8 +47,6 @@ def eval_command(
     class_order: ClassOrder = None,
 ) -> None:
     """Report top-1 and top-5 accuracy: cspnet-eval --checkpoint best.pt --data data/imagenet/val"""
-    from rich.console import Console
-
     from cspnet.inference.evaluate import evaluate_network
     from cspnet.runtime.device import choose_workers, inference_precision, setup_device
     from cspnet.runtime.distributed import find_processes, process_group
@@ -70,12 +69,12 @@ def eval_command(
     source = open_validation(data, known, trained.net.classes)
     trained = resolve_class_names(trained, source.classes, checkpoint, class_order)
     precision = inference_precision(trained.recipe.precision, torch_device)
-    console = Console(soft_wrap=True, markup=False, highlight=False, quiet=not processes.is_main)
+    console = plain_console(quiet=not processes.is_main)
     for line in describe_network(trained, precision):
         console.print(f"{printable(checkpoint)}: {line}")
     with (
         process_group(processes, torch_device),
-        _progress(console, "images", len(source)) as update,
+        progress_bar(console, "images") as progress,
     ):
         scores = evaluate_network(
             trained.net.to(torch_device),
@@ -84,23 +83,13 @@ def eval_command(
             precision,
             workers,
             batch,
-            progress=update,
+            progress=lambda done: progress(done, len(source)),
             processes=processes,
         )
     _print_scores(scores, console)
     if json_file and processes.is_main:
         content = {"checkpoint": str(checkpoint), "data": data, **scores.to_dict()}
         write_text(json_file, json.dumps(content, indent=2) + "\n")
-
-
-@contextmanager
-def _progress(console: "Console", description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar on a terminal. Yields a function of the number of items done."""
-    from rich.progress import Progress
-
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda done: bar.update(task, completed=done)
 
 
 def _print_scores(scores: "Scores", console: "Console") -> None:
@@ -149,8 +138,6 @@ def predict_command(
         raise RecipeError(f"--json and --csv name the same file {json_file}: use two files")
     files = Files(find_images(images))
 
-    from rich.console import Console
-
     from cspnet.inference.predict import predict_files
     from cspnet.runtime.device import choose_workers, inference_precision, setup_device
     from cspnet.weights.load import load_weights
@@ -160,7 +147,7 @@ def predict_command(
     trained = load_weights(checkpoint, labels=labels)
     precision = inference_precision(trained.recipe.precision, torch_device)
     trained.net.to(torch_device)
-    stderr = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False)
+    stderr = plain_console(stderr=True)
     shown = printable(checkpoint)
     for line in describe_network(trained, precision):
         stderr.print(f"{shown}: {line}")
@@ -179,10 +166,10 @@ def predict_command(
 def _collect(results: "Iterable[Prediction]", total: int, stderr: "Console") -> "list[Prediction]":
     """All predictions, with a progress bar; errors are printed as they occur."""
     predictions = []
-    with _progress(stderr, "images", total) as update:
+    with progress_bar(stderr, "images") as progress:
         for prediction in results:
             predictions.append(prediction)
-            update(len(predictions))
+            progress(len(predictions), total)
             if prediction.error is not None:
                 stderr.print(printable(f"{prediction.file}: {prediction.error}"), style="red")
     return predictions
@@ -192,8 +179,6 @@ def _write_predictions(
     predictions: "list[Prediction]", json_file: Path | None, csv_file: Path | None
 ) -> None:
     """Write predictions to the given files, or as a table to stdout."""
-    from rich.console import Console
-
     from cspnet.inference.predict import (
         predictions_to_csv,
         predictions_to_json,
@@ -207,8 +192,7 @@ def _write_predictions(
         write_text(csv_file, predictions_to_csv(predictions))
     if not (json_file or csv_file):
         # Unlimited width: rich must not truncate cells in a narrow terminal or a pipe.
-        console = Console(soft_wrap=True, markup=False, highlight=False, width=100_000)
-        console.print(predictions_to_table(predictions))
+        plain_console(width=100_000).print(predictions_to_table(predictions))
 
 
 def export_command(

@@ -13,9 +13,9 @@ from cspnet.cli.options import (
     Overrides,
     RecipeName,
     Workers,
-    complete_recompute,
     is_rank_zero,
     max_restarts,
+    plain_console,
     warning_console,
 )
 from cspnet.errors import RecipeError
@@ -47,14 +47,9 @@ Compile = Annotated[
     ),
 ]
 Recompute = Annotated[
-    str,
-    typer.Option(
-        help="Activations to recompute in the backward pass, to save memory: none, light, full.",
-        autocompletion=complete_recompute,
-    ),
+    Literal["none", "light", "full"],
+    typer.Option(help="Activations to recompute in the backward pass, to save memory."),
 ]
-
-
 Resume = Annotated[
     bool, typer.Option("--resume", help="Continue the run in the run folder, if there is one.")
 ]
@@ -155,12 +150,10 @@ def _find_recipe(
 
 def _train(recipe: "Recipe", options: "RunOptions", header: str, quiet: bool) -> None:
     """Train, and print the recipe before and the result after."""
-    from rich.console import Console
-
     from cspnet.console import RunOutput
     from cspnet.train.loop import train
 
-    console = Console(soft_wrap=True, markup=False, highlight=False)
+    console = plain_console()
     output = RunOutput(warning_console() if quiet else console)
     output.hold()  # so that an error during the setup of the run is printed alone
     output.print(header)

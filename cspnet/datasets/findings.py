@@ -21,6 +21,15 @@ SMALL_CLASS_RATIO = 0.1  # to the median class size: a smaller class is nearly e
 MIN_VALIDATION_IMAGES = 100  # with fewer, each image is more than one percent of top-1 accuracy
 SAMPLED_IMAGES = 100  # validation images whose names are looked up in the training set
 
+# Kinds of ignored files: severity, whether folders are counted, too, and message.
+IGNORED = {
+    "broken link": ("error", False, "broken link"),
+    "loose": ("warning", False, "next to the class folders, not in one; ignored"),
+    "hidden": ("note", True, "name starts with a dot; ignored"),
+    "system": ("note", True, "created by an operating system, file server or notebook; ignored"),
+    "other files": ("note", False, "no image suffix; ignored"),
+}
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -80,19 +89,15 @@ def class_findings(name: str, source: Source) -> Iterator[Finding]:
 
 def ignored_file_findings(name: str, source: Folder) -> Iterator[Finding]:
     """Files and folders in the folder of the split `name` that are not read."""
-    broken: list[str] = []  # links
-    loose: list[str] = []
-    hidden: list[str] = []
-    system: list[str] = []
-    others: dict[str, list[str]] = {}  # by suffix
+    ignored: dict[str, list[str]] = {kind: [] for kind in IGNORED}
     skipped: list[str] = []  # folders
     for entry in sorted(os.scandir(source.root), key=lambda entry: entry.name):
         if not os.path.exists(entry.path):
-            broken.append(entry.path)
+            ignored["broken link"].append(entry.path)
         elif is_system(entry.name) or entry.name.startswith("."):
             skipped.append(entry.path)
         elif is_image(entry.name):
-            loose.append(entry.path)
+            ignored["loose"].append(entry.path)
     for label in source.classes:
         for folder, names in walk(source.root / label, skipped):
             for file in sorted(names):
@@ -100,51 +105,37 @@ def ignored_file_findings(name: str, source: Folder) -> Iterator[Finding]:
                 if is_image(file):
                     continue
                 if not os.path.exists(path):
-                    broken.append(path)
+                    ignored["broken link"].append(path)
                 elif is_system(file):
-                    system.append(path)
+                    ignored["system"].append(path)
                 elif file.startswith("."):
-                    hidden += [path] * is_image(file.lstrip("._"))
+                    ignored["hidden"] += [path] * is_image(file.lstrip("._"))
                 else:
-                    suffix = os.path.splitext(file)[1].lower() or "no suffix"
-                    others.setdefault(suffix, []).append(path)
+                    ignored["other files"].append(path)
     for path in skipped:
         if is_system(os.path.basename(path)):
-            system.append(path)
+            ignored["system"].append(path)
         else:
-            hidden += [path] * _contains_images(path)
-    yield from _ignored(name, broken, loose, hidden, system, others)
+            ignored["hidden"] += [path] * _contains_images(path)
+    for kind, (severity, or_folders, phrase) in IGNORED.items():
+        if not (paths := ignored[kind]):
+            continue
+        kinds = []
+        if kind == "system":
+            kinds = Counter(map(os.path.basename, paths)).most_common(5)
+        elif kind == "other files":
+            counts = Counter(map(_suffix, paths))
+            paths.sort(key=lambda path: (-counts[_suffix(path)], _suffix(path)))
+            kinds = Counter(map(_suffix, paths)).most_common(5)
+        listed = ", ".join(f"{count:,} × {kind}" for kind, count in kinds)
+        message = f"{name}, {count_files(paths, or_folders)}: {phrase}" + f": {listed}" * bool(
+            kinds
+        )
+        yield Finding(kind, severity, message, paths)
 
 
-def _ignored(
-    name: str,
-    broken: list[str],
-    loose: list[str],
-    hidden: list[str],
-    system: list[str],
-    others: dict[str, list[str]],
-) -> Iterator[Finding]:
-    if broken:
-        message = f"{name}, {count_files(broken)}: broken link"
-        yield Finding("broken link", "error", message, broken)
-    if loose:
-        message = f"{name}, {count_files(loose)}: next to the class folders, not in one; ignored"
-        yield Finding("loose", "warning", message, loose)
-    if hidden:
-        message = f"{name}, {count_files(hidden, or_folders=True)}: name starts with a dot; ignored"
-        yield Finding("hidden", "note", message, hidden)
-    if system:
-        counts = Counter(os.path.basename(path) for path in system)
-        kinds = ", ".join(f"{count:,} × {kind}" for kind, count in counts.most_common(5))
-        message = f"{name}, {count_files(system, or_folders=True)}: created by an operating "
-        message += f"system, file server or notebook; ignored: {kinds}"
-        yield Finding("system", "note", message, system)
-    if others:
-        most = sorted(others.items(), key=lambda item: (-len(item[1]), item[0]))
-        kinds = ", ".join(f"{len(paths):,} × {suffix}" for suffix, paths in most[:5])
-        files = [path for _, paths in most for path in paths]
-        message = f"{name}, {count_files(files)}: no image suffix; ignored: {kinds}"
-        yield Finding("other files", "note", message, files)
+def _suffix(path: str) -> str:
+    return os.path.splitext(path)[1].lower() or "no suffix"
 
 
 def _contains_images(folder: str) -> bool:

@@ -7,17 +7,7 @@ import struct
 from collections.abc import Iterator
 
 from cspnet.images.formats import ImageInfo, UnreadableError, UnsupportedError
-from cspnet.images.ifd import IfdError, exif_orientation
-
-
-def _exif_orientation(exif: bytes | None) -> tuple[int, bool]:
-    """The orientation in an EXIF block, and whether the block is damaged."""
-    if exif is None:
-        return 1, False
-    try:
-        return exif_orientation(exif), False
-    except IfdError:
-        return 1, True
+from cspnet.images.ifd import exif_orientation
 
 
 def png_info(data: bytes) -> ImageInfo:
@@ -35,7 +25,7 @@ def png_info(data: bytes) -> ImageInfo:
     if len(header) != 13:
         raise UnreadableError("not a readable image: the PNG header is damaged")
     depth, colour_type = header[8], header[9]
-    orientation, damaged = _exif_orientation(chunks.get(b"eXIf"))
+    orientation, damaged = exif_orientation(chunks.get(b"eXIf"))
     return ImageInfo(
         "PNG",
         orientation,
@@ -67,7 +57,7 @@ def webp_info(data: bytes) -> ImageInfo:
             frames += 1
         elif name == b"EXIF" and exif is None:
             exif = data[at : at + length]
-    orientation, damaged = _exif_orientation(exif)
+    orientation, damaged = exif_orientation(exif)
     return ImageInfo("WEBP", orientation, damaged, alpha=alpha, multi_frame=frames > 1)
 
 

@@ -54,7 +54,7 @@ def decode(data: bytes, reduce: int = 1) -> np.ndarray:
         _require_size(data)
     if data.startswith(jpeg.SOI):
         flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION | REDUCED[reduce]
-        return apply_orientation(decode_opencv(data, flags), jpeg.orientation(data))
+        return apply_orientation(decode_opencv(data, flags), jpeg.orientation(data)[0])
     return apply_orientation(*codecs.read_image(data))
 
 

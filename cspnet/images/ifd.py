@@ -108,6 +108,14 @@ class ImageFileDirectory:
         return bytes(data)
 
 
-def exif_orientation(exif: bytes) -> int:
-    """The orientation in an EXIF block, with or without JPEG's `Exif` prefix. Raises IfdError."""
-    return ImageFileDirectory(exif.removeprefix(b"Exif\0\0")).orientation()
+def exif_orientation(exif: bytes | None) -> tuple[int, bool]:
+    """The orientation in an EXIF block, 1 to 8, and whether the block is damaged.
+
+    The block may have JPEG's `Exif` prefix. The orientation is 1 if it is absent or damaged.
+    """
+    if exif is None:
+        return 1, False
+    try:
+        return ImageFileDirectory(exif.removeprefix(b"Exif\0\0")).orientation(), False
+    except IfdError:
+        return 1, True

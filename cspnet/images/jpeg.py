@@ -100,28 +100,17 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
         at = end
 
 
-def orientation(data: bytes) -> int:
-    """1 to 8, from the first EXIF segment; 1 if there is none, or it is damaged."""
-    try:
-        return _orientation(data)
-    except IfdError:
-        return 1
-
-
-def _orientation(data: bytes) -> int:
-    """Like `orientation`, but raises IfdError if EXIF is damaged."""
+def orientation(data: bytes) -> tuple[int, bool]:
+    """The orientation, 1 to 8, from the first EXIF segment, and whether that is damaged."""
     for marker, start, end in _segments(data):
         if marker == APP1 and data.startswith(EXIF, start):
             return exif_orientation(data[start:end])
-    return 1
+    return 1, False
 
 
 def jpeg_info(data: bytes) -> ImageInfo:
     """Properties of a JPEG by the segments before the first scan."""
-    try:
-        exif, damaged = _orientation(data), False
-    except IfdError:
-        exif, damaged = 1, True
+    exif, damaged = orientation(data)
     components = 3
     for marker, start, _ in _segments(data):
         is_frame = marker in range(0xC0, 0xD0) and marker not in (0xC4, 0xC8, 0xCC)
