@@ -1,4 +1,4 @@
-"""cspnet trains CSPDarknet53, the backbone of YOLOv4, by a recipe, and hands on the result."""
+"""Train CSPDarknet53, the backbone of YOLOv4, from a recipe; evaluate and export it."""
 
 from importlib.metadata import PackageNotFoundError, version
 

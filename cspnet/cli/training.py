@@ -89,7 +89,7 @@ def train_command(
     quiet: Quiet = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Train by a recipe: cspnet-train --recipe cspdarknet53-omega --data DIR [KEY=VALUE ...]"""
+    """Train from a recipe: cspnet-train --recipe cspdarknet53-omega --data DIR [KEY=VALUE ...]"""
     from cspnet.console import tolerate_lost_output
     from cspnet.recipe.load import load_recipe, recipe_to_yaml
 

@@ -60,7 +60,7 @@ class BatchDataset(Dataset):
         return BatchHandle(batch, self.buffers, slot)
 
     def read(self, address: Any) -> Batch:
-        """The batch at an address, in memory of its own."""
+        """The batch at an address, in newly allocated memory."""
         return self.load(address, torch.empty(self._shape(address), dtype=torch.uint8))
 
     def _shape(self, address: Any) -> tuple[int, int, int, int]:
@@ -94,7 +94,7 @@ class TrainGroups(BatchDataset):
         unreadable: set[int] = set()
         positions = stream.group_positions(*address, recipe.batch, recipe.group)
         indices = [stream.index_at(recipe.seed, at, len(self.source)) for at in positions]
-        # `_draw_view` explains why all views are drawn before the first one is made.
+        # `sample_view` explains why all views are sampled before the first is rendered.
         size = self.size_at(address)
         views = [
             self._draw_view(index, position, size)

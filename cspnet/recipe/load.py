@@ -103,7 +103,7 @@ def load_recipe(path: Path | None, overrides: list[str], root: str | None = None
 def recipe_from_yaml(text: str) -> Recipe:
     """The recipe that `recipe_to_yaml` wrote.
 
-    RecipeError if its keys or types are those of another version.
+    Raises RecipeError if its keys or types are those of another version of cspnet.
     """
     try:
         stored = OmegaConf.create(
@@ -146,7 +146,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def decode_binary_paths(node: Any) -> Any:
-    """Content of a YAML file with `!!binary` paths replaced by the original strings."""
+    """Content of a YAML file with `!!binary` paths as the strings given to `recipe_to_yaml`."""
     if isinstance(node, dict):
         return {key: decode_binary_paths(value) for key, value in node.items()}
     return os.fsdecode(node) if isinstance(node, bytes) else node

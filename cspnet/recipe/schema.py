@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any, Literal, NamedTuple
 
 DIGITS = "digits"  # the value of data.root that selects the embedded data set
-# The networks of cspnet and their numbers of stages; names that start with TIMM are timm's.
+# The networks of cspnet and their numbers of stages. Names that start with TIMM_PREFIX are timm's.
 STAGE_COUNTS = {"cspdarknet53": 5, "darknet53": 5, "cspresnet50": 4, "cspresnext50": 4}
 TIMM_PREFIX = "timm/"
 
@@ -72,7 +72,7 @@ def rgb(low: float, high: float, *, needs: tuple[Need, ...]) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    # A key of STAGES, or timm/NAME.
+    # A key of STAGE_COUNTS, or timm/NAME.
     name: str = "cspdarknet53"
     # "auto" uses the classes of the training folder; a number must match them.
     classes: int | Literal["auto"] = "auto"

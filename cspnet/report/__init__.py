@@ -1,1 +1,1 @@
-"""What one sees of a run: the record, the progress, the pictures."""
+"""Reports on runs: report page, comparison, status, preview."""

@@ -32,7 +32,7 @@ def prepare_step(run: Run, state: TrainState, step_class: type[TrainStep] = Trai
     """The step as this run computes it: compiled if requested, with micro-batches that fit.
 
     If there is no compiler, or its result differs from eager mode, warn and use eager mode. Prints
-    its decisions, which are in `notes`, too. Raises OutOfMemory.
+    its decisions, which are in `notes`, too. Raises OutOfMemoryError.
     """
     # The first collective operation allocates device memory: before the memory probe.
     run.processes.all_reduce(torch.zeros(1, device=run.hardware.device))
@@ -228,8 +228,8 @@ def _largest_distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
 def probe_micro_batch(run: Run, state: TrainState, step: TrainStep) -> tuple[TrainStep, int]:
     """The step with the largest micro-batch that fits into memory, and its peak memory in bytes.
 
-    The peak is 0 on a CPU. Each size runs twice, since the first time allocates what is in the way
-    of the second. Raises OutOfMemory if not even a single group fits.
+    The peak is 0 on a CPU. Each size runs twice, since the first run also makes one-time
+    allocations. Raises OutOfMemoryError if not even a single group fits.
     """
     recipe = run.recipe
     failure: str | None = None

@@ -43,8 +43,8 @@ from cspnet.train.unreadable import UnreadableImages
 def train(recipe: Recipe, options: RunOptions, console: Console | RunOutput) -> Scores | None:
     """Train to the end of the schedule; return the scores of the last validation.
 
-    None if the run was complete before. Raises Stopped after a signal or at the time limit, with
-    the state saved. A held output is released once all user errors are excluded.
+    None if the run was complete before. Raises StoppedError after a signal or at the time limit,
+    with the state saved. A held output is released once no user error is possible any more.
     """
     stop = StopRequest(options.max_hours)
     processes = find_processes()
@@ -97,7 +97,7 @@ def recorded_end(run: Run, state: TrainState) -> Iterator[None]:
             lost = "another process of the run has ended or hangs"
             log_event(run, state, "fail", [lost])
             run.output.log(f"error: {lost}")
-            raise  # `joined` turns it into a message
+            raise  # `process_group` turns it into a message
         crash = crash_error(run, state, error)
         run.output.log(f"error: {crash}")
         raise crash from None
@@ -195,10 +195,10 @@ def open_groups(run: Run, step: int, monitor: WorkerMonitor) -> Generator[Batch]
 
 @contextmanager
 def save_if_workers_lost(run: Run, state: TrainState, reporter: Reporter) -> Iterator[None]:
-    """Turn WorkersLost, after which a restart may help, into Stopped with the state saved.
+    """Turn WorkersFailedError into StoppedError with the state saved; a restart may help.
 
-    If this process has not completed a step, a restart would fail in the same way again and again,
-    so the error remains; as it does with several processes, since one cannot save alone.
+    If this process has not completed a step, every restart would fail in the same way, so the error
+    is raised again. So it is with several processes, since one of them cannot save alone.
     """
     first_step = state.step
     try:
