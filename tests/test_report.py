@@ -544,6 +544,15 @@ def test_recipe_entries_hold_values_and_comments():
     assert entries["optim.weight_decay"].value == 5e-4
 
 
+@pytest.mark.parametrize("indicator", ["|-", ">-"])
+def test_a_recipe_may_end_with_a_block_of_text(indicator):
+    entries = recipe_entries(f"seed: 1  # ours\ndata:\n  root: {indicator}\n    data/x # 1\n")
+    assert [(entry.value, entry.comment) for entry in entries.values()] == [
+        (1, "ours"),
+        ("data/x # 1", ""),
+    ]
+
+
 def test_the_report_shows_the_source_of_each_value(tmp_path, command):
     file = tmp_path / "mine.yaml"
     text = (ROOT / "recipes" / "digits.yaml").read_text()

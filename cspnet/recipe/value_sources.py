@@ -28,8 +28,12 @@ def recipe_entries(text: str) -> dict[str, RecipeEntry]:
             if isinstance(value, yaml.MappingNode):
                 visit(value, f"{prefix}{key.value}.")
                 continue
-            # A block list ends where the next key starts, so it has no comment of its own.
-            has_comment = isinstance(value, yaml.ScalarNode) or value.flow_style
+            # A block list or a block text ends where the next key starts, or after the last line,
+            # so it has no comment of its own.
+            if isinstance(value, yaml.ScalarNode):
+                has_comment = value.style not in ("|", ">")
+            else:
+                has_comment = value.flow_style
             rest = lines[value.end_mark.line][value.end_mark.column :] if has_comment else ""
             content = yaml.safe_load(yaml.serialize(value))
             comment = rest.partition("#")[2].strip()

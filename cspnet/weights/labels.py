@@ -17,7 +17,6 @@ from cspnet.errors import CheckpointError, RecipeError
 from cspnet.text import printable
 from cspnet.weights.trained import Trained, permute_classes
 
-CLASS_ORDERS = ("natural", "sorted")
 BOM = b"\xef\xbb\xbf"
 
 
