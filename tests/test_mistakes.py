@@ -147,10 +147,13 @@ MISTAKES = [
     ("cspnet prepare imagenet --output data", "data/train exists with 3 class folders"),
     # Where it runs
     ("cspnet plan --recipe digits --gpu gtx970", "--gpu gtx970: unknown; must be one of rtx2070"),
-    ("cspnet plan --recipe digits --gpu 2070 --workers 4", "nothing: leave out --workers"),
+    (
+        "cspnet plan --recipe digits --gpu 2070 --workers 4",
+        "without running anything: omit --workers",
+    ),
     (
         "cspnet plan --recipe digits --gpu 2070 precision=bf16",
-        "precision is bf16, but the figures for",
+        "precision=bf16: --gpu supports only fp16",
     ),
     (f"{TRAIN} --device gpu", "--device gpu: must be auto, cpu, cuda or cuda:N"),
     (f"{TRAIN} --device 0", "--device 0: must be auto, cpu, cuda or cuda:N"),
@@ -177,7 +180,7 @@ MISTAKES = [
     (f"{TRAIN} --output data", "the run folder data is not empty"),
     (f"{TRAIN} --output run", "the run folder run is not empty: continue its run with --resume"),
     ("cspnet-train --resume --output void", "--output void is not a run folder"),
-    ("cspnet-train --resume --output nowhere", "--output nowhere is no folder"),
+    ("cspnet-train --resume --output nowhere", "--output nowhere does not exist"),
     (f"{TRAIN} --resume --output data", "data is not a run folder"),
     (f"{TRAIN} --resume --output run seed=7", "this run cannot be resumed with other settings"),
     # Checkpoints
