@@ -58,9 +58,8 @@ def test_a_running_run(tmp_path):
     text = status_text(a_run(tmp_path / "run", record, [event("start", 0, 0)]), 11)
     assert "running since" in text and "last update 0:01:00 ago" in text
     assert "step        500 of 1,000 (50.0%), loss 2.5000" in text
-    assert (
-        "67 images/s, 25% of the time spent waiting for data; 0:01:15 left" in text
-    )  # 5,000 images
+    # 5,000 images are left.
+    assert "67 images/s, 25% of the time spent waiting for data; 0:01:15 left" in text
     last = "last validation 55.25 % at step 500"
     assert f"{last}; best 61.50 % at step 200, selected on the same images" in text
     assert "last save   none yet" in text

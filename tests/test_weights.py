@@ -570,3 +570,12 @@ def test_numbers_of_the_normalisation_are_checked():
     recipe = recipes.load_recipe(None, given)
     assert recipes.recipe_from_yaml(recipes.recipe_to_yaml(recipe)) == recipe
     assert build_net(recipe, 2) and np.isclose(recipe.data.mean[1], 0.1)
+
+
+def test_an_export_of_another_version_gets_one_message(tmp_path):
+    metadata = {"recipe": "average: {decay: 0.9}", "count": 2, "classes": None, "step": 1}
+    file = tmp_path / "net.safetensors"
+    save_file({"w": torch.zeros(1)}, file, {"cspnet": json.dumps(metadata)})
+    with pytest.raises(CheckpointError, match=r"average\.decay was renamed ema\.decay") as caught:
+        load_weights(str(file))
+    assert str(caught.value).startswith(f"{file}: the stored recipe is of another version")

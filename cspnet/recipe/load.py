@@ -113,7 +113,10 @@ def recipe_from_yaml(text: str) -> Recipe:
             raise RecipeError("the stored recipe is not a mapping")
         old = [key for key, _ in flatten(OmegaConf.to_container(stored)) if key in renamed()]
         if old:
-            raise RecipeError(f"the stored recipe is of another version: {_renamed_text(old[0])}")
+            raise RecipeError(
+                f"the stored recipe is of another version: {_renamed_text(old[0])}. Use the "
+                "version of cspnet that wrote it"
+            )
         recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), stored))
     except (YAMLError, OmegaConfBaseException) as error:
         raise RecipeError(f"the stored recipe is of another version: {error}") from None

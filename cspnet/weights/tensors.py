@@ -97,6 +97,8 @@ def _from_own(state: dict[str, torch.Tensor], text: str, origin: str) -> Trained
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{origin}: its cspnet metadata is invalid: {error}") from None
+    except RecipeError as error:
+        raise CheckpointError(f"{origin}: {error}") from None
     load_strict(trained.net, state, origin)
     return trained
 
