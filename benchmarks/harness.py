@@ -26,6 +26,8 @@ from rich.console import Console
 
 from cspnet.recipe.schema import Recipe
 from cspnet.runtime.options import RunOptions
+from cspnet.sources.data_root import DataRoot
+from cspnet.sources.folder import Folder
 from cspnet.train.setup import Run, prepare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,6 +119,17 @@ def print_table(results: Mapping[str, Windows], unit: str, reference: str) -> No
             f"{name:20} {windows.median:9.2f} {unit} ({windows.spread()})  "
             f"{ratio.median:5.2f} of {reference} ({ratio.spread()})"
         )
+
+
+def open_folder(root: str, split: str) -> Folder:
+    """The images of `train` or `val` in a data root, which may be the val folder itself.
+
+    ValueError if they are not in class folders, the only format that all trainers read.
+    """
+    location = DataRoot(root).train if split == "train" else DataRoot(root).val
+    if not isinstance(location, Path):
+        raise ValueError(f"--data {root}: this benchmark needs class folders")
+    return Folder(location)
 
 
 class RepeatedSource:

@@ -28,6 +28,7 @@ from harness import (
     argument_parser,
     interleave,
     new_record,
+    open_folder,
     write_record,
 )
 from torchvision.transforms import v2
@@ -36,7 +37,6 @@ from cspnet.data.loader import evaluation_batches, training_groups
 from cspnet.images import decode
 from cspnet.recipe.load import find_recipe, load_recipe
 from cspnet.recipe.schema import Evaluate
-from cspnet.sources.data_root import DataRoot
 from cspnet.sources.folder import Folder
 
 ENDLESS = 100_000  # images, by repetition: no epoch ends within a window
@@ -121,8 +121,8 @@ def torchvision_batches(
 
 def training_pipelines(root: str, batch: int, size: int) -> dict[str, Pipeline]:
     """Pipelines by name; cspnet's is the first."""
-    folder = DataRoot(root).train_folder
-    source = Folder(folder)
+    source = open_folder(root, "train")
+    folder = source.root
     crop = "RandomResizedCrop, flip"
     transform = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
     return {
@@ -155,8 +155,8 @@ def training_pipelines(root: str, batch: int, size: int) -> dict[str, Pipeline]:
 
 def validation_pipelines(root: str, batch: int, size: int) -> dict[str, Pipeline]:
     """Pipelines by name; cspnet's is the first."""
-    folder = DataRoot(root).val_folder
-    source = Folder(folder)
+    source = open_folder(root, "val")
+    folder = source.root
     resized = int(size / CROP_PCT)
     view = f"shorter side to {resized}, antialiased, central {size}²"
     transform = v2.Compose([v2.Resize(resized, antialias=True), v2.CenterCrop(size)])
@@ -298,7 +298,7 @@ def main() -> None:
         windows = interleave(variants, options.rounds, dropped=1, shuffle=True)
         print(f"\n{kind}, medians of {options.rounds} windows")
         record[kind] = summarize(pipelines, windows)
-    source = Folder(DataRoot(root).train_folder)
+    source = open_folder(root, "train")
     record["workers_mb"] = worker_memory(source, batch, size, workers, options.epochs)
     print(f"\nmemory of cspnet's workers after each epoch of {len(source):,} images, MB (PSS):")
     for memory in record["workers_mb"]:

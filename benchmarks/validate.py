@@ -19,6 +19,7 @@ from harness import (
     argument_parser,
     interleave,
     new_record,
+    open_folder,
     print_table,
     use_defaults,
     write_record,
@@ -29,8 +30,6 @@ from cspnet.inference.evaluate import evaluate_network
 from cspnet.nets import create
 from cspnet.recipe import load as recipes
 from cspnet.runtime.device import DTYPES, choose_precision, choose_workers, setup_device
-from cspnet.sources.data_root import DataRoot
-from cspnet.sources.folder import Folder
 
 CROP_PCT = 0.887  # timm's default for cspdarknet53
 
@@ -90,8 +89,8 @@ def main() -> None:
     precision = choose_precision(options.precision, device)
     workers = choose_workers(options.workers, device)
     use_defaults(options, device.type == "cpu", batch=(32, 256), images=(160, 10_000))
-    folder = DataRoot(options.data).val_folder
-    source = RepeatedSource(Folder(folder), options.images)
+    folder = open_folder(options.data, "val")
+    source = RepeatedSource(folder, options.images)
     nets = build_networks(len(source.classes), device)
     recipe = recipes.load_recipe(
         None,
@@ -113,7 +112,7 @@ def main() -> None:
 
     variants = {
         "cspnet": ours,
-        "timm": lambda: run_timm(nets[1], folder, options, device, precision, workers),
+        "timm": lambda: run_timm(nets[1], folder.root, options, device, precision, workers),
     }
     results = interleave(variants, options.rounds, dropped=1)
     speeds = {name: Windows([speed for speed, _ in runs]) for name, runs in results.items()}
