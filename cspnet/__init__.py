@@ -2,6 +2,8 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+import cspnet.images  # noqa: F401  sets the limit of OpenCV, before any module loads OpenCV
+
 try:
     __version__ = version("cspnet")
 except PackageNotFoundError:  # run from a clone that was not installed

@@ -475,3 +475,10 @@ def test_extreme_aspect_ratio_is_refused_before_allocation():
         with pytest.raises(decode.UnreadableError, match="too long and narrow"):
             decode.evaluation_view(np.zeros(shape, np.uint8), 256, Evaluate())
     assert decode.evaluation_view(np.zeros((40, 3_000, 3), np.uint8), 256, Evaluate()).shape
+
+
+def test_opencv_has_the_limit_whatever_module_loads_it_first():
+    modules = "cspnet.datasets.pack", "cspnet.report.preview", "cspnet.report.mistakes"
+    for module in modules:
+        program = f"import {module}, cspnet.images; assert cspnet.images.LIMITED"
+        subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

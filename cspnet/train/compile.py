@@ -129,12 +129,13 @@ def self_test(run: Run, state: TrainState, step: TrainStep, eager: TrainStep) ->
     eager one. Loss, gradients and changes of the running statistics must agree; in 16 bits, they
     must be as close to float32 as the eager ones.
     """
-    parts = list({len(part): part for part in step.micro_batches}.values())
-    singles = [group for part in parts for group in split_groups(part, 1)]
+    by_length = {len(group_range): group_range for group_range in step.micro_batches}
+    group_ranges = list(by_length.values())
+    singles = [group for group_range in group_ranges for group in split_groups(group_range, 1)]
     weights = _copy_to_host(state.net)
 
-    def measure(step: TrainStep, parts: list[range], scale: float) -> Outcome:
-        loss = sum(float(step.trial(part, scale)) for part in parts)
+    def measure(step: TrainStep, group_ranges: list[range], scale: float) -> Outcome:
+        loss = sum(float(step.trial(group_range, scale)) for group_range in group_ranges)
         gradients = [w.grad.cpu() for w in state.net.parameters() if w.grad is not None]
         changes = [
             tensor.cpu() - weights[name]
@@ -161,7 +162,7 @@ def self_test(run: Run, state: TrainState, step: TrainStep, eager: TrainStep) ->
 
     scale = state.scaler.get_scale()  # 1 without loss scaling
     while True:
-        rounded, compiled = measure_eager(eager, scale), measure(step, parts, scale)
+        rounded, compiled = measure_eager(eager, scale), measure(step, group_ranges, scale)
         finite = all(bool(g.isfinite().all()) for g in rounded.gradients + compiled.gradients)
         if finite or scale <= 1:
             break

@@ -140,11 +140,11 @@ def train_loop(
             # --- one optimizer step
             lr = state.set_learning_rate(recipe)
             micro_batches = []  # all attacked before a forward pass updates the running statistics
-            for part in step.micro_batches:
+            for group_range in step.micro_batches:
                 with reporter.waiting_for_data():
-                    loaded = [next(groups) for _ in part]
+                    loaded = [next(groups) for _ in group_range]
                 unreadable.check(loaded)
-                micro_batches.append(step.load(loaded, state, part))
+                micro_batches.append(step.load(loaded, state, group_range))
             with state.inconsistent():
                 state.note_loss(step.forward_backward(micro_batches, state.scaler))
                 state.apply_update()

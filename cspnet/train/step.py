@@ -119,16 +119,16 @@ class TrainStep:
         self._parallel = run.processes.wrap_ddp(self.network, self.device)
         self._stats = RunningStats(run.processes, self.net, len(run.groups))
 
-    def load(self, groups: Sequence[Batch], state: TrainState, part: range) -> MicroBatch:
-        """The micro-batch of the groups `part` of the current step: augmented, and attacked if due.
+    def load(self, groups: Sequence[Batch], state: TrainState, group_range: range) -> MicroBatch:
+        """The micro-batch of the groups `group_range` of the current step, augmented and attacked.
 
         Load all micro-batches before the first forward pass, which updates the running statistics
         that the attacks use. The attack goes group by group, so that its result does not depend on
         the micro-batch.
         """
-        images, targets = self.load_clean(groups, state.step, part)
+        images, targets = self.load_clean(groups, state.step, group_range)
         group = self.recipe.group
-        for position in np.flatnonzero(attack_mask(self.recipe, state.step, part)):
+        for position in np.flatnonzero(attack_mask(self.recipe, state.step, group_range)):
             rows = slice(position * group, (position + 1) * group)
             size = attack_step_size(state.step, self.recipe)
             # The scaler's factor suits gradients of a step's mean loss, so use one image's share.
@@ -137,11 +137,11 @@ class TrainStep:
             images[rows] = self.attack(images[rows], targets[rows], size, scale)
         return MicroBatch(images, targets)
 
-    def load_clean(self, groups: Sequence[Batch], step: int, part: range) -> MicroBatch:
-        """The micro-batch of the groups `part` of a step: augmented, without an attack."""
+    def load_clean(self, groups: Sequence[Batch], step: int, group_range: range) -> MicroBatch:
+        """The micro-batch of the groups `group_range` of a step: augmented, without an attack."""
         images = torch.cat([copy_to(self.device, group.images) for group in groups])
         labels = torch.cat([copy_to(self.device, group.labels) for group in groups])
-        draws = sample_params(self.recipe, step, part).to(self.device)
+        draws = sample_params(self.recipe, step, group_range).to(self.device)
         return MicroBatch(*self.augment(images, labels, draws, self.recipe, self.classes))
 
     def attack(
@@ -194,14 +194,16 @@ class TrainStep:
             losses.append(loss.detach())
         return self._stats.all_reduce(torch.as_tensor(sum(losses)))
 
-    def trial(self, part: range, scale: float = 1.0, with_attack: bool = False) -> torch.Tensor:
-        """Loss of the groups `part` of the last step, its gradient accumulated times `scale`.
+    def trial(
+        self, group_range: range, scale: float = 1.0, with_attack: bool = False
+    ) -> torch.Tensor:
+        """Loss of the groups `group_range` of the last step; accumulate its gradient times `scale`.
 
         The last step has images of the full size. The images are read without workers. Nothing is
         synchronized.
         """
         step = self.recipe.schedule.steps - 1
-        images, targets = self.load_clean(self._read(step, part), step, part)
+        images, targets = self.load_clean(self._read(step, group_range), step, group_range)
         if with_attack:
             rows = slice(self.recipe.group)
             size = attack_step_size(step, self.recipe)
@@ -230,8 +232,8 @@ class TrainStep:
         The attack has the step size of the step, or of the end of the schedule if the step has
         none. The third value is None if the recipe has no attack.
         """
-        part = range(1)
-        images, targets = self.load_clean(self._read(step, part), step, part)
+        group_range = range(1)
+        images, targets = self.load_clean(self._read(step, group_range), step, group_range)
         largest = self.recipe.adversarial.step_size
         if not largest:
             return images, targets, None
@@ -241,14 +243,14 @@ class TrainStep:
 
     def replay_step(self, step: int) -> torch.Tensor:
         """Logits of all groups of a step, without attacks, by the network that is not compiled."""
-        part = range(self.recipe.groups)
-        images, _ = self.load_clean(self._read(step, part), step, part)
+        group_range = range(self.recipe.groups)
+        images, _ = self.load_clean(self._read(step, group_range), step, group_range)
         return self.forward(images, self.net)
 
-    def _read(self, step: int, part: range) -> list[Batch]:
+    def _read(self, step: int, group_range: range) -> list[Batch]:
         """Read some groups of a step in this process."""
         groups = TrainGroups(self._run.train_set, self.recipe)
-        return [groups.read((step, group)) for group in part]
+        return [groups.read((step, group)) for group in group_range]
 
 
 def copy_to(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
