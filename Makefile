@@ -1,4 +1,4 @@
-# Each target installs what it needs, and can run in a fresh clone or repeatedly.
+# Each target installs what it needs. It works in a fresh clone, and can be repeated.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -11,7 +11,7 @@ help:  ## show this list
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test]'
 	touch $@
 
-demo: .venv/ready  ## train on the embedded digits (minutes on two cores), evaluate, write a report
+demo: .venv/ready  ## train on the embedded digits (two to four minutes on two cores), evaluate, write a report
 	$(BIN)/cspnet-train --recipe digits --output runs/demo --resume
 	$(BIN)/cspnet-eval --checkpoint runs/demo/checkpoints/last.pt --data digits
 	$(BIN)/cspnet report runs/demo
@@ -25,16 +25,16 @@ lint: .venv/ready  ## ruff check, ruff format --check and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint  ## lint, and all tests that run in minutes without a GPU
+test: lint  ## lint and all fast tests, without a GPU (minutes)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-slow: .venv/ready  ## tests that take long
+test-slow: .venv/ready  ## the slow tests (minutes each)
 	$(BIN)/python -m pytest -m slow
 
 test-gpu: .venv/ready  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
-bench: .venv/ready  ## benchmarks for a CPU, JSON in results/ (minutes; more of them with DATA=ROOT: hours)
+bench: .venv/ready  ## CPU benchmarks, JSON in results/ (minutes; with DATA=ROOT also those with images: hours)
 	mkdir -p results
 	$(BIN)/python benchmarks/memory.py --json results/memory.json
 	$(BIN)/python benchmarks/step.py --json results/step.json
@@ -46,5 +46,5 @@ ifdef DATA
 	$(BIN)/python benchmarks/parity.py --data $(DATA) --json results/parity.json
 endif
 
-bench-gpu: .venv/ready  ## benchmarks for a GPU, JSON in results/ (9 minutes with 40 GB or more, else 27); DATA=ROOT
+bench-gpu: .venv/ready  ## GPU benchmarks, JSON in results/ (9 minutes with 40 GB or more, else 27; DATA=ROOT)
 	$(BIN)/python benchmarks/gpu.py --output results $(if $(DATA),--data $(DATA))

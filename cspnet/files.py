@@ -34,7 +34,7 @@ def replace_file(
 
     The new file has the permissions that `write` gives it, so those of the umask. With `durable`,
     the file and its directory entry are on the disk on return. If anything fails, `path` is
-    unchanged and the temporary file is removed. Raises OSError, and whatever `write` raises.
+    unchanged and the temporary file is removed. Raises OSError, and any exception of `write`.
     """
     temporary = temporary_path(path, concurrent)
     # It could be a hard link to another file, or belong to another user: never write into it.

@@ -96,7 +96,7 @@ def test_train_py_runs_the_command(tmp_path):
         (["-r", "digits", "optim.learning_rte=1"], "Did you mean 'optim.learning_rate=1'"),
         (["-r", "cifar10", "--data", "nowhere"], "data folder nowhere does not exist"),
         (["-r", "digits", "--device", "gpu"], "must be auto, cpu, cuda or cuda:N"),
-        (["-r", "digits", "--device", "cuda:99"], "CUDA devices to torch"),
+        (["-r", "digits", "--device", "cuda:99"], "CUDA devices on this machine"),
         (["-r", "digits", "--workers", "-1"], "--workers -1"),
         (["-r", "digits", "--micro-batch", "5"], "a multiple of"),
         (["-r", "digits", "--micro-batch", "0"], "a multiple of"),

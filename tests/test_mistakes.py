@@ -158,7 +158,7 @@ MISTAKES = [
     (f"{TRAIN} --device gpu", "--device gpu: must be auto, cpu, cuda or cuda:N"),
     (f"{TRAIN} --device 0", "--device 0: must be auto, cpu, cuda or cuda:N"),
     (f"{TRAIN} --device cuda:x", "must be auto, cpu, cuda or cuda:N"),
-    (f"{TRAIN} --device cuda:9", "CUDA devices to torch"),
+    (f"{TRAIN} --device cuda:9", "CUDA devices on this machine"),
     (f"{TRAIN} --device mps", "must be auto, cpu, cuda or cuda:N"),
     (f"{EVAL} --data digits --device gpu", "--device gpu: must be"),
     (f"{TRAIN} --workers -1", "--workers -1: must be 0"),

@@ -324,7 +324,7 @@ def test_pack_command_reports_its_result_and_skipped_images(folder, command, tmp
     assert done.returncode == 1, done.stderr
     assert "train: 34 images in 1 tar files, " in done.stdout and "\x1b" not in done.stdout
     assert "34 resized to a shorter side of 40 pixels (JPEG quality 92), 0 copied" in done.stdout
-    assert "have other pixels than the originals" in done.stdout
+    assert "pixels of resized images differ from the originals" in done.stdout
     for problem in ("3.jpg: not a readable image", "5.jpg: No such file or directory"):
         assert f"error: train: skipped data/train/bear/{problem}" in done.stdout
     assert done.stdout.count("skipped") == 3

@@ -173,7 +173,8 @@ def test_interpolation_keeps_two_numbers_together():
 
 def rows_of_sources():
     """Field, value, recipes and source of each row of the first table of docs/recipe-sources.md."""
-    text = (ROOT / "docs" / "recipe-sources.md").read_text().split("## What is not a field")[0]
+    text = (ROOT / "docs" / "recipe-sources.md").read_text()
+    text = text.split("## Settings that are not recipe fields")[0]
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
         if len(cells) == 4 and cells[0].startswith("`"):

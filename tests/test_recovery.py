@@ -221,7 +221,7 @@ def test_other_validation_images_select_best_anew(tiny, folder, tmp_path):
         file.write(b"more")
     run(tiny(*data_of(folder), "schedule.steps=8"), tmp_path / "run", resume=True)
     remarks = history(tmp_path / "run")[-2]["remarks"]
-    assert "the validation images changed: best.pt is selected anew" in remarks
+    assert "the validation images changed: the selection of best.pt starts again" in remarks
     assert load_checkpoint(tmp_path / "run/checkpoints/best.pt")["step"] == 8
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from cspnet.cli.options import (
-    Workers,
+    WorkerProcesses,
     complete_data,
     plain_console,
     progress_bar,
@@ -70,7 +70,7 @@ def check_command(
         Path | None,
         typer.Option("--json", help="Write the full report to this file; - is stdout."),
     ] = None,
-    workers: Workers = None,
+    workers: WorkerProcesses = None,
 ) -> None:
     """Check a data set for errors: cspnet check data/imagenet
 
@@ -154,7 +154,7 @@ def pack_command(
     ] = 320,
     quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality.")] = 92,
     shard_mb: Annotated[int, typer.Option(min=1, help="Size of a tar file, in MB.")] = 256,
-    workers: Workers = None,
+    workers: WorkerProcesses = None,
 ) -> None:
     """Resize a data set once, into tar files: cspnet pack data/imagenet --output data/packed
 

@@ -79,6 +79,10 @@ Workers = Annotated[
     int | None,
     typer.Option("--workers", "-j", help="Number of dataloader workers.", show_default="auto"),
 ]
+WorkerProcesses = Annotated[
+    int | None,
+    typer.Option("--workers", "-j", help="Number of worker processes.", show_default="auto"),
+]
 BatchSize = Annotated[
     int | None, typer.Option(min=1, help="Batch size.", show_default="from the recipe")
 ]

@@ -49,8 +49,8 @@ def plan_command(
 ) -> None:
     """Measure memory, time and bottleneck of a run: cspnet plan --recipe cspdarknet53-omega
 
-    Run some steps on this machine, in a temporary folder. With --gpu, predict from counted bytes
-    and the data sheet of the card instead, without data and without running a step.
+    Run some steps on this machine, in a temporary folder. With --gpu, predict instead from
+    counted bytes and the data sheet of the card, without data and without running a step.
     """
     from cspnet.recipe.load import find_recipe, load_recipe
 

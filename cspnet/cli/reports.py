@@ -41,9 +41,9 @@ def report_command(
 ) -> None:
     """Write a report on a run: cspnet report runs/cspdarknet53-omega
 
-    Write report.html, a self-contained page, and its figures as PNG files. The run may still be
-    running. Evaluate its checkpoint once on the validation images; if one of them is unavailable,
-    report the logs only.
+    Write report.html, a self-contained page, and its figures as PNG files. The run may be in
+    progress. Evaluate its checkpoint once on the validation images; if the checkpoint or the images
+    are unavailable, report the logs only.
     """
     from cspnet.run.reader import read_run
 

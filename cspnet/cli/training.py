@@ -183,7 +183,7 @@ def preview_command(
     output: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("preview.png"),
     step: Annotated[int, typer.Option(min=0, help="Optimizer step to show.")] = 0,
     checkpoint: Annotated[
-        str | None, typer.Option(help="Weights for the attack; new ones by default.")
+        str | None, typer.Option(help="Weights for the attack; untrained ones by default.")
     ] = None,
     device: Device = "auto",
     labels: Labels = None,

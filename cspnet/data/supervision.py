@@ -1,6 +1,6 @@
 """Restart dataloader workers that die; without workers, decode in the main process.
 
-torch detects a dead worker through SIGCHLD and raises an exception in whatever code is running,
+torch detects a dead worker through SIGCHLD and raises an exception in the code that is running,
 such as an optimizer step or a save. Here the exception is deferred until the main process waits for
 a batch. Only there can workers be restarted without losing anything.
 """
@@ -223,7 +223,7 @@ def _death(iterator: _BaseDataLoaderIter | None) -> str | None:
 
 
 def _take_over_sigchld() -> None:
-    """Replace torch's SIGCHLD handler, which raises in whatever code is running."""
+    """Replace torch's SIGCHLD handler, which raises an exception at an arbitrary point."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, _on_sigchld)
 

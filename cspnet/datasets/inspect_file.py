@@ -53,7 +53,7 @@ class Inspection(NamedTuple):
 
 
 def inspect_image(source: Source, index: int) -> Inspection:
-    """Read and inspect one image of a source. Never raises, whatever the bytes are."""
+    """Read and inspect one image of a source. Raises no exception for any bytes."""
     name = source.name(index)
     try:
         if isinstance(source, Folder):

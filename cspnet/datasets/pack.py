@@ -115,8 +115,8 @@ def pack_summary(
     if any(shard.encoded for packed in splits.values() for shard in packed):
         yield (
             "",
-            "Resized images have other pixels than the originals: training on the packed data set "
-            "is a different run.",
+            "The pixels of resized images differ from the originals: training on the packed data "
+            "set is a different run.",
         )
 
 

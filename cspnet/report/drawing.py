@@ -72,7 +72,7 @@ class Drawing:
 
 @contextmanager
 def _theme() -> Iterator[None]:
-    """Applies the report's theme, whatever matplotlibrc says."""
+    """Apply the report's theme, regardless of matplotlibrc."""
     import matplotlib  # takes a second to import
 
     with matplotlib.rc_context(), warnings.catch_warnings():

@@ -18,7 +18,7 @@ from cspnet.report.timeline import format_time
 from cspnet.run.reader import START_EVENTS, STOP_EVENTS, RunRecord, running_periods
 
 MAX_OPEN_EVENTS = 50  # a longer history is collapsed
-# Whatever a class name contains, the browser loads and runs nothing.
+# A class name can never make the browser load or run anything.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 

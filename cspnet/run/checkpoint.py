@@ -173,7 +173,7 @@ def write_checkpoint(content: dict, path: Path) -> None:
 
 
 class _ErrorKeepingWriter:
-    """Keeps the OSError of a failed write, which torch.save replaces by an error of its own."""
+    """Keeps the OSError of a failed write, which torch.save replaces with another error."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file

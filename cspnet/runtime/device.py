@@ -39,13 +39,13 @@ def setup_device(name: str, processes: Processes = SINGLE_PROCESS) -> torch.devi
                 )
             if processes.local_size > count:
                 raise RecipeError(
-                    f"{processes.local_size} processes on this machine, which shows {count} CUDA "
-                    f"devices to torch: start one for each, torchrun --nproc-per-node={count}"
+                    f"{processes.local_size} processes on this machine, but torch finds {count} "
+                    f"CUDA devices: start one for each, torchrun --nproc-per-node={count}"
                 )
             number = str(processes.local_rank)
         if int(number or 0) >= count:
             raise RecipeError(
-                f"--device {name}: this machine shows {count} CUDA devices to torch. "
+                f"--device {name}: torch finds {count} CUDA devices on this machine. "
                 "Check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu."
             )
         device = torch.device("cuda", int(number or 0))

@@ -35,7 +35,7 @@ def is_data_root(folder: Path) -> bool:
 
 
 def is_split(folder: Path) -> bool:
-    """Whether a folder contains class folders and no images of its own. Raises DataError."""
+    """Whether a folder contains class folders, and no images directly in it. Raises DataError."""
     return folder.is_dir() and not has_own_images(folder) and bool(class_folders(folder))
 
 

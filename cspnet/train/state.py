@@ -151,7 +151,7 @@ class TrainState:
         val_changed = DatasetIdentity.from_text(saved["dataset"]).val != identity.dataset.val
         if val_changed and self.best_top1 >= 0:
             self.best_top1 = -1.0
-            remarks.append("the validation images changed: best.pt is selected anew")
+            remarks.append("the validation images changed: the selection of best.pt starts again")
         return remarks
 
 

@@ -49,7 +49,7 @@ class UnreadableImages:
                 raise DataError(
                     f"{group.replaced} unreadable images in one group of {len(group.labels)}, such "
                     f"as {printable(self._source.name(group.unreadable[0]))}. They are listed in "
-                    f"{self.shown_path}; repair the files under their names, then --resume."
+                    f"{self.shown_path}; repair the files in place, then --resume."
                 )
             self.require_few()
 
@@ -66,7 +66,7 @@ class UnreadableImages:
             raise DataError(
                 f"{len(self._met):,} of {len(self._source):,} training images are unreadable "
                 f"so far, more than data.max_unreadable={self._max_share:g} of them. They are "
-                f"listed in {self.shown_path}; repair the files under their names, or allow more, "
+                f"listed in {self.shown_path}; repair the files in place, or allow more, "
                 "then --resume."
             )
 
