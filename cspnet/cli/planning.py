@@ -142,10 +142,10 @@ def _plan_lines(recipe: "Recipe", plan: "Plan", output: Path) -> list[str]:
         f"dataloader alone {plan.loader_rate:,.1f}",
         f"bottleneck  {plan.bottleneck}; {plan.advice}",
         f"step        {recipe.batch} images, {steps}{attack}",
-        f"run         {recipe.schedule.steps:,} steps, {validations:,} validations of "
-        f"{format_duration(plan.validation_seconds)}, {saves:,} saves of "
-        f"{format_duration(plan.save_seconds)}: {format_duration(plan.seconds)}, "
-        f"if started now until {format_eta(plan.seconds)}",
+        f"run         {recipe.schedule.steps:,} steps; validations: {validations:,} of "
+        f"{format_duration(plan.validation_seconds)}; saves: {saves:,} of "
+        f"{format_duration(plan.save_seconds)}; total {format_duration(plan.seconds)}, until "
+        f"{format_eta(plan.seconds)} if started now",
         f"disk        up to {plan.checkpoints} checkpoints of {1000 * plan.checkpoint_gb:,.0f} MB, "
         f"{disk_gb:.1f} GB; {plan.free_gb:,.0f} GB free at {output}{shortage}",
     ]
