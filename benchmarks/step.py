@@ -185,7 +185,8 @@ def measure(run: Run, options, on_round: Callable[[dict], None]) -> dict[str, di
 
 def print_results(results: dict[str, dict[str, Any]]) -> None:
     """Median, range and ratio to timm's median (or the first variant's), one line per variant."""
-    reference = results.get("timm", next(iter(results.values())))["images_per_second"]
+    reference = "timm" if "timm" in results else next(iter(results))
+    reference_speed = results[reference]["images_per_second"]
     for name, result in results.items():
         windows, notes = Windows(result["windows"]), ""
         if "peak_gb" in result:
@@ -193,7 +194,7 @@ def print_results(results: dict[str, dict[str, Any]]) -> None:
             notes = f"  {result['peak_gb']:.2f} GB reserved, {waits:g} host waits per step"
         print(
             f"{name:15} {windows.median:9.2f} images/s ({windows.spread()})  "
-            f"{windows.median / reference:5.2f} of timm{notes}"
+            f"{windows.median / reference_speed:5.2f} of {reference}{notes}"
         )
 
 
