@@ -270,6 +270,6 @@ def test_an_unreadable_image_is_counted_once_from_any_directory(folder, tmp_path
 
 
 def test_resume_names_a_folder_that_is_not_a_run(tmp_path, command):
-    for folder, what in ((tmp_path, "is not a run folder"), (tmp_path / "none", "is no folder")):
+    for folder, what in ((tmp_path, "is not a run folder"), (tmp_path / "none", "does not exist")):
         done = command("main_train", "--resume", "--output", folder)
         assert done.returncode == 2 and f"--output {folder} {what}" in done.stderr
