@@ -95,13 +95,26 @@ def test_recipe_and_command_line_import_no_torch():
         assert not any("torch" in ast.unparse(node) for node in top), path
 
 
+def defined_names(node: ast.stmt) -> list[str]:
+    """Public names that a top-level statement defines."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        names = [node.name]
+    elif isinstance(node, ast.Assign):
+        names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+    elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        names = [node.target.id]
+    else:
+        names = []
+    return [name for name in names if name[0] != "_"]
+
+
 def test_public_names_are_defined_once():
     """A name means one thing in the whole package; no import needs an alias to avoid a clash."""
     definitions: dict[str, list[str]] = {}
     for path in PACKAGE.rglob("*.py"):
         for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_":
-                definitions.setdefault(node.name, []).append(dotted(path))
+            for name in defined_names(node):
+                definitions.setdefault(name, []).append(dotted(path))
     twice = {name: places for name, places in definitions.items() if len(places) > 1}
     assert not twice
 

@@ -318,7 +318,7 @@ def test_pickled_source_is_a_few_arrays(folder):
     source = data_root.open_training(str(sharded(folder, as_class_folders)))
     index = source._index
     assert isinstance(index.block, bytes)
-    assert all(isinstance(getattr(index, name), np.ndarray) for name in tar_index.DTYPES)
+    assert all(isinstance(getattr(index, name), np.ndarray) for name in tar_index.INDEX_DTYPES)
 
 
 # Damage.

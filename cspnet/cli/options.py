@@ -70,7 +70,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Recipe overrides.", show_default=False),
 ]
-DataRoot = Annotated[
+DataOption = Annotated[
     str | None,
     typer.Option(help="Folder with train/ and val/, or `digits`. Sets data.root."),
 ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cspnet.cli.options import (
-    DataRoot,
+    DataOption,
     Device,
     Overrides,
     RecipeName,
@@ -16,7 +16,7 @@ from cspnet.cli.options import (
     require_writable,
     write_text,
 )
-from cspnet.cli.training import Compile, MicroBatch, Output, Recompute
+from cspnet.cli.training import Compile, MicroBatchOption, Output, Recompute
 from cspnet.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def plan_command(
     recipe: Annotated[str, RecipeName],
     overrides: Overrides = None,
-    data: DataRoot = None,
+    data: DataOption = None,
     gpu: Annotated[
         str | None,
         typer.Option(help="Predict for a GPU that is not available: rtx2070, rtx3090, h100, ..."),
@@ -37,7 +37,7 @@ def plan_command(
     output: Output = None,
     device: Device = "auto",
     workers: Workers = None,
-    micro_batch: MicroBatch = None,
+    micro_batch: MicroBatchOption = None,
     compile: Compile = None,
     recompute: Recompute = "none",
     seconds: Annotated[

@@ -7,7 +7,7 @@ import typer
 
 from cspnet.cli.options import (
     ClassOrder,
-    DataRoot,
+    DataOption,
     Device,
     Labels,
     Overrides,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from cspnet.train.setup import Run
 
 Output = Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/RECIPE")]
-MicroBatch = Annotated[
+MicroBatchOption = Annotated[
     str | None,
     typer.Option(
         metavar="N|auto",
@@ -75,12 +75,12 @@ DryRun = Annotated[
 def train_command(
     overrides: Overrides = None,
     recipe: Annotated[str | None, RecipeName] = None,
-    data: DataRoot = None,
+    data: DataOption = None,
     output: Output = None,
     resume: Resume = False,
     device: Device = "auto",
     workers: Workers = None,
-    micro_batch: MicroBatch = None,
+    micro_batch: MicroBatchOption = None,
     compile: Compile = None,
     recompute: Recompute = "none",
     max_hours: MaxHours = None,
@@ -179,7 +179,7 @@ def _result_lines(recipe: "Recipe", output: Path, scores: "Scores | None") -> li
 def preview_command(
     recipe: Annotated[str, RecipeName],
     overrides: Overrides = None,
-    data: DataRoot = None,
+    data: DataOption = None,
     output: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("preview.png"),
     step: Annotated[int, typer.Option(min=0, help="Optimizer step to show.")] = 0,
     checkpoint: Annotated[

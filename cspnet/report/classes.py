@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 MAX_MATRIX = 30  # classes up to which the whole confusion matrix is readable
 DARK_CELL = 0.75  # strength of a cell's colour above which its text is white
 MAX_SHOWN = 20  # worst classes and pairs of classes in the report
-MAX_LABEL = 30  # characters of a class name in a figure
+MAX_LABEL_LENGTH = 30  # characters of a class name in a figure
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _plot_bars(axes: "Axes", names: list[str], values: list[float], colour: str)
     axes.set_xlim(0, max(1, 1.1 * max(values, default=0)))
 
 
-def shorten(name: str, length: int = MAX_LABEL) -> str:
+def shorten(name: str, length: int = MAX_LABEL_LENGTH) -> str:
     """A name for a figure, on one line. A long one loses its middle, as it may end in a synset."""
     text = printable(name)
     if len(text) <= length:

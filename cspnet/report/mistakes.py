@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_MISTAKES = 24
-MAX_SIDE = 192  # pixels of a picture in the report
+MAX_PICTURE_SIDE = 192  # pixels of a picture in the report
 MAX_COLUMNS = 6
 
 
@@ -61,11 +61,13 @@ def network_view(source: Source, index: int, recipe: Recipe) -> np.ndarray:
 
 
 def encode_jpeg(picture: np.ndarray) -> bytes:
-    """The JPEG of a picture, uint8 RGB [S, S, 3], reduced to MAX_SIDE pixels if it is larger."""
-    if len(picture) > MAX_SIDE:
-        picture = cv2.resize(picture, (MAX_SIDE, MAX_SIDE), interpolation=cv2.INTER_AREA)
+    """The JPEG of a picture, uint8 RGB [S, S, 3], reduced to MAX_PICTURE_SIDE pixels if it is larger."""
+    if len(picture) > MAX_PICTURE_SIDE:
+        picture = cv2.resize(
+            picture, (MAX_PICTURE_SIDE, MAX_PICTURE_SIDE), interpolation=cv2.INTER_AREA
+        )
     # Small pictures are enlarged in the page, which makes artefacts visible.
-    quality = 82 if len(picture) == MAX_SIDE else 95
+    quality = 82 if len(picture) == MAX_PICTURE_SIDE else 95
     encoded = cv2.imencode(".jpg", picture[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
     return encoded.tobytes()
 

@@ -24,7 +24,7 @@ VALIDATION = ("step", "top1", "top5", "loss", "images")
 START_EVENTS, STOP_EVENTS = ("start", "resume"), ("stop", "fail", "crash")
 END_EVENTS = (*STOP_EVENTS, "done")
 
-Columns = dict[str, np.ndarray]  # float64 [lines] by the name of the metric; NaN: no value
+MetricColumns = dict[str, np.ndarray]  # float64 [lines] by the name of the metric; NaN: no value
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class RunRecord:
     recipe: str  # the text of recipe.yaml
     fields: dict[str, Any]  # its values by dotted key
     environment: dict[str, Any]
-    training: Columns
-    validation: Columns
+    training: MetricColumns
+    validation: MetricColumns
     events: list[Event]
     unread: int  # malformed lines of metrics.jsonl and history.jsonl
     written: datetime | None  # when metrics.jsonl was last written
@@ -83,7 +83,7 @@ class RunRecord:
         return max([*last_steps, *(event.step for event in self.events[-1:])], default=0)
 
     @property
-    def parts(self) -> tuple[Columns, Columns]:
+    def parts(self) -> tuple[MetricColumns, MetricColumns]:
         """Metrics of training and of validation."""
         return self.training, self.validation
 
@@ -160,7 +160,9 @@ def _objects(path: Path, malformed: list[str]) -> Iterator[dict[str, Any]]:
                 malformed.append(line)
 
 
-def _columns(lines: Iterator[dict[str, Any]], malformed: list[str]) -> tuple[Columns, Columns]:
+def _columns(
+    lines: Iterator[dict[str, Any]], malformed: list[str]
+) -> tuple[MetricColumns, MetricColumns]:
     """The metrics of training and of validation, sorted by step."""
     # Arrays, since dictionaries of the million lines of a long run would take gigabytes.
     splits = {
@@ -179,7 +181,7 @@ def _columns(lines: Iterator[dict[str, Any]], malformed: list[str]) -> tuple[Col
     return training, validation
 
 
-def _sorted_by_step(columns: dict[str, array]) -> Columns:
+def _sorted_by_step(columns: dict[str, array]) -> MetricColumns:
     arrays = {name: np.array(column, dtype=np.float64) for name, column in columns.items()}
     order = np.argsort(arrays["step"], kind="stable")
     return {name: values[order] for name, values in arrays.items()}

@@ -10,7 +10,7 @@ import numpy as np
 from cspnet.files import replace_file
 
 INDEX_VERSION = 1
-DTYPES = {  # of the arrays of an index, each with one entry per image
+INDEX_DTYPES = {  # of the arrays of an index, each with one entry per image
     "ends": "int64",
     "shards": "int32",
     "offsets": "int64",
@@ -63,7 +63,7 @@ def save_index(file: Path, stamp: dict, index: TarIndex) -> None:
         content,
         head=np.frombuffer(head, np.uint8),
         block=np.frombuffer(index.block, np.uint8),
-        **{name: getattr(index, name) for name in DTYPES},
+        **{name: getattr(index, name) for name in INDEX_DTYPES},
     )
     # Several processes that open the data set may save its index at the same time.
     replace_file(file, lambda path: path.write_bytes(content.getbuffer()), concurrent=True)
@@ -79,7 +79,7 @@ def load_index(file: Path, stamp: dict) -> TarIndex | None:
             head = json.loads(content["head"].tobytes())
             if head["stamp"] != stamp:
                 return None
-            arrays = {name: content[name] for name in DTYPES}
+            arrays = {name: content[name] for name in INDEX_DTYPES}
             index = TarIndex(head["classes"], content["block"].tobytes(), **arrays)
         return index if _is_valid(index, stamp) else None
     except FileNotFoundError:
@@ -92,8 +92,8 @@ def _is_valid(index: TarIndex, stamp: dict) -> bool:
     """Whether an index is consistent with itself and with the sizes of the tar files."""
     lengths = np.array([size for _, size, _ in stamp["shards"]], np.int64)
     return (
-        all(getattr(index, name).dtype == dtype for name, dtype in DTYPES.items())
-        and {getattr(index, name).shape for name in DTYPES} == {(len(index.labels),)}
+        all(getattr(index, name).dtype == dtype for name, dtype in INDEX_DTYPES.items())
+        and {getattr(index, name).shape for name in INDEX_DTYPES} == {(len(index.labels),)}
         and len(index.labels) > 0
         and bool((np.diff(index.ends, prepend=0) >= 0).all())
         and index.ends[-1] == len(index.block)
