@@ -61,7 +61,7 @@ def network_view(source: Source, index: int, recipe: Recipe) -> np.ndarray:
 
 
 def encode_jpeg(picture: np.ndarray) -> bytes:
-    """The JPEG of a picture, uint8 RGB [S, S, 3], reduced to MAX_PICTURE_SIDE pixels if it is larger."""
+    """The JPEG of a picture, uint8 RGB [S, S, 3], at most MAX_PICTURE_SIDE wide."""
     if len(picture) > MAX_PICTURE_SIDE:
         picture = cv2.resize(
             picture, (MAX_PICTURE_SIDE, MAX_PICTURE_SIDE), interpolation=cv2.INTER_AREA
