@@ -61,6 +61,8 @@ def test_words_of_options_are_completed(words, told, tmp_path):
     assert complete(words.split()[0], words, tmp_path) == told
 
 
-def test_a_script_for_bash_is_printed(command):
+def test_a_script_for_bash_is_printed(command, monkeypatch):
+    # Otherwise the parent processes must include a shell.
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
     done = command("main", "--show-completion", "bash")
     assert done.returncode == 0 and "COMP_WORDS" in done.stdout
