@@ -17,7 +17,7 @@ _OPTIONS = {
     "--device cuda:N": "gpu gpus gpu_id device_id",
     "--resume with the --output of the run": "resume_from resume_from_checkpoint auto_resume",
 }
-# Options of cspnet before version 0.2: what replaces them.
+# Options of earlier versions: what replaces them.
 _RENAMED = {
     "passes": "--micro-batch, in images",
     "memory": "--recompute none, light or full",
